@@ -1,0 +1,27 @@
+/** A stretch of addresses; `end` is exclusive. */
+export interface Window {
+  readonly start: number;
+  readonly end: number;
+}
+
+export interface PciSegmentWindows {
+  /** Guest physical address of the segment's configuration space. */
+  readonly ecam: number;
+  readonly mmio32: Window;
+  readonly mmio64: Window;
+}
+
+/** What the tables tell the guest. */
+export interface AcpiConfig {
+  /** APIC id of each possible vCPU, by its number. */
+  readonly apicIds: readonly number[];
+  readonly bootVcpus: number;
+  /** By segment number. */
+  readonly pciSegments: readonly PciSegmentWindows[];
+  /** Guest physical address of the GED's event register. */
+  readonly gedAddress: number;
+  readonly pvpanic: boolean;
+}
+
+/** The bit of the GED's event register that stands for the power button: src/devices/ged.ts. */
+export const GED_EVENT_POWER_BUTTON = 8;

@@ -1,0 +1,149 @@
+/**
+ * ACPI tables of a hardware-reduced machine (ACPI 6.5, chapter 5): RSDP, XSDT, FADT, MADT, MCFG, DSDT.
+ *
+ * Not here yet: SRAT and SLIT, which need a NUMA description; the hotplug controllers.
+ */
+import * as layout from '../layout.js';
+import type { AcpiConfig } from './config.js';
+import { dsdtTerms } from './dsdt.js';
+
+/** The tables do not fit the space set aside for them. */
+export class AcpiError extends Error {
+  readonly code = 'ACPI_TOO_LARGE';
+}
+
+export interface PlacedTable {
+  readonly address: number;
+  readonly bytes: Uint8Array;
+}
+
+const HEADER_SIZE = 36;
+const CHECKSUM = 9;
+
+function sum(bytes: Uint8Array): number {
+  return bytes.reduce((total, byte) => (total + byte) & 0xff, 0);
+}
+
+/** A table with its header (5.2.6) and checksum. @param body what follows the header */
+function sealTable(signature: string, revision: number, body: Uint8Array): Uint8Array {
+  const table = Buffer.alloc(HEADER_SIZE + body.length);
+  table.write(signature, 0, 'latin1');
+  table.writeUInt32LE(table.length, 4);
+  table[8] = revision;
+  table.write('VMM   ', 10, 'latin1');
+  table.write('VMMTABLE', 16, 'latin1');
+  table.writeUInt32LE(1, 24);
+  table.write('VMM ', 28, 'latin1');
+  table.writeUInt32LE(1, 32);
+  table.set(body, HEADER_SIZE);
+  table[CHECKSUM] = -sum(table) & 0xff;
+  return table;
+}
+
+/** Writes a generic address structure for an 8-bit or 32-bit register in I/O space: 5.2.3.2. */
+function writeIoRegister(table: DataView, at: number, bits: 8 | 32, port: number): void {
+  table.setUint8(at, 1);
+  table.setUint8(at + 1, bits);
+  table.setUint8(at + 3, bits === 8 ? 1 : 3);
+  table.setBigUint64(at + 4, BigInt(port), true);
+}
+
+/** 5.2.9; offsets below are those of the whole table. */
+function buildFadt(dsdt: number): Uint8Array {
+  const SIZE = 276;
+  const WBINVD = 1 << 0;
+  const POWER_BUTTON_IS_DEVICE = 1 << 4;
+  const SLEEP_BUTTON_IS_DEVICE = 1 << 5;
+  const PM_TIMER_32_BITS = 1 << 8;
+  const RESET_REGISTER = 1 << 10;
+  const HARDWARE_REDUCED = 1 << 20;
+  /** Legacy devices are there; no VGA; no 8042 to probe: its port only resets. */
+  const BOOT_ARCHITECTURE = 0x0001 | 0x0004;
+  const body = new Uint8Array(SIZE - HEADER_SIZE);
+  const view = new DataView(body.buffer);
+  const at = (offset: number) => offset - HEADER_SIZE;
+  view.setUint16(at(109), BOOT_ARCHITECTURE, true);
+  view.setUint32(
+    at(112),
+    WBINVD | POWER_BUTTON_IS_DEVICE | SLEEP_BUTTON_IS_DEVICE | PM_TIMER_32_BITS | RESET_REGISTER | HARDWARE_REDUCED,
+    true,
+  );
+  writeIoRegister(view, at(116), 8, layout.PORT_ACPI_SLEEP);
+  view.setUint8(at(128), 1); // the reset value
+  view.setUint8(at(131), 5); // the minor version: 6.5
+  view.setBigUint64(at(140), BigInt(dsdt), true);
+  writeIoRegister(view, at(208), 32, layout.PORT_PM_TIMER);
+  writeIoRegister(view, at(244), 8, layout.PORT_ACPI_SLEEP);
+  writeIoRegister(view, at(256), 8, layout.PORT_ACPI_SLEEP + 1);
+  body.set(Buffer.from('VMM     ', 'latin1'), at(268));
+  return sealTable('FACP', 6, body);
+}
+
+/** 5.2.12. */
+function buildMadt({ apicIds, bootVcpus }: AcpiConfig): Uint8Array {
+  const ENABLED = 1;
+  const ONLINE_CAPABLE = 2;
+  const EDGE_ACTIVE_HIGH = 0x5;
+  const u32 = (value: number) => [value & 0xff, (value >>> 8) & 0xff, (value >>> 16) & 0xff, value >>> 24];
+  const u16 = (value: number) => [value & 0xff, value >> 8];
+  const override = (irq: number, gsi: number) => [2, 10, 0, irq, ...u32(gsi), ...u16(EDGE_ACTIVE_HIGH)];
+  const body = [
+    ...u32(layout.LOCAL_APIC),
+    ...u32(0), // no PC-AT interrupt controllers that ACPI has to care for
+    ...apicIds.flatMap((apicId, id) => [0, 8, id, apicId, ...u32(id < bootVcpus ? ENABLED : ONLINE_CAPABLE)]),
+    ...[1, 12, 0, 0, ...u32(layout.IOAPIC), ...u32(0)],
+    // The timer is wired to pin 2, as on every PC; the serial port's line is as it is on the ISA bus.
+    ...override(0, 2),
+    ...override(layout.IRQ_COM1, layout.IRQ_COM1),
+    // NMI at LINT1 of every processor.
+    ...[4, 6, 0xff, ...u16(0), 1],
+  ];
+  return sealTable('APIC', 6, Uint8Array.from(body));
+}
+
+/** PCI Firmware 3.3, 4.1.2: one bus for each segment. */
+function buildMcfg({ pciSegments }: AcpiConfig): Uint8Array {
+  const ENTRY = 16;
+  const body = new Uint8Array(8 + pciSegments.length * ENTRY);
+  const view = new DataView(body.buffer);
+  pciSegments.forEach(({ ecam }, segment) => {
+    view.setBigUint64(8 + segment * ENTRY, BigInt(ecam), true);
+    view.setUint16(8 + segment * ENTRY + 8, segment, true);
+  });
+  return sealTable('MCFG', 1, body);
+}
+
+/** 5.2.5.3. */
+function buildRsdp(xsdt: number): Uint8Array {
+  const rsdp = Buffer.alloc(36);
+  rsdp.write('RSD PTR ', 0, 'latin1');
+  rsdp.write('VMM   ', 9, 'latin1');
+  rsdp[15] = 2;
+  rsdp.writeUInt32LE(rsdp.length, 20);
+  rsdp.writeBigUInt64LE(BigInt(xsdt), 24);
+  rsdp[8] = -sum(rsdp.subarray(0, 20)) & 0xff;
+  rsdp[32] = -sum(rsdp) & 0xff;
+  return rsdp;
+}
+
+/**
+ * All tables, placed one behind the other from the RSDP's address on.
+ *
+ * @throws AcpiError when they do not fit below ACPI_END
+ */
+export function buildAcpiTables(config: AcpiConfig): { rsdp: number; tables: PlacedTable[] } {
+  const tables: PlacedTable[] = [];
+  let next = layout.RSDP + 64;
+  const place = (bytes: Uint8Array): number => {
+    const address = next;
+    tables.push({ address, bytes });
+    next = Math.ceil((address + bytes.length) / 16) * 16;
+    if (next > layout.ACPI_END) throw new AcpiError('The ACPI tables do not fit below 960 KiB');
+    return address;
+  };
+  const dsdt = place(sealTable('DSDT', 6, Uint8Array.from(dsdtTerms(config))));
+  const entries = [buildFadt(dsdt), buildMadt(config), buildMcfg(config)].map(place);
+  const xsdt = place(sealTable('XSDT', 1, new Uint8Array(BigUint64Array.from(entries, BigInt).buffer)));
+  tables.push({ address: layout.RSDP, bytes: buildRsdp(xsdt) });
+  return { rsdp: layout.RSDP, tables };
+}

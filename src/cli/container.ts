@@ -1,0 +1,47 @@
+/**
+ * The composition root of main: which host kernel, which hypervisor, which logger a machine is made of.
+ *
+ * Bindings are functions, not decorators: a class of the product names no container.
+ */
+import { Container, type ServiceIdentifier } from 'inversify';
+import type { ProcessOptions, VmConfig } from '../config/vm-config.js';
+import { type Hypervisor, HypervisorError } from '../hypervisor/hypervisor.js';
+import { openKvm } from '../hypervisor/kvm/kvm.js';
+import type { HostKernel } from '../sys/host-kernel.js';
+import { LinuxKernel } from '../sys/linux-kernel.js';
+import type { Logger } from '../vmm/logger.js';
+import { Machine } from '../vmm/machine.js';
+
+export const HOST_KERNEL: ServiceIdentifier<HostKernel> = Symbol('HostKernel');
+export const HYPERVISOR: ServiceIdentifier<Hypervisor> = Symbol('Hypervisor');
+export const LOGGER: ServiceIdentifier<Logger> = Symbol('Logger');
+export const MACHINE: ServiceIdentifier<Machine> = Symbol('Machine');
+
+/** The bundle beside this one: see tools/build.mjs. */
+const VCPU_WORKER = new URL('./vcpu-worker.js', import.meta.url);
+
+export function machineContainer(config: VmConfig, options: ProcessOptions, logger: Logger): Container {
+  const container = new Container({ defaultScope: 'Singleton' });
+  container.bind(LOGGER).toConstantValue(logger);
+  container.bind(HOST_KERNEL).toDynamicValue(() => new LinuxKernel());
+  container.bind(HYPERVISOR).toDynamicValue((context) => openHypervisor(options, context.get(HOST_KERNEL)));
+  container.bind(MACHINE).toDynamicValue(
+    (context) =>
+      new Machine({
+        kernel: context.get(HOST_KERNEL),
+        hypervisor: context.get(HYPERVISOR),
+        config,
+        logger: context.get(LOGGER),
+        vcpuWorker: VCPU_WORKER,
+      }),
+  );
+  return container;
+}
+
+/** @throws HypervisorError when the chosen one does not work here */
+function openHypervisor(options: ProcessOptions, kernel: HostKernel): Hypervisor {
+  if (options.hypervisor === 'mshv') {
+    throw new HypervisorError('--hypervisor mshv: not available on this host; accepted is kvm');
+  }
+  return openKvm(kernel);
+}

@@ -1,0 +1,103 @@
+/**
+ * From the options that yargs found to a checked configuration. Every refusal names the option, its value and what is
+ * accepted, whichever step found it: the option syntax, the schema or the facts of the host.
+ */
+import { findHostProblem } from '../config/host-facts.js';
+import type { HostFacts } from '../config/host-facts.js';
+import { OptionError, parseSubOptions, splitList, unquote } from '../config/option-syntax.js';
+import type { ParsedList, SubOption } from '../config/option-syntax.js';
+import { HYPERVISORS, vmConfigSchema } from '../config/vm-config.js';
+import type { ProcessOptions, VmConfig } from '../config/vm-config.js';
+import { CONSOLE_MODES, CPUS_SUB_OPTIONS, MEMORY_SUB_OPTIONS, SERIAL_MODES, modeSyntax } from './options.js';
+import type { ModeChoice } from './options.js';
+
+export interface RunCommand {
+  readonly kind: 'run';
+  readonly config: VmConfig;
+  readonly process: ProcessOptions;
+}
+
+/** What yargs found: by option name a string, a boolean, a count, or an array when it was repeated. */
+export type Arguments = Readonly<Record<string, unknown>>;
+
+/** The value of an option; undefined when it was not given. */
+function valueOf(found: Arguments, name: string): string | undefined {
+  const value = found[name];
+  if (Array.isArray(value)) throw new OptionError(`--${name}`, `one value, not ${value.length}`);
+  return typeof value === 'string' ? value : undefined;
+}
+
+const withValue = (name: string, value: string): string => (value === '' ? `--${name}=` : `--${name} ${value}`);
+
+function readMode(name: string, text: string, modes: readonly ModeChoice[]): Record<string, unknown> {
+  const parts = splitList(text);
+  const [key = '', ...rest] = parts?.length === 1 ? parts[0].split('=') : [];
+  const choice = modes.find((mode) => mode.name === key);
+  const hasValue = rest.length > 0;
+  if (choice === undefined || hasValue !== (choice.field !== undefined)) {
+    throw new OptionError(withValue(name, text), modes.map(modeSyntax).join(', '));
+  }
+  // An empty path counts as not set, and the schema asks for it.
+  const path = unquote(rest.join('='));
+  return choice.field === undefined || path === ''
+    ? { mode: choice.mode }
+    : { mode: choice.mode, [choice.field]: path };
+}
+
+function readList(found: Arguments, name: string, subOptions: readonly SubOption[]): ParsedList | undefined {
+  const text = valueOf(found, name);
+  return text === undefined ? undefined : parseSubOptions(`--${name}`, text, subOptions);
+}
+
+function readProcessOptions(found: Arguments): ProcessOptions {
+  const name = valueOf(found, 'hypervisor');
+  const hypervisor = HYPERVISORS.find((candidate) => candidate === name);
+  if (name !== undefined && hypervisor === undefined) {
+    throw new OptionError(withValue('hypervisor', name), HYPERVISORS.join(' or '));
+  }
+  const logFile = valueOf(found, 'log-file');
+  if (logFile === '' || logFile?.includes('\0') === true) {
+    throw new OptionError(withValue('log-file', logFile), 'the path of a file');
+  }
+  return {
+    ...(hypervisor === undefined ? {} : { hypervisor }),
+    ...(logFile === undefined ? {} : { logFile }),
+    verbosity: Number(found['verbose'] ?? 0),
+  };
+}
+
+/** @throws OptionError */
+export function readRun(found: Arguments, host: HostFacts): RunCommand {
+  const process = readProcessOptions(found);
+  const kernel = valueOf(found, 'kernel');
+  if (kernel === undefined) throw new OptionError('--kernel', 'the path of a kernel, which every machine needs');
+  const cpus = readList(found, 'cpus', CPUS_SUB_OPTIONS);
+  const memory = readList(found, 'memory', MEMORY_SUB_OPTIONS);
+  const serial = valueOf(found, 'serial');
+  const console = valueOf(found, 'console');
+  const boot = cpus?.fields['boot_vcpus'] ?? 1;
+
+  const checked = vmConfigSchema.safeParse({
+    payload: { kernel, initramfs: valueOf(found, 'initramfs'), cmdline: valueOf(found, 'cmdline') },
+    cpus: { boot_vcpus: boot, max_vcpus: boot, ...cpus?.fields },
+    memory: memory?.fields,
+    serial: serial === undefined ? undefined : readMode('serial', serial, SERIAL_MODES),
+    console: console === undefined ? undefined : readMode('console', console, CONSOLE_MODES),
+    pvpanic: found['pvpanic'] === true,
+  });
+
+  const refuse = (path: readonly PropertyKey[], accepted: string): never => {
+    const [section = '', field = ''] = path.map(String);
+    const name = section === 'payload' ? field : section;
+    const typed = (section === 'cpus' ? cpus : memory)?.typed.get(field);
+    throw new OptionError(
+      typed === undefined ? withValue(name, valueOf(found, name) ?? '') : `--${name} ${typed}`,
+      accepted,
+    );
+  };
+  const issue = checked.error?.issues[0];
+  if (!checked.success) return refuse(issue?.path ?? [], issue?.message ?? '');
+  const problem = findHostProblem(checked.data, host);
+  if (problem !== undefined) return refuse(problem.path, problem.accepted);
+  return { kind: 'run', config: checked.data, process };
+}

@@ -1,0 +1,108 @@
+/**
+ * What the configuration needs to know of the host, and the checks that depend on it. Sources: sysfs and procfs
+ * (Linux Documentation/ABI/testing/sysfs-devices-system-cpu, Documentation/admin-guide/mm/hugetlbpage.rst).
+ */
+import { readdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { parseIntegerList } from './option-syntax.js';
+import type { VmConfig } from './vm-config.js';
+
+export interface HostFacts {
+  /** Ids of the online CPUs. */
+  readonly cpus: readonly number[];
+  /** Huge page sizes in bytes, the default one first. Empty: the kernel has none. */
+  readonly hugepageSizes: readonly number[];
+}
+
+/** A field of the configuration that is wrong, and what is accepted there. */
+export interface ConfigProblem {
+  readonly path: readonly PropertyKey[];
+  readonly accepted: string;
+}
+
+/** The host's files do not say what is needed. */
+export class HostFactsError extends Error {
+  readonly code = 'HOST_FACTS_UNREADABLE';
+}
+
+function readText(path: string): string {
+  try {
+    return readFileSync(path, 'utf8').trim();
+  } catch (cause) {
+    throw new HostFactsError(`Cannot read ${path}`, { cause });
+  }
+}
+
+/**
+ * @param root where sys/ and proc/ are mounted
+ * @throws HostFactsError
+ */
+export function readHostFacts(root = '/'): HostFacts {
+  const onlinePath = join(root, 'sys/devices/system/cpu/online');
+  const cpus = parseIntegerList(readText(onlinePath));
+  if (cpus === undefined) throw new HostFactsError(`No list of CPUs in ${onlinePath}`);
+
+  const defaultKib = /^Hugepagesize:\s+(\d+) kB$/m.exec(readText(join(root, 'proc/meminfo')))?.[1];
+  const defaultSize = defaultKib === undefined ? undefined : Number(defaultKib) * 1024;
+  let names: string[];
+  try {
+    names = readdirSync(join(root, 'sys/kernel/mm/hugepages'));
+  } catch {
+    // A kernel without CONFIG_HUGETLB_PAGE has no such folder.
+    names = [];
+  }
+  const sizes = names.flatMap((name) => {
+    const kib = /^hugepages-(\d+)kB$/.exec(name)?.[1];
+    return kib === undefined ? [] : [Number(kib) * 1024];
+  });
+  // Ascending, but the default one first.
+  const rank = (size: number): number => (size === defaultSize ? 0 : size);
+  return { cpus, hugepageSizes: sizes.sort((a, b) => rank(a) - rank(b)) };
+}
+
+/** Bytes as the option syntax writes them: 2097152 is 2M. */
+export function formatSize(bytes: number): string {
+  for (const [shift, unit] of [[30, 'G'] as const, [20, 'M'] as const, [10, 'K'] as const]) {
+    if (bytes >= 2 ** shift && bytes % 2 ** shift === 0) return `${bytes / 2 ** shift}${unit}`;
+  }
+  return String(bytes);
+}
+
+/** The first thing in a valid configuration that this host cannot do, if any. */
+export function findHostProblem(config: VmConfig, host: HostFacts): ConfigProblem | undefined {
+  const { cpus, memory } = config;
+  for (const { host_cpus } of cpus.affinity ?? []) {
+    const absent = host_cpus.find((cpu) => !host.cpus.includes(cpu));
+    if (absent !== undefined) {
+      const accepted = `CPUs that the host has online (${formatIntegerList(host.cpus)}), not ${absent}`;
+      return { path: ['cpus', 'affinity'], accepted };
+    }
+  }
+  if (!memory.hugepages) return undefined;
+  const defaultSize = host.hugepageSizes.at(0);
+  if (defaultSize === undefined) return { path: ['memory', 'hugepages'], accepted: 'off: the host has no huge pages' };
+  const pageSize = memory.hugepage_size ?? defaultSize;
+  if (!host.hugepageSizes.includes(pageSize)) {
+    const accepted = `a huge page size of the host: ${host.hugepageSizes.map(formatSize).join(', ')}`;
+    return { path: ['memory', 'hugepage_size'], accepted };
+  }
+  if (memory.size % pageSize !== 0) {
+    return {
+      path: ['memory', 'size'],
+      accepted: `a size that is a multiple of the huge page size ${formatSize(pageSize)}`,
+    };
+  }
+  return undefined;
+}
+
+/** Ascending numbers as the kernel and the option syntax write them: `0-3,5`. */
+function formatIntegerList(numbers: readonly number[]): string {
+  const ranges: string[] = [];
+  for (let i = 0; i < numbers.length;) {
+    let end = i;
+    while (numbers[end + 1] === numbers[end] + 1) end += 1;
+    ranges.push(end > i ? `${numbers[i]}-${numbers[end]}` : String(numbers[i]));
+    i = end + 1;
+  }
+  return ranges.join(',');
+}

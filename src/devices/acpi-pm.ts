@@ -1,0 +1,53 @@
+/**
+ * The fixed hardware of a hardware-reduced ACPI machine (ACPI 6.5, 4.8.3.5 and 4.8.3.7), and the power management timer
+ * (4.8.2.1).
+ *
+ * One port serves as reset register and as sleep control register. The sleep status register behind it reads 0: a machine
+ * that only knows S5 never wakes up.
+ */
+import { type AccessSize, type BusDevice, filler } from './bus.js';
+
+/** What the FADT names as the reset value. */
+export const RESET_VALUE = 1;
+/** The SLP_TYP of S5, as the DSDT's \_S5 package names it. */
+export const SLEEP_TYPE_S5 = 5;
+export const ACPI_SLEEP_PORTS = 8;
+
+const SLEEP_CONTROL = 0;
+const SLP_EN = 0x20;
+const SLP_TYP_SHIFT = 2;
+
+export class AcpiSleep implements BusDevice {
+  constructor(
+    private readonly reset: () => void,
+    private readonly powerOff: () => void,
+  ) {}
+
+  read(_offset: number, size: AccessSize): number {
+    return size === 1 ? 0 : filler(size);
+  }
+
+  write(offset: number, size: AccessSize, value: number): void {
+    if (size !== 1 || offset !== SLEEP_CONTROL) return;
+    if (value === RESET_VALUE) this.reset();
+    else if ((value & SLP_EN) !== 0 && ((value >> SLP_TYP_SHIFT) & 7) === SLEEP_TYPE_S5) this.powerOff();
+  }
+}
+
+const PM_TIMER_HZ = 3_579_545;
+
+/** A 32-bit counter of 3.579545 MHz. It has no state: it counts the host's monotonic clock. */
+export class AcpiPmTimer implements BusDevice {
+  /** @param nanoseconds a monotonic clock, the same on every thread */
+  constructor(private readonly nanoseconds: () => number) {}
+
+  read(_offset: number, size: AccessSize): number {
+    if (size !== 4) return filler(size);
+    // Below 2^53 for 79 years of uptime.
+    return Math.floor((this.nanoseconds() / 1e9) * PM_TIMER_HZ) % 2 ** 32;
+  }
+
+  write(): void {
+    // read-only
+  }
+}

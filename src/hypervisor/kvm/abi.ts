@@ -1,0 +1,130 @@
+/**
+ * The KVM ABI that this backend uses: request numbers, capability numbers, structure sizes and offsets.
+ *
+ * Source: linux/kvm.h and asm/kvm.h; described in Documentation/virt/kvm/api.rst. A unit test compiles a C probe against
+ * the installed headers and compares every value here with it.
+ */
+
+export const KVM_API_VERSION = 12;
+
+export const KVM_GET_API_VERSION = 0xae00;
+export const KVM_CREATE_VM = 0xae01;
+export const KVM_CHECK_EXTENSION = 0xae03;
+export const KVM_GET_VCPU_MMAP_SIZE = 0xae04;
+export const KVM_GET_SUPPORTED_CPUID = 0xc008ae05;
+export const KVM_CREATE_VCPU = 0xae41;
+export const KVM_SET_USER_MEMORY_REGION = 0x4020ae46;
+export const KVM_SET_TSS_ADDR = 0xae47;
+export const KVM_SET_IDENTITY_MAP_ADDR = 0x4008ae48;
+export const KVM_CREATE_IRQCHIP = 0xae60;
+export const KVM_SET_GSI_ROUTING = 0x4008ae6a;
+export const KVM_IRQFD = 0x4020ae76;
+export const KVM_CREATE_PIT2 = 0x4040ae77;
+export const KVM_RUN = 0xae80;
+export const KVM_GET_REGS = 0x8090ae81;
+export const KVM_SET_REGS = 0x4090ae82;
+export const KVM_GET_SREGS = 0x8138ae83;
+export const KVM_SET_SREGS = 0x4138ae84;
+export const KVM_SET_MSRS = 0x4008ae89;
+export const KVM_SET_SIGNAL_MASK = 0x4004ae8b;
+export const KVM_SET_FPU = 0x41a0ae8d;
+export const KVM_GET_LAPIC = 0x8400ae8e;
+export const KVM_SET_LAPIC = 0x4400ae8f;
+export const KVM_SET_CPUID2 = 0x4008ae90;
+export const KVM_GET_TSC_KHZ = 0xaea3;
+
+/** Capability numbers, by the name the kernel gives them. */
+export const KVM_CAP = {
+  IRQCHIP: 0,
+  USER_MEMORY: 3,
+  SET_TSS_ADDR: 4,
+  EXT_CPUID: 7,
+  NR_VCPUS: 9,
+  NR_MEMSLOTS: 10,
+  MP_STATE: 14,
+  IRQ_ROUTING: 25,
+  IRQFD: 32,
+  PIT2: 33,
+  IOEVENTFD: 36,
+  SET_IDENTITY_MAP_ADDR: 37,
+  ADJUST_CLOCK: 39,
+  VCPU_EVENTS: 41,
+  XSAVE: 55,
+  TSC_CONTROL: 60,
+  GET_TSC_KHZ: 61,
+  MAX_VCPUS: 66,
+  TSC_DEADLINE_TIMER: 72,
+  SPLIT_IRQCHIP: 121,
+  IMMEDIATE_EXIT: 136,
+} as const;
+export type KvmCapability = keyof typeof KVM_CAP;
+
+/** struct kvm_run; the union of exit details starts at 32. */
+export const RUN = {
+  immediateExit: 1,
+  exitReason: 8,
+  ioDirection: 32,
+  ioSize: 33,
+  ioPort: 34,
+  ioCount: 36,
+  ioDataOffset: 40,
+  mmioAddress: 32,
+  mmioData: 40,
+  mmioLength: 48,
+  mmioIsWrite: 52,
+  hardwareReason: 32,
+  internalSuberror: 32,
+  systemEventType: 32,
+} as const;
+
+export const KVM_EXIT = {
+  UNKNOWN: 0,
+  EXCEPTION: 1,
+  IO: 2,
+  HYPERCALL: 3,
+  DEBUG: 4,
+  HLT: 5,
+  MMIO: 6,
+  IRQ_WINDOW_OPEN: 7,
+  SHUTDOWN: 8,
+  FAIL_ENTRY: 9,
+  INTR: 10,
+  SET_TPR: 11,
+  TPR_ACCESS: 12,
+  NMI: 16,
+  INTERNAL_ERROR: 17,
+  SYSTEM_EVENT: 24,
+  IOAPIC_EOI: 26,
+} as const;
+
+export const KVM_EXIT_IO_OUT = 1;
+export const KVM_SYSTEM_EVENT_SHUTDOWN = 1;
+export const KVM_SYSTEM_EVENT_RESET = 2;
+
+export const KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1;
+/** struct kvm_cpuid2's header, and struct kvm_cpuid_entry2. */
+export const CPUID_HEADER_SIZE = 8;
+export const CPUID_ENTRY_SIZE = 40;
+/** struct kvm_msrs' header, and struct kvm_msr_entry. */
+export const MSRS_HEADER_SIZE = 8;
+export const MSR_ENTRY_SIZE = 16;
+export const REGS_SIZE = 144;
+export const SREGS_SIZE = 312;
+/** struct kvm_segment and struct kvm_dtable inside struct kvm_sregs. */
+export const SEGMENT_SIZE = 24;
+export const DTABLE_SIZE = 16;
+export const FPU_SIZE = 416;
+export const FPU_FCW_OFFSET = 128;
+export const FPU_MXCSR_OFFSET = 408;
+export const LAPIC_SIZE = 1024;
+export const USER_MEMORY_REGION_SIZE = 32;
+export const IRQFD_SIZE = 32;
+export const PIT_CONFIG_SIZE = 64;
+/** struct kvm_irq_routing's header, and struct kvm_irq_routing_entry. */
+export const IRQ_ROUTING_HEADER_SIZE = 8;
+export const IRQ_ROUTING_ENTRY_SIZE = 48;
+export const KVM_IRQ_ROUTING_IRQCHIP = 1;
+export const KVM_IRQCHIP_PIC_MASTER = 0;
+export const KVM_IRQCHIP_PIC_SLAVE = 1;
+export const KVM_IRQCHIP_IOAPIC = 2;
+export const KVM_PIT_SPEAKER_DUMMY = 1;

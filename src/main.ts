@@ -1,0 +1,50 @@
+/** The `vmm` command. */
+import { HYPERVISOR, machineContainer, MACHINE } from './cli/container.js';
+import { reportAndExitCode } from './cli/errors.js';
+import { openLog } from './cli/logging.js';
+import { type Command, parseCommandLine } from './cli/parse.js';
+import { readHostFacts } from './config/host-facts.js';
+
+async function runMachine(command: Extract<Command, { kind: 'run' }>): Promise<void> {
+  const log = openLog(command.process);
+  try {
+    const container = machineContainer(command.config, command.process, log);
+    const machine = container.get(MACHINE);
+    const stop = (signal: NodeJS.Signals) => machine.stop(signal);
+    process.on('SIGTERM', stop).on('SIGINT', stop).on('SIGHUP', stop);
+    // As on a machine with a chassis: the power button, for scripts that have no API yet.
+    process.on('SIGUSR1', () => machine.powerButton());
+    try {
+      await machine.run();
+    } finally {
+      container.get(HYPERVISOR).close();
+    }
+  } finally {
+    await log.close();
+  }
+}
+
+async function main(): Promise<void> {
+  const command = parseCommandLine(process.argv.slice(2), readHostFacts());
+  switch (command.kind) {
+    case 'help':
+    case 'version':
+      process.stdout.write(`${command.text}\n`);
+      break;
+    case 'doctor': {
+      const { doctor } = await import('./cli/doctor/doctor.js');
+      process.exitCode = doctor(command.json);
+      break;
+    }
+    case 'run':
+      await runMachine(command);
+      break;
+  }
+}
+
+const verbose = process.argv.includes('-v');
+try {
+  await main();
+} catch (error) {
+  process.exitCode = reportAndExitCode(error, { verbose });
+}

@@ -1,0 +1,124 @@
+/**
+ * The vCPU threads: one Worker per vCPU, started, kicked and ended from main.
+ */
+import { Worker } from 'node:worker_threads';
+import { EXIT_KINDS, type HypervisorName, type Vcpu, type VcpuHandle } from '../hypervisor/hypervisor.js';
+import { StateBlock } from '../state/state-block.js';
+import type { PlatformEvent, PlatformHandle } from './platform.js';
+import { VcpuCommand, type VcpuControl, vcpuControlLayout, type VcpuEnd } from './vcpu-loop.js';
+
+/** What a vCPU worker is started with. */
+export interface VcpuWorkerData {
+  readonly hypervisor: HypervisorName;
+  readonly vcpu: VcpuHandle;
+  readonly control: SharedArrayBuffer;
+  readonly platform: PlatformHandle;
+  /** Host CPUs that the thread is bound to. */
+  readonly affinity?: readonly number[];
+}
+
+/** What a vCPU worker posts: events of the platform while it runs, and how it ended. */
+export type VcpuMessage =
+  | PlatformEvent
+  | { readonly kind: 'ended'; readonly end: VcpuEnd; readonly instructionPointer: bigint };
+
+/** How often a vCPU that has not stopped yet is kicked again. */
+const KICK_INTERVAL_MILLISECONDS = 10;
+
+/**
+ * Young generation of a worker's heap in MiB. The run loop allocates nothing, so a small one costs nothing; the default
+ * reserves 16.
+ */
+const YOUNG_GENERATION_MIB = 1;
+
+interface Thread {
+  readonly vcpu: Vcpu;
+  readonly control: VcpuControl;
+  worker?: Worker;
+  /** Resolves when the worker's thread is gone. */
+  gone: Promise<void>;
+}
+
+export interface CpuManagerEvents {
+  onEvent(event: PlatformEvent): void;
+  /** A vCPU's loop ended though nobody stopped it. */
+  onEnd(vcpu: number, end: VcpuEnd, instructionPointer: bigint): void;
+  /** A worker broke: an error in the VMM itself. */
+  onCrash(vcpu: number, error: Error): void;
+}
+
+export class CpuManager {
+  readonly #threads: Thread[];
+
+  /** @param vcpus created and set up; closed by `close` */
+  constructor(
+    private readonly hypervisor: HypervisorName,
+    vcpus: readonly Vcpu[],
+    private readonly workerScript: URL,
+    private readonly events: CpuManagerEvents,
+  ) {
+    this.#threads = vcpus.map((vcpu) => ({
+      vcpu,
+      control: new StateBlock(vcpuControlLayout),
+      gone: Promise.resolve(),
+    }));
+  }
+
+  /** @param affinity host CPUs for each vCPU that is bound, by its number */
+  start(platform: PlatformHandle, affinity: ReadonlyMap<number, readonly number[]>): void {
+    this.#threads.forEach((thread, id) => {
+      const data: VcpuWorkerData = {
+        hypervisor: this.hypervisor,
+        vcpu: thread.vcpu.handle,
+        control: thread.control.buffer,
+        platform,
+        affinity: affinity.get(id),
+      };
+      const worker = new Worker(this.workerScript, {
+        workerData: data,
+        name: `vcpu${id}`,
+        resourceLimits: { maxYoungGenerationSizeMb: YOUNG_GENERATION_MIB },
+      });
+      thread.worker = worker;
+      worker.on('message', (message: VcpuMessage) => {
+        if (message.kind === 'ended') this.events.onEnd(id, message.end, message.instructionPointer);
+        else this.events.onEvent(message);
+      });
+      worker.on('error', (error: Error) => this.events.onCrash(id, error));
+      thread.gone = new Promise((resolve) => worker.once('exit', () => resolve()));
+    });
+  }
+
+  /** Ends every vCPU thread; resolves when they are gone. */
+  async stop(): Promise<void> {
+    const { command, threadId } = vcpuControlLayout.at;
+    const kickAll = () => {
+      for (const { vcpu, control } of this.#threads) {
+        const thread = Atomics.load(control.words, threadId);
+        if (thread !== 0) vcpu.kick(thread);
+      }
+    };
+    for (const { control } of this.#threads) Atomics.store(control.words, command, VcpuCommand.Stop);
+    kickAll();
+    // A thread that was about to tell its id has seen the command; one that entered the guest since is kicked again.
+    const timer = setInterval(kickAll, KICK_INTERVAL_MILLISECONDS);
+    await Promise.all(this.#threads.map((thread) => thread.gone));
+    clearInterval(timer);
+  }
+
+  /** Exits of all vCPUs so far, by kind. */
+  exits(): Record<string, number> {
+    const first = vcpuControlLayout.at.exits;
+    return Object.fromEntries(
+      EXIT_KINDS.map((kind, index) => [
+        kind,
+        this.#threads.reduce((sum, { control }) => sum + control.words[first + index]!, 0),
+      ]),
+    );
+  }
+
+  /** After `stop`. */
+  close(): void {
+    for (const { vcpu } of this.#threads) vcpu.close();
+  }
+}

@@ -1,0 +1,137 @@
+/**
+ * A machine's life: it is built, runs, is built again when the guest resets it, and ends.
+ *
+ * A reset takes everything down that the guest could have touched (vCPUs, VM, RAM, devices) and builds it anew from the
+ * configuration; the process, the terminal and the log stay.
+ */
+import type { PlatformEvent } from './platform.js';
+import { Incarnation } from './incarnation.js';
+import { MachineError } from './machine-error.js';
+import type { MachineParts } from './machine-parts.js';
+import { openSerialBackend, type SerialBackend } from './serial-backend.js';
+import type { VcpuEnd } from './vcpu-loop.js';
+
+/** Why an incarnation of the machine ended. */
+type End =
+  | { readonly kind: 'reset' }
+  | { readonly kind: 'power-off' }
+  | { readonly kind: 'stopped' }
+  | { readonly kind: 'failed'; readonly error: Error };
+
+/** Bits of the pvpanic event (QEMU's docs/specs/pvpanic.rst). */
+const PANICKED = 1;
+
+export class Machine {
+  #current: Incarnation | undefined;
+  #finish: (end: End) => void = () => undefined;
+  #stopping = false;
+
+  constructor(private readonly parts: MachineParts) {}
+
+  /**
+   * Boots the machine; resolves when the guest has powered off or `stop` was called and nothing is left.
+   *
+   * @throws MachineError, BootError, HypervisorError or SystemError when it cannot be built or cannot go on
+   */
+  async run(): Promise<void> {
+    const { config, kernel, logger } = this.parts;
+    const backend = await openSerialBackend(
+      config.serial,
+      kernel,
+      () => this.stop('the escape key, or the end of standard output'),
+      (line) => logger.warn(line),
+    );
+    try {
+      let end: End;
+      do {
+        end = this.#stopping ? { kind: 'stopped' } : await this.#runOnce(backend);
+      } while (end.kind === 'reset');
+      if (end.kind === 'failed') throw end.error;
+    } finally {
+      await backend?.close();
+    }
+  }
+
+  /** Ends the machine as if its plug were pulled. @param reason for the log */
+  stop(reason: string): void {
+    this.#stopping = true;
+    this.parts.logger.info(`Stopping: ${reason}`);
+    this.#finish({ kind: 'stopped' });
+  }
+
+  /** Presses the ACPI power button. The guest decides what it does. */
+  powerButton(): void {
+    this.#current?.powerButton();
+  }
+
+  async #runOnce(backend: SerialBackend | undefined): Promise<End> {
+    const { logger } = this.parts;
+    const ended = new Promise<End>((resolve) => (this.#finish = resolve));
+    const incarnation = new Incarnation(this.parts, backend, {
+      onEvent: (event) => this.#onEvent(event),
+      onEnd: (vcpu, end, rip) => this.#onVcpuEnd(vcpu, end, rip),
+      onCrash: (vcpu, error) => {
+        this.#finish({ kind: 'failed', error: new MachineError(`The thread of vCPU ${vcpu} broke`, { cause: error }) });
+      },
+    });
+    this.#current = incarnation;
+    try {
+      incarnation.start();
+      return await ended;
+    } finally {
+      this.#current = undefined;
+      const exits = await incarnation.close();
+      logger.info(`Exits: ${JSON.stringify(exits)}`);
+    }
+  }
+
+  #onEvent(event: PlatformEvent): void {
+    const { logger } = this.parts;
+    switch (event.kind) {
+      case 'serial-output':
+        this.#current?.serial?.output();
+        break;
+      case 'serial-room':
+        this.#current?.serial?.input();
+        break;
+      case 'reset':
+        logger.info('The guest resets the machine');
+        this.#finish({ kind: 'reset' });
+        break;
+      case 'power-off':
+        logger.info('The guest powers the machine off');
+        this.#finish({ kind: 'power-off' });
+        break;
+      case 'guest-panic':
+        logger.warn((event.event & PANICKED) !== 0 ? "The guest's kernel panicked" : "The guest's kernel loaded a crash kernel");
+        break;
+      case 'boot-mark':
+        logger.info(`Debug port: 0x${event.value.toString(16)} after ${(event.microseconds / 1000).toFixed(1)} ms`);
+        break;
+    }
+  }
+
+  #onVcpuEnd(vcpu: number, end: VcpuEnd, rip: bigint): void {
+    const where = `vCPU ${vcpu} at RIP 0x${rip.toString(16)}`;
+    switch (end.kind) {
+      case 'triple-fault':
+        this.parts.logger.warn(`Triple fault on ${where}: the machine resets`);
+        this.#finish({ kind: 'reset' });
+        break;
+      case 'system-reset':
+        this.#finish({ kind: 'reset' });
+        break;
+      case 'system-power-off':
+        this.#finish({ kind: 'power-off' });
+        break;
+      case 'halt':
+        this.#finish({ kind: 'failed', error: new MachineError(`Halted with interrupts off: ${where}`) });
+        break;
+      case 'failed':
+        this.#finish({ kind: 'failed', error: new MachineError(`${end.detail}: ${where}`) });
+        break;
+      case 'stopped':
+        break;
+    }
+  }
+}

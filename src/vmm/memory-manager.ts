@@ -1,0 +1,101 @@
+/**
+ * Guest RAM: allocated on the host the way `--memory` says, and given to the VM as slots.
+ *
+ * RAM lies below the 32-bit MMIO hole and, when there is more, from 4 GiB on: at most two ranges, a mapping each.
+ */
+import { HIGH_RAM_START, LOW_RAM_END, PLATFORM_AREA_SIZE } from '../arch/x86_64/layout.js';
+import type { VmConfig } from '../config/vm-config.js';
+import type { Vm } from '../hypervisor/hypervisor.js';
+import { GuestMemory, type MemoryRange, type MemoryWindow, WINDOW_SIZE } from '../memory/guest-memory.js';
+import { type HostKernel, type HostMapping, SystemError } from '../sys/host-kernel.js';
+import { MachineError } from './machine-error.js';
+
+/** Where RAM of this size lies. @param size bytes */
+export function ramRanges(size: number): MemoryRange[] {
+  const low: MemoryRange = { address: 0, size: Math.min(size, LOW_RAM_END) };
+  return size > LOW_RAM_END ? [low, { address: HIGH_RAM_START, size: size - LOW_RAM_END }] : [low];
+}
+
+export class MemoryManager {
+  readonly memory: GuestMemory;
+  readonly #mappings: { range: MemoryRange; mapping: HostMapping }[] = [];
+  readonly #fds: number[] = [];
+
+  /**
+   * @param physicalBits the guest's physical address bits; RAM and the platform area fit below them
+   * @throws MachineError when the host cannot map the memory asked for
+   */
+  constructor(
+    private readonly kernel: HostKernel,
+    private readonly config: VmConfig['memory'],
+    physicalBits: number,
+  ) {
+    const ranges = ramRanges(config.size);
+    const last = ranges.at(-1)!;
+    if (last.address + last.size > 2 ** physicalBits - PLATFORM_AREA_SIZE) {
+      throw new MachineError(
+        `--memory size=${config.size}: more than a guest of ${physicalBits} physical address bits can have`,
+      );
+    }
+    try {
+      for (const range of ranges) this.#mappings.push({ range, mapping: this.#allocate(range.size) });
+    } catch (error) {
+      this.close();
+      throw error instanceof SystemError
+        ? new MachineError(`--memory size=${config.size}: the host cannot map that much`, { cause: error })
+        : error;
+    }
+    this.memory = new GuestMemory(this.#mappings.flatMap(({ range, mapping }) => windows(range, mapping)));
+  }
+
+  #allocate(size: number): HostMapping {
+    const { shared, hugepages, hugepage_size: pageSize, prefault, thp, mergeable } = this.config;
+    const hugepageSize = hugepages ? (pageSize ?? DEFAULT_HUGEPAGE_SIZE) : undefined;
+    let fd: number | undefined;
+    if (shared) {
+      fd = this.kernel.memfd('guest-ram', { size, hugepageSize });
+      this.#fds.push(fd);
+    }
+    const mapping = this.kernel.map({ length: size, fd, shared, populate: prefault, hugepageSize });
+    if (!hugepages) this.#advise(mapping, thp ? 'hugepage' : 'nohugepage', 'thp');
+    if (mergeable) this.#advise(mapping, 'mergeable', 'mergeable');
+    return mapping;
+  }
+
+  #advise(mapping: HostMapping, advice: 'hugepage' | 'nohugepage' | 'mergeable', option: string): void {
+    try {
+      this.kernel.advise(mapping, advice);
+    } catch (error) {
+      // A host kernel built without huge pages has none to give or refuse; without KSM, the user's wish cannot be met.
+      if (!(error instanceof SystemError)) throw error;
+      if (advice === 'mergeable') {
+        mapping.unmap();
+        throw new MachineError(`--memory ${option}=on: the host's kernel has no page merging`, { cause: error });
+      }
+    }
+  }
+
+  /** Gives all RAM to the VM, slots from 0 on. */
+  attach(vm: Vm): void {
+    this.#mappings.forEach(({ range, mapping }, slot) => {
+      vm.addMemory({ slot, guestAddress: range.address, mapping: mapping.handle });
+    });
+  }
+
+  /** Unmaps it; no thread and no VM uses it any more. */
+  close(): void {
+    for (const { mapping } of this.#mappings) mapping.unmap();
+    for (const fd of this.#fds) this.kernel.close(fd);
+  }
+}
+
+const DEFAULT_HUGEPAGE_SIZE = 2 * 1024 * 1024;
+
+function windows(range: MemoryRange, mapping: HostMapping): MemoryWindow[] {
+  const count = Math.ceil(range.size / WINDOW_SIZE);
+  return Array.from({ length: count }, (_, index) => {
+    const offset = index * WINDOW_SIZE;
+    const length = Math.min(WINDOW_SIZE, range.size - offset);
+    return { address: range.address + offset, buffer: mapping.view(offset, length) };
+  });
+}

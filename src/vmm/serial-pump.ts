@@ -1,0 +1,56 @@
+/** Moves bytes between the serial device and its host end, on main, with backpressure both ways. */
+import type { Serial16550 } from '../devices/serial-16550.js';
+import type { SerialBackend } from './serial-backend.js';
+
+const CHUNK = 4096;
+
+export class SerialPump {
+  readonly #chunk = new Uint8Array(CHUNK);
+  /** Input that the device had no room for yet. */
+  #waiting: Uint8Array = new Uint8Array(0);
+  #stalled = false;
+
+  /** @param backend none: output is thrown away and no input comes */
+  constructor(
+    private readonly device: Serial16550,
+    private readonly backend: SerialBackend | undefined,
+  ) {
+    if (backend === undefined) return;
+    backend.onDrain = () => {
+      this.#stalled = false;
+      this.output();
+    };
+    backend.onInput = (bytes) => {
+      this.#waiting = this.#waiting.length === 0 ? bytes : Buffer.concat([this.#waiting, bytes]);
+      return this.input();
+    };
+    backend.resume();
+  }
+
+  /** The device has bytes for the host. */
+  output(): void {
+    while (!this.#stalled) {
+      const count = this.device.drainTransmit(this.#chunk);
+      if (count === 0) return;
+      // A copy: the stream keeps the buffer until it is written.
+      if (this.backend !== undefined) this.#stalled = !this.backend.write(this.#chunk.slice(0, count));
+    }
+  }
+
+  /** The device may have room. @returns whether all input so far is with it */
+  input(): boolean {
+    if (this.#waiting.length > 0) this.#waiting = this.#waiting.subarray(this.device.receive(this.#waiting));
+    if (this.#waiting.length > 0) return false;
+    this.backend?.resume();
+    return true;
+  }
+
+  /** The device goes away: its last bytes are written, the host end stays. */
+  close(): void {
+    this.#stalled = false;
+    this.output();
+    if (this.backend === undefined) return;
+    this.backend.onDrain = () => undefined;
+    this.backend.onInput = () => false;
+  }
+}

@@ -1,0 +1,271 @@
+import { describe, expect, test } from '@jest/globals';
+import { readFileSync } from 'node:fs';
+import { DOCTOR_FLAGS, RUN_FLAGS } from '../../../src/cli/options.js';
+import { parseCommandLine } from '../../../src/cli/parse.js';
+import type { RunCommand } from '../../../src/cli/parse-run.js';
+import { OptionError } from '../../../src/config/option-syntax.js';
+
+const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30] };
+const parse = (...argv: string[]): ReturnType<typeof parseCommandLine> => parseCommandLine(argv, host);
+
+function run(...argv: string[]): RunCommand {
+  const command = parse(...argv);
+  if (command.kind !== 'run') throw new Error(`Got ${command.kind}`);
+  return command;
+}
+
+const defaults = {
+  payload: { kernel: 'k' },
+  cpus: { boot_vcpus: 1, max_vcpus: 1, max_phys_bits: 46 },
+  memory: { size: 512 * 2 ** 20, shared: false, hugepages: false, prefault: false, thp: true, mergeable: false },
+  serial: { mode: 'Null' },
+  console: { mode: 'Off' },
+  pvpanic: false,
+};
+
+describe('a machine', () => {
+  test('with defaults', () => {
+    expect(run('--kernel', 'k')).toEqual({ kind: 'run', config: defaults, process: { verbosity: 0 } });
+  });
+
+  test('with everything', () => {
+    const text = [
+      '--kernel /boot/vmlinuz --initramfs=/boot/initrd --pvpanic --hypervisor mshv --log-file log -v',
+      '--cpus boot=2,max=4,topology=2:2:1:1,max_phys_bits=40,affinity=[0@[0-2],3@[5]]',
+      '--memory size=1G,shared=on,hugepages=on,hugepage_size=2M,prefault=on,thp=off,mergeable=off',
+      '--serial file=out.log --console off --verbose',
+    ].join(' ');
+    expect(run(...text.split(' '), '--cmdline', 'console=ttyS0 quiet')).toEqual({
+      kind: 'run',
+      config: {
+        payload: { kernel: '/boot/vmlinuz', initramfs: '/boot/initrd', cmdline: 'console=ttyS0 quiet' },
+        cpus: {
+          boot_vcpus: 2,
+          max_vcpus: 4,
+          topology: { threads_per_core: 2, cores_per_die: 2, dies_per_package: 1, packages: 1 },
+          max_phys_bits: 40,
+          affinity: [
+            { vcpu: 0, host_cpus: [0, 1, 2] },
+            { vcpu: 3, host_cpus: [5] },
+          ],
+        },
+        memory: {
+          size: 2 ** 30,
+          shared: true,
+          hugepages: true,
+          hugepage_size: 2 ** 21,
+          prefault: true,
+          thp: false,
+          mergeable: false,
+        },
+        serial: { mode: 'File', file: 'out.log' },
+        console: { mode: 'Off' },
+        pvpanic: true,
+      },
+      process: { hypervisor: 'mshv', logFile: 'log', verbosity: 2 },
+    });
+  });
+
+  test('max is boot unless it is given', () => {
+    expect(run('--kernel', 'k', '--cpus=boot=3').config.cpus.max_vcpus).toBe(3);
+    expect(run('--kernel', 'k', '--cpus=max=3').config.cpus).toMatchObject({ boot_vcpus: 1, max_vcpus: 3 });
+  });
+
+  test.each([
+    ['off', { mode: 'Off' }],
+    ['null', { mode: 'Null' }],
+    ['tty', { mode: 'Tty' }],
+    ['pty', { mode: 'Pty' }],
+    ['file=a=b', { mode: 'File', file: 'a=b' }],
+    ['file="a,b"', { mode: 'File', file: 'a,b' }],
+    ['socket=s', { mode: 'Socket', socket: 's' }],
+  ])('--serial %s', (text, serial) => expect(run('--kernel', 'k', '--serial', text).config.serial).toEqual(serial));
+
+  test.each([
+    [['-vvv'], 3],
+    [['-v', '--verbose', '-vv'], 4],
+  ])('%j', (flags, verbosity) => expect(run('--kernel', 'k', ...flags).process.verbosity).toBe(verbosity));
+});
+
+test('values arrive as they were typed', () => {
+  for (const value of [
+    'true',
+    'false',
+    '1',
+    '-1',
+    '007',
+    '1e3',
+    'a.b',
+    '"q"',
+    "'q'",
+    'a b',
+    'a=b',
+    '[1]',
+    'null',
+    'é',
+  ]) {
+    expect(run('--kernel', value, `--cmdline=${value}`).config.payload).toEqual({ kernel: value, cmdline: value });
+  }
+  for (const value of ['-x', '--cpus', '--', '--no-x']) {
+    expect(run('--kernel=k', `--cmdline=${value}`).config.payload.cmdline).toBe(value);
+  }
+});
+
+const VMM_HELP = 'accepted is what `vmm --help` lists';
+const SERIAL = 'accepted is off, null, tty, pty, file=PATH, socket=PATH';
+
+describe('refuses options', () => {
+  test.each([
+    ['--frobnicate', `--frobnicate: ${VMM_HELP}`],
+    ['--frobnicate=1', `--frobnicate: ${VMM_HELP}`],
+    ['--cpus.boot=1', `--cpus.boot: ${VMM_HELP}`],
+    ['--logFile x', `--logFile: ${VMM_HELP}`],
+    ['--no-pvpanic', `--no-pvpanic: ${VMM_HELP}`],
+    ['--json', `--json: ${VMM_HELP}`],
+    ['--toString', `--toString: ${VMM_HELP}`],
+    ['-x', `-x: ${VMM_HELP}`],
+    ['-vx', '-vx: accepted is -v, -V or -h, alone or joined'],
+    ['-v5', '-v5: accepted is -v, -V or -h, alone or joined'],
+    ['--pvpanic=maybe', '--pvpanic=maybe: accepted is --pvpanic alone'],
+    ['--verbose=2', '--verbose=2: accepted is --verbose alone'],
+    ['--v=2', '--v=2: accepted is --verbose alone'],
+    ['start', `start: ${VMM_HELP}`],
+    ['--kernel k start', `start: ${VMM_HELP}`],
+    ['0x10', `0x10: ${VMM_HELP}`],
+    ['-- start', `--: ${VMM_HELP}`],
+    ['doctor now', 'now: accepted is what `vmm doctor --help` lists'],
+    ['doctor --kernel k', '--kernel: accepted is what `vmm doctor --help` lists'],
+    ['--kernel', '--kernel: accepted is a value after it'],
+    ['--kernel --pvpanic', '--kernel: accepted is a value after it'],
+    ['--kernel=', '--kernel=: accepted is the path of a file'],
+    ['--kernel a --kernel b', '--kernel: accepted is one value, not 2'],
+    ['--kernel k --cpus boot=1 --cpus max=2', '--cpus: accepted is one value, not 2'],
+    ['-v', '--kernel: accepted is the path of a kernel, which every machine needs'],
+    ['--cmdline quiet', '--kernel: accepted is the path of a kernel, which every machine needs'],
+    ['--initramfs i --cpus boot=2', '--kernel: accepted is the path of a kernel, which every machine needs'],
+    ['--kernel k --initramfs=', '--initramfs=: accepted is the path of a file'],
+    ['--kernel k --hypervisor xen', '--hypervisor xen: accepted is kvm or mshv'],
+    ['--kernel k --log-file=', '--log-file=: accepted is the path of a file'],
+    ['--kernel k --log-file=a\0b', '--log-file a\\u{0}b: accepted is the path of a file'],
+    ['--kernel k --console tty', '--console tty: accepted is off'],
+    ['--kernel k --serial vga', `--serial vga: ${SERIAL}`],
+    ['--kernel k --serial tty=1', `--serial tty=1: ${SERIAL}`],
+    ['--kernel k --serial tty,pty', `--serial tty,pty: ${SERIAL}`],
+    ['--kernel k --serial file', `--serial file: ${SERIAL}`],
+    ['--kernel k --serial file="a', `--serial file="a: ${SERIAL}`],
+    ['--kernel k --serial=', `--serial=: ${SERIAL}`],
+    ['--kernel k --serial file=', '--serial file=: accepted is a path'],
+    ['--kernel k --serial socket=', '--serial socket=: accepted is a path'],
+  ])('%s', (line, message) => refuses(line.split(' '), message));
+});
+
+describe('refuses --cpus', () => {
+  const AFFINITY = 'accepted is a list such as [0@[0,2-4],1@[1]]: vCPU@[host CPUs]';
+  const PRODUCT = 'accepted is threads:cores:dies:packages whose product is';
+  test.each([
+    ['boot=0', '--cpus boot=0: accepted is a number from 1 to 254'],
+    ['boot=255', '--cpus boot=255: accepted is a number from 1 to 254'],
+    ['max=0', '--cpus max=0: accepted is a number from 1 to 254'],
+    ['boot=1,max=255', '--cpus max=255: accepted is a number from 1 to 254'],
+    ['boot=3,max=2', '--cpus boot=3: accepted is a number from 1 to max=2'],
+    ['boot=two', '--cpus boot=two: accepted is a whole number'],
+    ['cores=2', '--cpus cores=2: accepted is a list of boot=, max=, topology=, max_phys_bits=, affinity='],
+    ['topology=1:1:1', '--cpus topology=1:1:1: accepted is threads:cores:dies:packages, four whole numbers'],
+    ['topology=0:1:1:1', '--cpus topology=0:1:1:1: accepted is threads per core from 1 to 2'],
+    ['max=3,topology=3:1:1:1', '--cpus topology=3:1:1:1: accepted is threads per core from 1 to 2'],
+    ['topology=1:0:1:1', '--cpus topology=1:0:1:1: accepted is cores per die from 1 to 254'],
+    ['topology=1:1:0:1', '--cpus topology=1:1:0:1: accepted is dies per package from 1 to 254'],
+    ['topology=1:1:1:0', '--cpus topology=1:1:1:0: accepted is packages from 1 to 254'],
+    ['boot=2,max=4,topology=1:2:1:1', `--cpus topology=1:2:1:1: ${PRODUCT} max=4`],
+    ['boot=2,topology=2:2:1:1', `--cpus topology=2:2:1:1: ${PRODUCT} max=2`],
+    ['max_phys_bits=35', '--cpus max_phys_bits=35: accepted is a number from 36 to 52'],
+    ['affinity=[2@[0]],max=2', '--cpus affinity=[2@[0]]: accepted is a vCPU from 0 to 1'],
+    ['affinity=[0@[0],0@[1]]', '--cpus affinity=[0@[0],0@[1]]: accepted is each vCPU once (0 is repeated)'],
+    ['affinity=[0@[3]]', '--cpus affinity=[0@[3]]: accepted is CPUs that the host has online (0-2,5), not 3'],
+    ['affinity=[0@[9999]]', '--cpus affinity=[0@[9999]]: accepted is host CPUs from 0 to 8191'],
+    ['affinity=[0@[2-1]]', `--cpus affinity=[0@[2-1]]: ${AFFINITY}`],
+    ['affinity=0@0', `--cpus affinity=0@0: ${AFFINITY}`],
+    ['affinity=[0@[0]', '--cpus affinity=[0@[0]: accepted is text whose brackets and quotes balance'],
+  ])('%s', (text, message) => refuses(['--kernel', 'k', '--cpus', text], message));
+});
+
+describe('refuses --memory', () => {
+  const SIZE = 'accepted is a number of bytes, or one followed by K, M or G';
+  const RANGE = 'accepted is a multiple of 4096 bytes from 4096 to 2^52';
+  test.each([
+    ['size=1T', `--memory size=1T: ${SIZE}`],
+    ['size=1g', `--memory size=1g: ${SIZE}`],
+    ['size=', undefined],
+    ['size=0', `--memory size=0: ${RANGE}`],
+    ['size=1M,size=2M', '--memory size=2M: accepted is size= once'],
+    ['size=4097', `--memory size=4097: ${RANGE}`],
+    ['size=4194305G', `--memory size=4194305G: ${RANGE}`],
+    ['size=9999999999999999G', `--memory size=9999999999999999G: ${RANGE}`],
+    ['shared=yes', '--memory shared=yes: accepted is on or off'],
+    ['shared', '--memory shared: accepted is shared=on|off'],
+    ['shared=on,mergeable=on', '--memory mergeable=on: accepted is off when shared=on'],
+    ['hugepage_size=2M', '--memory hugepage_size=2M: accepted is a size only with hugepages=on'],
+    ['hugepages=on,hugepage_size=4M', '--memory hugepage_size=4M: accepted is a huge page size of the host: 2M, 1G'],
+    ['hugepages=on,size=3M', '--memory size=3M: accepted is a size that is a multiple of the huge page size 2M'],
+    [
+      'hugepages=on,hugepage_size=1G',
+      '--memory hugepages=on,hugepage_size=1G: accepted is a size that is a multiple of the huge page size 1G',
+    ],
+  ])('%s', (text, message) => {
+    if (message === undefined) expect(run('--kernel', 'k', '--memory', text).config).toEqual(defaults);
+    else refuses(['--kernel', 'k', '--memory', text], message);
+  });
+
+  test('huge pages that the host has not', () => {
+    const argv = ['--kernel', 'k', '--memory', 'hugepages=on'];
+    expect(() => parseCommandLine(argv, { ...host, hugepageSizes: [] })).toThrow(
+      new Error('--memory hugepages=on: accepted is off: the host has no huge pages'),
+    );
+  });
+});
+
+function refuses(argv: readonly string[], message: string): void {
+  expect(() => parseCommandLine(argv, host)).toThrow(OptionError);
+  // An error object compares whole messages, where a string would look for a part.
+  expect(() => parseCommandLine(argv, host)).toThrow(new Error(message));
+}
+
+describe('other commands', () => {
+  test('doctor', () => {
+    expect(parse('doctor')).toEqual({ kind: 'doctor', json: false });
+    expect(parse('doctor', '--json')).toEqual({ kind: 'doctor', json: true });
+  });
+
+  test('version', () => {
+    const { version } = JSON.parse(readFileSync('package.json', 'utf8')) as { version: string };
+    for (const flag of ['--version', '-V']) expect(parse(flag)).toEqual({ kind: 'version', text: `vmm ${version}` });
+  });
+
+  test('help lists every option, and is what a bare vmm prints', () => {
+    const help = parse();
+    expect(parse('--help')).toEqual(help);
+    expect(parse('-vh')).toEqual(help);
+    const text = help.kind === 'help' ? help.text : '';
+    for (const { name } of RUN_FLAGS) expect(text).toContain(`--${name}`);
+    for (const line of [
+      'Payload:',
+      'Machine:',
+      'Process:',
+      'vmm doctor',
+      'boot=N',
+      'size=SIZE',
+      '[512M]',
+      'file=PATH',
+    ]) {
+      expect(text).toContain(line);
+    }
+    expect(text).not.toContain('undefined');
+  });
+
+  test('help of doctor lists its options alone', () => {
+    const help = parse('doctor', '--help');
+    const text = help.kind === 'help' ? help.text : '';
+    for (const { name } of DOCTOR_FLAGS) expect(text).toContain(`--${name}`);
+    expect(text).not.toContain('--kernel');
+  });
+});

@@ -1,0 +1,86 @@
+import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { dirname, join } from 'node:path';
+import { HostFactsError, findHostProblem, formatSize, readHostFacts } from '../../../src/config/host-facts.js';
+import { vmConfigSchema } from '../../../src/config/vm-config.js';
+
+describe('readHostFacts', () => {
+  let root: string;
+  beforeEach(() => void (root = mkdtempSync(join(tmpdir(), 'vmm-host-'))));
+  afterEach(() => rmSync(root, { recursive: true }));
+  const put = (path: string, text: string): void => {
+    mkdirSync(dirname(join(root, path)), { recursive: true });
+    writeFileSync(join(root, path), text);
+  };
+
+  test('reads CPUs and huge page sizes, the default size first', () => {
+    put('sys/devices/system/cpu/online', '0-2,5\n');
+    put('proc/meminfo', 'MemTotal:  1 kB\nHugepagesize:    2048 kB\nHugetlb: 0 kB\n');
+    for (const size of ['1048576', '64', '2048']) put(`sys/kernel/mm/hugepages/hugepages-${size}kB/nr_hugepages`, '0');
+    expect(readHostFacts(root)).toEqual({ cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 16, 2 ** 30] });
+  });
+
+  test('a kernel without huge pages', () => {
+    put('sys/devices/system/cpu/online', '0\n');
+    put('proc/meminfo', 'MemTotal:  1 kB\n');
+    expect(readHostFacts(root)).toEqual({ cpus: [0], hugepageSizes: [] });
+  });
+
+  test('says which file is missing or odd', () => {
+    expect(() => readHostFacts(root)).toThrow(HostFactsError);
+    expect(() => readHostFacts(root)).toThrow(`Cannot read ${root}/sys/devices/system/cpu/online`);
+    put('sys/devices/system/cpu/online', '\n');
+    expect(() => readHostFacts(root)).toThrow(`No list of CPUs in ${root}/sys/devices/system/cpu/online`);
+  });
+
+  test('this machine has CPUs', () => expect(readHostFacts().cpus.length).toBeGreaterThan(0));
+});
+
+describe('findHostProblem', () => {
+  const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30] };
+  const problem = (config: object, facts = host): unknown =>
+    findHostProblem(vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config }), facts);
+  const cpus = (...host_cpus: number[]): object => ({
+    cpus: { boot_vcpus: 1, max_vcpus: 1, affinity: [{ vcpu: 0, host_cpus }] },
+  });
+
+  test('finds nothing in what the host can do', () => {
+    expect(problem(cpus(0, 5))).toBeUndefined();
+    expect(problem({ memory: { size: 2 ** 21, hugepages: true } })).toBeUndefined();
+    expect(problem({ memory: { size: 2 ** 30, hugepages: true, hugepage_size: 2 ** 30 } })).toBeUndefined();
+    expect(problem({ memory: { size: 4096 } }, { ...host, hugepageSizes: [] })).toBeUndefined();
+  });
+
+  test('a CPU that is not online', () => {
+    const accepted = 'CPUs that the host has online (0-2,5), not 4';
+    expect(problem(cpus(0, 4))).toEqual({ path: ['cpus', 'affinity'], accepted });
+  });
+
+  test('huge pages', () => {
+    const memory = { size: 3 * 2 ** 20, hugepages: true };
+    expect(problem({ memory }, { ...host, hugepageSizes: [] })).toEqual({
+      path: ['memory', 'hugepages'],
+      accepted: 'off: the host has no huge pages',
+    });
+    expect(problem({ memory })).toEqual({
+      path: ['memory', 'size'],
+      accepted: 'a size that is a multiple of the huge page size 2M',
+    });
+    expect(problem({ memory: { ...memory, hugepage_size: 0 } })).toEqual({
+      path: ['memory', 'hugepage_size'],
+      accepted: 'a huge page size of the host: 2M, 1G',
+    });
+  });
+});
+
+test('sizes are written with the largest unit that divides them', () => {
+  expect([0, 1, 1024, 1536 * 1024, 2 ** 20, 3 * 2 ** 30].map(formatSize)).toEqual([
+    '0',
+    '1',
+    '1K',
+    '1536K',
+    '1M',
+    '3G',
+  ]);
+});

@@ -1,0 +1,49 @@
+import { describe, expect, test } from '@jest/globals';
+import { vmConfigSchema } from '../../../src/config/vm-config.js';
+
+const payload = { kernel: 'k' };
+/** Path and text of the first thing refused. */
+const refusal = (config: unknown): string => {
+  const issue = vmConfigSchema.safeParse(config).error?.issues[0];
+  return issue === undefined ? 'valid' : `${issue.path.join('.')}: ${issue.message}`;
+};
+
+test('only the kernel is required', () => {
+  expect(vmConfigSchema.parse({ payload })).toEqual({
+    payload,
+    cpus: { boot_vcpus: 1, max_vcpus: 1, max_phys_bits: 46 },
+    memory: { size: 536870912, shared: false, hugepages: false, prefault: false, thp: true, mergeable: false },
+    serial: { mode: 'Null' },
+    console: { mode: 'Off' },
+    pvpanic: false,
+  });
+});
+
+describe('refused, whichever front end it came from', () => {
+  test.each([
+    [{ payload: {} }, 'payload.kernel: the path of a file'],
+    [{ payload: { kernel: 'a\0b' } }, 'payload.kernel: the path of a file'],
+    [{ payload: { kernel: 'k', cmdline: 'a\0b' } }, 'payload.cmdline: text without NUL'],
+    [{ payload, cpus: { boot_vcpus: 1.5, max_vcpus: 2 } }, 'cpus.boot_vcpus: a number from 1 to 254'],
+    [{ payload, cpus: { boot_vcpus: 1, max_vcpus: 255 } }, 'cpus.max_vcpus: a number from 1 to 254'],
+    [
+      { payload, cpus: { boot_vcpus: 1, max_vcpus: 1, affinity: [{ vcpu: 0, host_cpus: [] }] } },
+      'cpus.affinity.0.host_cpus: at least one host CPU for each vCPU',
+    ],
+    [{ payload, memory: { size: -4096 } }, 'memory.size: a multiple of 4096 bytes from 4096 to 2^52'],
+    [{ payload, memory: { size: 2 ** 52 + 4096 } }, 'memory.size: a multiple of 4096 bytes from 4096 to 2^52'],
+    [{ payload, serial: { mode: 'File' } }, 'serial.file: a path'],
+    [{ payload, serial: { mode: 'Socket' } }, 'serial.socket: a path'],
+    [{ payload, serial: { mode: 'Tty', file: 'f' } }, 'serial.file: a path only with mode File'],
+    [{ payload, serial: { mode: 'tty' } }, 'serial.mode: one of Off, Null, Tty, Pty, File, Socket'],
+    [{ payload, console: { mode: 'Tty' } }, 'console.mode: off'],
+  ])('%j', (config, text) => expect(refusal(config)).toBe(text));
+
+  test('unknown fields', () => expect(refusal({ payload, disks: [] })).toContain('disks'));
+});
+
+test('the largest values are valid', () => {
+  const topology = { threads_per_core: 2, cores_per_die: 127, dies_per_package: 1, packages: 1 };
+  const cpus = { boot_vcpus: 254, max_vcpus: 254, topology, max_phys_bits: 52 };
+  expect(refusal({ payload, cpus, memory: { size: 2 ** 52 } })).toBe('valid');
+});

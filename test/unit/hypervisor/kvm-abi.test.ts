@@ -1,0 +1,75 @@
+import { execFileSync } from 'node:child_process';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { expect, test } from '@jest/globals';
+import * as abi from '../../../src/hypervisor/kvm/abi.js';
+
+/** C expressions for the constants that linux/kvm.h does not spell the same way. */
+const STRUCTURES: Readonly<Record<string, string>> = {
+  CPUID_HEADER_SIZE: 'sizeof(struct kvm_cpuid2)',
+  CPUID_ENTRY_SIZE: 'sizeof(struct kvm_cpuid_entry2)',
+  MSRS_HEADER_SIZE: 'sizeof(struct kvm_msrs)',
+  MSR_ENTRY_SIZE: 'sizeof(struct kvm_msr_entry)',
+  REGS_SIZE: 'sizeof(struct kvm_regs)',
+  SREGS_SIZE: 'sizeof(struct kvm_sregs)',
+  SEGMENT_SIZE: 'sizeof(struct kvm_segment)',
+  DTABLE_SIZE: 'sizeof(struct kvm_dtable)',
+  FPU_SIZE: 'sizeof(struct kvm_fpu)',
+  FPU_FCW_OFFSET: 'offsetof(struct kvm_fpu, fcw)',
+  FPU_MXCSR_OFFSET: 'offsetof(struct kvm_fpu, mxcsr)',
+  LAPIC_SIZE: 'sizeof(struct kvm_lapic_state)',
+  USER_MEMORY_REGION_SIZE: 'sizeof(struct kvm_userspace_memory_region)',
+  IRQFD_SIZE: 'sizeof(struct kvm_irqfd)',
+  PIT_CONFIG_SIZE: 'sizeof(struct kvm_pit_config)',
+  IRQ_ROUTING_HEADER_SIZE: 'sizeof(struct kvm_irq_routing)',
+  IRQ_ROUTING_ENTRY_SIZE: 'sizeof(struct kvm_irq_routing_entry)',
+};
+
+const RUN_FIELDS: Readonly<Record<keyof typeof abi.RUN, string>> = {
+  immediateExit: 'immediate_exit',
+  exitReason: 'exit_reason',
+  ioDirection: 'io.direction',
+  ioSize: 'io.size',
+  ioPort: 'io.port',
+  ioCount: 'io.count',
+  ioDataOffset: 'io.data_offset',
+  mmioAddress: 'mmio.phys_addr',
+  mmioData: 'mmio.data',
+  mmioLength: 'mmio.len',
+  mmioIsWrite: 'mmio.is_write',
+  hardwareReason: 'fail_entry.hardware_entry_failure_reason',
+  internalSuberror: 'internal.suberror',
+  systemEventType: 'system_event.type',
+};
+
+test("every constant agrees with the kernel's own headers", () => {
+  const ours: Record<string, number> = {};
+  const expressions: string[] = [];
+  const add = (name: string, value: number, expression: string) => {
+    ours[name] = value;
+    expressions.push(`printf("\\"%s\\": %llu,\\n", "${name}", (unsigned long long)(${expression}));`);
+  };
+  for (const [name, value] of Object.entries(abi)) {
+    if (typeof value === 'number') add(name, value, STRUCTURES[name] ?? name);
+  }
+  for (const [name, value] of Object.entries(abi.KVM_CAP)) add(`KVM_CAP_${name}`, value, `KVM_CAP_${name}`);
+  for (const [name, value] of Object.entries(abi.KVM_EXIT)) add(`KVM_EXIT_${name}`, value, `KVM_EXIT_${name}`);
+  for (const [field, value] of Object.entries(abi.RUN)) {
+    const member = RUN_FIELDS[field as keyof typeof abi.RUN];
+    add(`run.${field}`, value, `offsetof(struct kvm_run, ${member})`);
+  }
+
+  const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-probe-'));
+  try {
+    const source = path.join(folder, 'probe.c');
+    const includes = ['stddef.h', 'stdio.h', 'linux/kvm.h'].map((file) => `#include <${file}>`).join('\n');
+    fs.writeFileSync(source, `${includes}\nint main(void) {\n${expressions.join('\n')}\nreturn 0; }\n`);
+    const probe = path.join(folder, 'probe');
+    execFileSync('gcc', ['-o', probe, source]);
+    const output = execFileSync(probe, { encoding: 'utf8' });
+    expect(ours).toEqual(JSON.parse(`{${output.trim().slice(0, -1)}}`));
+  } finally {
+    fs.rmSync(folder, { recursive: true });
+  }
+});
