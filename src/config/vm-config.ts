@@ -7,7 +7,7 @@
  *
  * Not here yet: every device but the serial port; a console other than 'Off'.
  */
-import { z } from 'zod';
+import * as z from 'zod';
 
 /** An xAPIC id has 8 bits: 255 is the broadcast id and the I/O APIC takes one (Intel SDM vol. 3, 12.6.1). */
 export const MAX_VCPUS = 254;

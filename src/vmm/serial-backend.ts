@@ -131,8 +131,8 @@ function openTty(quit: () => void): SerialBackend {
     process.removeListener('exit', restore);
     stdout.removeListener('error', quit);
     stdin.pause();
-    // A pending read of a pipe would keep the process alive.
-    stdin.unref();
+    // A pending read of a pipe would keep the process alive; a file has no such method.
+    (stdin as Partial<typeof stdin>).unref?.();
   });
   process.once('exit', restore);
   stdout.on('error', quit);

@@ -6,9 +6,10 @@
  */
 import type { GuestMemory } from '../../../memory/guest-memory.js';
 import { HIGH_MEMORY } from '../layout.js';
-import type { PayloadFile } from './payload-file.js';
+import { mib, type PayloadFile } from './payload-file.js';
 
 const SETUP_SECTS = 0x1f1;
+const SYSSIZE = 0x1f4;
 const BOOT_FLAG = 0x1fe;
 const HEADER = 0x202;
 const VERSION = 0x206;
@@ -28,12 +29,13 @@ const HEADER_READ = 0x268;
 const HEADER_LIMIT = 0x290;
 
 const SECTOR = 512;
+/** Unit of `syssize`, bytes. */
+const PARAGRAPH = 16;
 const HDRS = 0x5372_6448;
 const MIN_VERSION = 0x020c;
 const XLF_KERNEL_64 = 1;
 /** The 64-bit entry point's offset in the protected-mode kernel. */
 const ENTRY_64 = 0x200;
-const MAX_ALIGNMENT = 0x4000_0000;
 
 export interface BzImage {
   /** The setup header's bytes, for the zero page at {@link SETUP_HEADER}. */
@@ -60,7 +62,10 @@ export function loadBzImage(file: PayloadFile, memory: GuestMemory): BzImage | u
   const kernelOffset = ((setup[SETUP_SECTS]! || 4) + 1) * SECTOR;
   const size = file.size - kernelOffset;
   const initSize = setup.readUInt32LE(INIT_SIZE);
-  if (size <= ENTRY_64) throw file.error('a complete bzImage: this one is cut short');
+  // A signature for secure boot may follow the kernel, so that the file may be longer than it says.
+  if (size <= ENTRY_64 || size < setup.readUInt32LE(SYSSIZE) * PARAGRAPH) {
+    throw file.error('a complete bzImage: this one is cut short');
+  }
 
   const address = chooseAddress(file, setup, memory, Math.max(initSize, size));
   file.load(kernelOffset, size, memory, address);
@@ -74,15 +79,18 @@ export function loadBzImage(file: PayloadFile, memory: GuestMemory): BzImage | u
   };
 }
 
-/** The preferred address where `need` bytes of RAM are there, else the lowest aligned one of a relocatable kernel. */
+/**
+ * The preferred address where `need` bytes of RAM are there, else the lowest aligned one of a relocatable kernel. Below
+ * the 32-bit hole: the page tables at the entry map no more.
+ */
 function chooseAddress(file: PayloadFile, setup: Buffer, memory: GuestMemory, need: number): number {
+  const low = memory.ranges()[0]!;
+  const ramEnd = low.address + low.size;
   const preferred = setup.readUInt32LE(PREF_ADDRESS) + setup.readUInt32LE(PREF_ADDRESS + 4) * 2 ** 32;
-  if (preferred >= HIGH_MEMORY && memory.contains(preferred, need)) return preferred;
+  if (preferred >= HIGH_MEMORY && preferred + need <= ramEnd) return preferred;
   const alignment = setup.readUInt32LE(KERNEL_ALIGNMENT);
-  if (setup[RELOCATABLE_KERNEL] !== 0 && alignment > 0 && alignment <= MAX_ALIGNMENT) {
-    const address = Math.ceil(HIGH_MEMORY / alignment) * alignment;
-    if (memory.contains(address, need)) return address;
-  }
-  const mib = Math.ceil((HIGH_MEMORY + need) / 2 ** 20);
-  throw file.error(`a kernel that fits the memory: this one needs about ${mib} MiB, see --memory`);
+  const relocatable = setup[RELOCATABLE_KERNEL] !== 0 && alignment > 0;
+  const address = relocatable ? Math.ceil(HIGH_MEMORY / alignment) * alignment : preferred;
+  if (relocatable && address + need <= ramEnd) return address;
+  throw file.error(`a kernel that fits the memory: this one needs ${mib(address + need)} MiB, see --memory`);
 }

@@ -1,7 +1,12 @@
-/** A kernel or initramfs file, read piece by piece straight into guest memory. */
+/** A kernel or initramfs file, read piece by piece straight into guest memory: no buffer holds the whole of it. */
 import fs from 'node:fs';
 import type { GuestMemory } from '../../../memory/guest-memory.js';
 import { BootError } from './boot-error.js';
+
+/** Bytes as whole MiB, rounded up, for messages. */
+export function mib(bytes: number): number {
+  return Math.ceil(bytes / 2 ** 20);
+}
 
 export class PayloadFile {
   /** @param size bytes, as found when it was opened */
@@ -16,7 +21,8 @@ export class PayloadFile {
   static open(option: string, path: string): PayloadFile {
     let fd: number;
     try {
-      fd = fs.openSync(path, 'r');
+      // Without O_NONBLOCK, a FIFO would block here until somebody writes to it.
+      fd = fs.openSync(path, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
     } catch (error) {
       throw new BootError(`${option} ${path}: accepted is a file that can be read`, { cause: error });
     }
@@ -37,26 +43,36 @@ export class PayloadFile {
     return new BootError(`${this.option} ${this.path}: accepted is ${accepted}`);
   }
 
-  /** At most `length` bytes from `offset` on; fewer when the file ends. */
+  /** At most `length` bytes from `offset` on; fewer when the file ends. @throws BootError when the host cannot read it */
   read(offset: number, length: number): Buffer {
     const buffer = Buffer.alloc(length);
-    return buffer.subarray(0, fs.readSync(this.fd, buffer, 0, length, offset));
+    return buffer.subarray(0, this.#readInto(buffer, 0, offset));
   }
 
   /**
    * Reads exactly `length` bytes from `offset` into guest memory.
    *
-   * @throws BootError when the file is shorter; GuestMemoryError when the range is not RAM
+   * @throws BootError when the file is shorter or cannot be read; GuestMemoryError when the range is not RAM
    */
   load(offset: number, length: number, memory: GuestMemory, address: number): void {
     let at = offset;
     for (const slice of memory.slices(address, length)) {
       for (let done = 0; done < slice.length; ) {
-        const count = fs.readSync(this.fd, slice, done, slice.length - done, at);
+        const count = this.#readInto(slice, done, at);
+        // It was longer when it was opened.
         if (count === 0) throw this.error('a file that is complete: this one is cut short');
         done += count;
         at += count;
       }
+    }
+  }
+
+  /** Fills the buffer from `start` on. @returns the bytes read, 0 at the end of the file */
+  #readInto(buffer: Uint8Array, start: number, offset: number): number {
+    try {
+      return fs.readSync(this.fd, buffer, start, buffer.length - start, offset);
+    } catch (error) {
+      throw new BootError(`${this.option} ${this.path}: accepted is a file that can be read`, { cause: error });
     }
   }
 }
