@@ -25,7 +25,7 @@ const product = { 'dist/vmm.js': 'src/main.ts', 'dist/vcpu-worker.js': 'src/thre
 const tools = {
   'dist/tools/start.js': 'tools/start.ts',
   'dist/tools/lab.js': 'test/lab/cli.ts',
-  'dist/tools/lab-server.js': 'test/lab/server.ts',
+  'dist/tools/test.js': 'tools/test.ts',
   'dist/tools/agent.js': 'test/lab/agent.ts',
   'dist/tools/bench.js': 'test/bench/main.ts',
 };

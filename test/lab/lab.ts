@@ -335,6 +335,7 @@ export class Lab {
   #fail(reason: string): void {
     if (this.#failure !== undefined) return;
     this.#failure = new LabFailure(`The lab failed: ${reason}`);
+    fs.writeFileSync(path.join(this.directory, 'failed'), `${reason}\n`);
     clearInterval(this.#timer);
     for (const running of this.#running.values()) running.failed(this.#failure);
     this.#running.clear();
@@ -362,6 +363,11 @@ function readConsole(directory: string): string {
   } catch {
     return '';
   }
+}
+
+/** Whether the console of the lab shows that the lab itself failed. */
+export function labFailed(directory: string): boolean {
+  return LAB_FAILURE_SIGNS.test(readConsole(directory)) || fs.existsSync(path.join(directory, 'failed'));
 }
 
 function consoleTail(directory: string): string {

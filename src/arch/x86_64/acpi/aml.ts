@@ -1,118 +1,162 @@
 /**
- * ACPI Machine Language: a function for each term that the tables use, named as in ASL, giving its encoding.
- *
- * ACPI 6.5, chapter 20. Not there: terms that no table of this machine needs.
+ * AML, byte by byte (ACPI 6.5, chapter 20): the terms that this machine's DSDT is made of, each a function that gives its
+ * encoding. Resource descriptors are those of 6.4.
  */
-import { ascii, concat, u16, u32, u64, u8 } from './bytes.js';
 
-/** An encoded term. */
-export type Aml = Uint8Array;
+export type Aml = readonly number[];
 
-/** Value of a PkgLength or of a field's width in bits: 6 bits in one byte, or 4 bits and up to three more bytes (20.2.4). */
-export function packedLength(value: number): Aml {
-  if (value < 1 << 6) return u8(value);
-  const lead = value & 0xf;
-  if (value < 1 << 12) return u8(0x40 | lead, value >>> 4);
-  if (value < 1 << 20) return u8(0x80 | lead, value >>> 4, value >>> 12);
-  return u8(0xc0 | lead, value >>> 4, value >>> 12, value >>> 20);
+/** A name or a path: segments of up to four characters between dots, from the root with a leading backslash. */
+function nameString(path: string): Aml {
+  const root = path.startsWith('\\') ? [0x5c] : [];
+  const segments = path.replace('\\', '').split('.');
+  const bytes = segments.flatMap((segment) => [...segment.padEnd(4, '_')].map((char) => char.charCodeAt(0)));
+  if (segments.length === 1) return [...root, ...bytes];
+  const prefix = segments.length === 2 ? [0x2e] : [0x2f, segments.length];
+  return [...root, ...prefix, ...bytes];
 }
 
-/** A PkgLength counts its own bytes too. */
-function packaged(opcode: Aml, ...parts: readonly Aml[]): Aml {
-  const body = concat(...parts);
-  let own = 1;
-  while (packedLength(body.length + own).length > own) own++;
-  return concat(opcode, packedLength(body.length + own), body);
+/** PkgLength counts itself: 20.2.4. One byte up to 63, else a nibble and one to three bytes. */
+export function withPackageLength(content: Aml): Aml {
+  if (content.length + 1 < 0x40) return [content.length + 1, ...content];
+  for (let extra = 1; extra <= 3; extra++) {
+    const length = content.length + 1 + extra;
+    if (length >= 2 ** (4 + 8 * extra)) continue;
+    const tail = Array.from({ length: extra }, (_, index) => Math.floor(length / 2 ** (4 + 8 * index)) & 0xff);
+    return [(extra << 6) | (length & 0xf), ...tail, ...content];
+  }
+  throw new RangeError(`AML package of ${content.length} bytes`);
 }
 
-function nameSegment(name: string): Aml {
-  return ascii(name, 4, '_');
+function little(value: number, bytes: number): Aml {
+  return Array.from({ length: bytes }, (_, index) => Math.floor(value / 2 ** (8 * index)) % 256);
 }
 
-/** A NameString (20.2.2): segments of up to 4 characters with dots between them, `\` in front when counted from the root. */
-export function path(name: string): Aml {
-  const root = name.startsWith('\\');
-  const segments = name.slice(root ? 1 : 0).split('.');
-  const prefix = segments.length === 1 ? u8() : segments.length === 2 ? u8(0x2e) : u8(0x2f, segments.length);
-  return concat(u8(...(root ? [0x5c] : [])), prefix, ...segments.map(nameSegment));
-}
-
-/** The shortest encoding of an integer (20.2.3). @param value 0 to Number.MAX_SAFE_INTEGER */
 export function integer(value: number): Aml {
-  if (value <= 1) return u8(value); // ZeroOp, OneOp
-  if (value < 2 ** 8) return u8(0x0a, value);
-  if (value < 2 ** 16) return concat(u8(0x0b), u16(value));
-  if (value < 2 ** 32) return concat(u8(0x0c), u32(value));
-  return concat(u8(0x0e), u64(value));
+  if (value === 0 || value === 1) return [value];
+  if (value < 0x100) return [0x0a, value];
+  if (value < 0x1_0000) return [0x0b, ...little(value, 2)];
+  if (value < 0x1_0000_0000) return [0x0c, ...little(value, 4)];
+  return [0x0e, ...little(value, 8)];
 }
 
-/** @param text ASCII */
 export function string(text: string): Aml {
-  return concat(u8(0x0d), ascii(text), u8(0));
+  return [0x0d, ...Buffer.from(text, 'latin1'), 0];
 }
 
-/** A seven-character PNP id, such as PNP0A08: letters of 5 bits, then hexadecimal digits, high byte first (19.3.4). */
+/** A compressed EISA id such as `PNP0A08`: 19.3.4. */
 export function eisaId(id: string): Aml {
-  const [a, b, c] = [...ascii(id, 3)].map((letter) => letter & 0x1f) as [number, number, number];
-  const letters = (a << 10) | (b << 5) | c;
+  const letter = (index: number) => id.charCodeAt(index) - 0x40;
+  const vendor = (letter(0) << 10) | (letter(1) << 5) | letter(2);
   const product = parseInt(id.slice(3), 16);
-  return u8(0x0c, letters >>> 8, letters, product >>> 8, product);
+  return [0x0c, vendor >> 8, vendor & 0xff, product >> 8, product & 0xff];
 }
 
-export function buffer(bytes: Uint8Array): Aml {
-  return packaged(u8(0x11), integer(bytes.length), bytes);
+export function name(path: string, value: Aml): Aml {
+  return [0x08, ...nameString(path), ...value];
 }
 
-/** @param elements at most 255 */
-export function pkg(...elements: readonly Aml[]): Aml {
-  return packaged(u8(0x12), u8(elements.length), ...elements);
+export function scope(path: string, ...terms: Aml[]): Aml {
+  return [0x10, ...withPackageLength([...nameString(path), ...terms.flat()])];
 }
 
-export function scope(name: string, ...terms: readonly Aml[]): Aml {
-  return packaged(u8(0x10), path(name), ...terms);
+export function device(path: string, ...terms: Aml[]): Aml {
+  return [0x5b, 0x82, ...withPackageLength([...nameString(path), ...terms.flat()])];
 }
 
-export function device(name: string, ...terms: readonly Aml[]): Aml {
-  return packaged(u8(0x5b, 0x82), path(name), ...terms);
+/** A serialized method. */
+export function method(path: string, args: number, ...terms: Aml[]): Aml {
+  return [0x14, ...withPackageLength([...nameString(path), args | 0x08, ...terms.flat()])];
 }
 
-export function name(name: string, value: Aml): Aml {
-  return concat(u8(0x08), path(name), value);
+export function packageOf(...elements: Aml[]): Aml {
+  return [0x12, ...withPackageLength([elements.length, ...elements.flat()])];
 }
 
-/** A serialized method. @param args number of arguments, 0 to 7 */
-export function method(name: string, args: number, ...terms: readonly Aml[]): Aml {
-  return packaged(u8(0x14), path(name), u8(args | 0x08), ...terms);
+/** An operation region in system memory. */
+export function memoryRegion(path: string, address: number, length: number): Aml {
+  return [0x5b, 0x80, ...nameString(path), 0x00, ...integer(address), ...integer(length)];
 }
 
-/** RegionSpace (20.2.5.2). */
-export const SYSTEM_MEMORY = 0;
-
-export function operationRegion(name: string, space: number, offset: number, length: number): Aml {
-  return concat(u8(0x5b, 0x80), path(name), u8(space), integer(offset), integer(length));
+/** Fields of a region, accessed byte-wise without lock; each is a name and its width in bits. */
+export function byteFields(region: string, ...fields: [name: string, bits: number][]): Aml {
+  const list = fields.flatMap(([field, bits]) => [...nameString(field), ...fieldWidth(bits)]);
+  return [0x5b, 0x81, ...withPackageLength([...nameString(region), 0x01, ...list])];
 }
 
-/** Fields of a region, in bits from its start, accessed by bytes, without lock, other bits written as zeros. */
-export function byteField(region: string, fields: readonly { readonly name: string; readonly bits: number }[]): Aml {
-  const list = fields.map(({ name, bits }) => concat(nameSegment(name), packedLength(bits)));
-  return packaged(u8(0x5b, 0x81), path(region), u8(0x41), ...list);
+/** A field's width is encoded like a PkgLength that does not count itself. */
+function fieldWidth(bits: number): Aml {
+  return bits < 0x40 ? [bits] : [0x40 | (bits & 0xf), bits >> 4];
 }
 
-export const LOCAL0: Aml = u8(0x60);
+export const LOCAL0: Aml = [0x60];
 
-export function store(value: Aml, target: Aml): Aml {
-  return concat(u8(0x70), value, target);
+/** A reference to a named object. */
+export function reference(path: string): Aml {
+  return nameString(path);
 }
 
-/** Bitwise and, its result not stored. */
+export function store(source: Aml, target: Aml): Aml {
+  return [0x70, ...source, ...target];
+}
+
+/** Bitwise and; the result is not stored. */
 export function and(left: Aml, right: Aml): Aml {
-  return concat(u8(0x7b), left, right, u8(0));
+  return [0x7b, ...left, ...right, 0x00];
 }
 
-export function ifTrue(predicate: Aml, ...terms: readonly Aml[]): Aml {
-  return packaged(u8(0xa0), predicate, ...terms);
+export function ifThen(predicate: Aml, ...terms: Aml[]): Aml {
+  return [0xa0, ...withPackageLength([...predicate, ...terms.flat()])];
 }
 
-export function notify(object: string, value: number): Aml {
-  return concat(u8(0x86), path(object), integer(value));
+export function notify(path: string, value: number): Aml {
+  return [0x86, ...nameString(path), ...integer(value)];
+}
+
+/** A buffer of resource descriptors with the end tag; its checksum of 0 means none. */
+export function resourceTemplate(...descriptors: Aml[]): Aml {
+  const bytes = [...descriptors.flat(), 0x79, 0x00];
+  return [0x11, ...withPackageLength([...integer(bytes.length), ...bytes])];
+}
+
+/** I/O ports, 16-bit decoded: 6.4.2.5. */
+export function io(port: number, length: number): Aml {
+  return [0x47, 0x01, ...little(port, 2), ...little(port, 2), 0x01, length];
+}
+
+/** An edge-triggered, active-high, exclusive interrupt: 6.4.3.6. */
+export function interrupt(gsi: number): Aml {
+  const CONSUMER_EDGE = 0x03;
+  return [0x89, ...little(6, 2), CONSUMER_EDGE, 1, ...little(gsi, 4)];
+}
+
+export function memory32Fixed(address: number, length: number): Aml {
+  return [0x86, ...little(9, 2), 0x01, ...little(address, 4), ...little(length, 4)];
+}
+
+/** Address space descriptors of a bridge: 6.4.3.5. Both ends fixed, positively decoded, producer. */
+const WINDOW_FLAGS = 0x0c;
+
+export function wordBusNumber(first: number, last: number): Aml {
+  const fields = [0, first, last, 0, last - first + 1].flatMap((value) => little(value, 2));
+  return [0x88, ...little(13, 2), 0x02, WINDOW_FLAGS, 0x00, ...fields];
+}
+
+export function wordIo(first: number, last: number): Aml {
+  const ENTIRE_RANGE = 0x03;
+  const fields = [0, first, last, 0, last - first + 1].flatMap((value) => little(value, 2));
+  return [0x88, ...little(13, 2), 0x01, WINDOW_FLAGS, ENTIRE_RANGE, ...fields];
+}
+
+const READ_WRITE = 0x01;
+
+/** @param end exclusive */
+export function dwordMemory(start: number, end: number): Aml {
+  const fields = [0, start, end - 1, 0, end - start].flatMap((value) => little(value, 4));
+  return [0x87, ...little(23, 2), 0x00, WINDOW_FLAGS, READ_WRITE, ...fields];
+}
+
+/** @param end exclusive */
+export function qwordMemory(start: number, end: number): Aml {
+  const fields = [0, start, end - 1, 0, end - start].flatMap((value) => little(value, 8));
+  return [0x8a, ...little(43, 2), 0x00, WINDOW_FLAGS, READ_WRITE, ...fields];
 }

@@ -1,0 +1,131 @@
+import { execFileSync } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+import { type Flavour, type Kernel, kernel } from '../lab/kernels.js';
+import { runInGuest, testFolder } from '../support/guest.js';
+import { TestHost } from '../support/host.js';
+
+const { folder, remove } = testFolder();
+let host: TestHost;
+const kernels = {} as Record<Flavour, Kernel>;
+
+beforeAll(async () => {
+  host = await TestHost.open();
+  for (const flavour of ['cloud', 'generic', 'backports'] as const) kernels[flavour] = await kernel(flavour);
+});
+
+afterAll(() => {
+  host.close();
+  remove();
+});
+
+/** What a guest says of itself, a line each. */
+const FACTS = `
+echo "release $(uname -r)"
+echo "cpus $(nproc)"
+echo "memory $(awk '/MemTotal/ { print $2 }' /proc/meminfo)"
+echo "date $(date +%s)"
+echo "source $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
+dmesg | grep -iE 'acpi.*(error|bug|warn)|firmware bug|WARNING:|BUG:|Call Trace|Oops' | sed 's/^/complaint /'
+true`;
+
+function facts(output: string): Map<string, string> {
+  return new Map(output.trim().split('\n').map((line) => line.split(/ (.*)/, 2) as [string, string]));
+}
+
+/** RAM that the kernel keeps for itself before it counts, at most: MiB. */
+const KERNEL_SHARE = { 512: 96, 5120: 224 };
+
+describe('a stock kernel boots to user space and agrees with the command line', () => {
+  const cases = [
+    ...(['cloud', 'generic'] as const).flatMap((flavour) => [
+      { flavour, vcpus: 1, mib: 512 as const },
+      { flavour, vcpus: 2, mib: 512 as const },
+      { flavour, vcpus: 4, mib: 5120 as const },
+    ]),
+    { flavour: 'backports' as const, vcpus: 2, mib: 512 as const },
+  ];
+
+  test.each(cases)('$flavour, $vcpus vCPUs, $mib MiB', async ({ flavour, vcpus, mib }) => {
+    const before = Date.now();
+    const guest = await runInGuest(host, folder, {
+      kernel: kernels[flavour],
+      task: { command: FACTS },
+      vmm: ['--cpus', `boot=${vcpus}`, '--memory', `size=${mib}M`],
+    });
+    const said = facts(guest.output);
+    expect({ status: guest.status, vmm: guest.vmm }).toEqual({ status: 0, vmm: 0 });
+    expect(said.get('release')).toBe(kernels[flavour].release);
+    expect(said.get('cpus')).toBe(String(vcpus));
+    const memory = Number(said.get('memory')) / 1024;
+    expect(memory).toBeLessThanOrEqual(mib);
+    expect(memory).toBeGreaterThan(mib - KERNEL_SHARE[mib]);
+    // The lab's clock and this machine's are of the same source, to the second; the guest's own start takes a while.
+    const date = Number(said.get('date')) * 1000;
+    expect(date).toBeGreaterThan(before - 5000);
+    expect(date).toBeLessThan(Date.now() + 5000);
+    expect(said.get('complaint')).toBeUndefined();
+  });
+});
+
+/** The ELF file inside a bzImage: its payload is compressed, and four bytes of its size follow. */
+function extractVmlinux(image: string, target: string): void {
+  const bytes = fs.readFileSync(image);
+  const payload = (bytes[0x1f1]! + 1) * 512 + bytes.readUInt32LE(0x248);
+  const compressed = bytes.subarray(payload, payload + bytes.readUInt32LE(0x24c) - 4);
+  fs.writeFileSync(target, execFileSync('xz', ['-dc', '--single-stream'], { input: compressed, maxBuffer: 2 ** 28 }));
+}
+
+test('an ELF vmlinux boots through its PVH entry', async () => {
+  const image = path.join(folder, 'vmlinux');
+  extractVmlinux(kernels.generic.vmlinuz, image);
+  const command = `${FACTS}\ndmesg | grep -c 'Booting paravirtualized kernel'`;
+  const guest = await runInGuest(host, folder, { kernel: kernels.generic, image, task: { command } });
+  expect({ status: guest.status, vmm: guest.vmm }).toEqual({ status: 0, vmm: 0 });
+  expect(facts(guest.output).get('release')).toBe(kernels.generic.release);
+  fs.rmSync(image);
+});
+
+test('the generic kernel starts 4 vCPUs from the MP table alone', async () => {
+  const guest = await runInGuest(host, folder, {
+    kernel: kernels.generic,
+    cmdline: 'acpi=off',
+    // Without ACPI a guest cannot power off: the reset ends this run's first life, and the escape is not needed.
+    task: { command: 'nproc; dmesg | grep -c "MultiProcessor Spec"; ls /sys/firmware/acpi 2>&1 | grep -c acpi; reboot -f' },
+    vmm: ['--cpus', 'boot=4'],
+  });
+  expect(guest.output).toBe('');
+});
+
+describe('the CPU topology of the command line is what Linux finds', () => {
+  const TOPOLOGY = `
+cd /sys/devices/system/cpu
+for cpu in cpu[0-9]*; do
+  echo "$cpu $(cat $cpu/topology/physical_package_id) $(cat $cpu/topology/die_id) $(cat $cpu/topology/core_id) $(cat $cpu/topology/thread_siblings_list)"
+done`;
+
+  interface Shape {
+    readonly topology: string;
+    readonly packages: number;
+    readonly cores: number;
+    readonly siblings: number;
+  }
+
+  test.each<Shape>([
+    { topology: '1:4:1:1', packages: 1, cores: 4, siblings: 1 },
+    { topology: '2:2:1:1', packages: 1, cores: 2, siblings: 2 },
+    { topology: '1:2:1:2', packages: 2, cores: 4, siblings: 1 },
+  ])('$topology', async ({ topology, packages, cores, siblings }) => {
+    const guest = await runInGuest(host, folder, {
+      kernel: kernels.cloud,
+      task: { command: TOPOLOGY },
+      vmm: ['--cpus', `boot=4,topology=${topology}`],
+    });
+    const lines = guest.output.trim().split('\n').map((line) => line.split(' '));
+    expect(lines).toHaveLength(4);
+    expect(new Set(lines.map(([, pkg]) => pkg)).size).toBe(packages);
+    expect(new Set(lines.map(([, pkg, die, core]) => `${pkg}/${die}/${core}`)).size).toBe(cores);
+    for (const [, , , , list] of lines) expect(list!.split(/[,-]/)).toHaveLength(siblings);
+  });
+});

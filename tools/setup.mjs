@@ -1,0 +1,104 @@
+// `npm start`, `npm test`, `npm run lab` and `npm run bench` come through here: it makes sure that what they need is there,
+// then runs them. Plain JavaScript without dependencies, since it runs before anything is installed.
+import { spawn, spawnSync } from 'node:child_process';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..');
+process.chdir(root);
+
+const MIN_NODE = [20, 19];
+
+// Debian packages: the lab's emulator, the guest's user space, unpacking of modules and kernels.
+const GUEST = ['qemu-system-x86', 'busybox-static', 'kmod', 'xz-utils'];
+// What compiles the probes and judges the tables, besides.
+const TEST = ['acpica-tools', 'gcc', 'libc6-dev', 'util-linux', 'procps'];
+
+const COMMANDS = {
+  install: { packages: [...GUEST, ...TEST] },
+  start: { packages: GUEST, program: 'dist/tools/start.js' },
+  lab: { packages: GUEST, program: 'dist/tools/lab.js' },
+  bench: { packages: [...GUEST, 'gcc', 'libc6-dev'], program: 'dist/tools/bench.js' },
+  test: { packages: [...GUEST, ...TEST], program: 'dist/tools/test.js' },
+};
+
+function note(line) {
+  process.stderr.write(`${line}\n`);
+}
+
+function fail(line) {
+  note(line);
+  process.exit(1);
+}
+
+/** Runs a step; its output is shown only when it fails. */
+function step(title, command, args) {
+  note(`${title} ...`);
+  const { status, stdout, stderr, error } = spawnSync(command, args, { encoding: 'utf8', maxBuffer: 2 ** 26 });
+  if (status === 0) return;
+  process.stderr.write(`${stdout ?? ''}${stderr ?? ''}`);
+  fail(`${command} ${args.join(' ')} failed${error === undefined ? '' : `: ${error.message}`}`);
+}
+
+function checkNode() {
+  const [major, minor] = process.versions.node.split('.').map(Number);
+  if (major > MIN_NODE[0] || (major === MIN_NODE[0] && minor >= MIN_NODE[1])) return;
+  fail(`Node.js ${MIN_NODE.join('.')} or later is needed; this is ${process.versions.node}`);
+}
+
+function mtime(file) {
+  return fs.statSync(file, { throwIfNoEntry: false })?.mtimeMs ?? 0;
+}
+
+function installNodePackages() {
+  // npm writes this file at the end of an installation.
+  if (mtime('node_modules/.package-lock.json') >= mtime('package-lock.json')) return;
+  step('Installing npm packages', 'npm', ['ci', '--no-audit', '--no-fund']);
+}
+
+function installDebianPackages(packages) {
+  const query = spawnSync('dpkg-query', ['-W', '-f', '${Package} ${db:Status-Status}\n', ...packages], { encoding: 'utf8' });
+  if (query.error !== undefined) fail(`This set-up knows Debian only. Install by hand what these packages hold: ${packages.join(' ')}`);
+  const installed = new Set(query.stdout.split('\n').filter((line) => line.endsWith(' installed')).map((line) => line.split(' ')[0]));
+  const missing = packages.filter((name) => !installed.has(name));
+  if (missing.length === 0) return;
+  const isRoot = process.getuid() === 0;
+  const sudo = isRoot ? [] : ['sudo', '-n'];
+  const allowed = isRoot || spawnSync('sudo', ['-n', 'true']).status === 0;
+  if (!allowed) fail(`Debian packages are missing. Type: sudo apt-get install ${missing.join(' ')}`);
+  const apt = [...sudo, 'env', 'DEBIAN_FRONTEND=noninteractive', 'apt-get', '-q'];
+  step('Updating the lists of Debian packages', apt[0], [...apt.slice(1), 'update']);
+  const install = [...apt.slice(1), 'install', '-y', '--no-install-recommends', ...missing];
+  step(`Installing the Debian packages ${missing.join(' ')}`, apt[0], install);
+}
+
+/** The newest change of a file below a folder. */
+function newest(folder) {
+  return fs
+    .readdirSync(folder, { withFileTypes: true })
+    .map((entry) => path.join(folder, entry.name))
+    .reduce((time, file) => Math.max(time, mtime(file), fs.statSync(file).isDirectory() ? newest(file) : 0), 0);
+}
+
+function build() {
+  const sources = Math.max(...['src', 'test', 'tools'].map(newest), mtime('package.json'), mtime('package-lock.json'));
+  if (mtime('dist/.built') > sources) return;
+  step('Building', process.execPath, ['tools/build.mjs']);
+}
+
+const [name, ...args] = process.argv.slice(2);
+const command = COMMANDS[name];
+if (command === undefined) fail(`usage: setup.mjs ${Object.keys(COMMANDS).join('|')} [ARGUMENTS]`);
+checkNode();
+installNodePackages();
+installDebianPackages(command.packages);
+build();
+if (command.program !== undefined) {
+  const child = spawn(process.execPath, [command.program, ...args], { stdio: 'inherit' });
+  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.on(signal, () => child.kill(signal));
+  child.on('exit', (status, signal) => {
+    process.exitCode = status ?? 128 + os.constants.signals[signal];
+  });
+}
