@@ -44,16 +44,16 @@ async function jest(options: readonly string[], env: Readonly<Record<string, str
 }
 
 async function endToEnd(): Promise<JestResults> {
-  const options = ['--selectProjects', 'e2e', '--testTimeout=180000'];
+  const options = ['--testTimeout=180000', '--selectProjects', 'e2e'];
   if (spawnSync(process.execPath, ['dist/vmm.js', 'doctor']).status === 0) {
-    return jest([...options, '--runInBand', ...args]);
+    return jest([...args, '--runInBand', ...options]);
   }
   const files = spawnSync(
     process.execPath,
-    ['--experimental-vm-modules', 'node_modules/jest/bin/jest.js', '--listTests', '--selectProjects', 'e2e', '--passWithNoTests', ...args],
+    ['--experimental-vm-modules', 'node_modules/jest/bin/jest.js', ...args, '--listTests', '--passWithNoTests', '--selectProjects', 'e2e'],
     { encoding: 'utf8' },
   ).stdout.trim();
-  if (files === '') return jest([...options, ...args]);
+  if (files === '') return jest([...args, ...options]);
   // Fetched once, before the labs and their tests ask for them side by side.
   for (const flavour of ['cloud', 'generic', 'backports'] as const) await kernel(flavour);
   await guestInitramfs();
@@ -61,7 +61,7 @@ async function endToEnd(): Promise<JestResults> {
     const labs = await Promise.all(Array.from({ length: LABS }, () => LabMachine.start({ memoryMib: LAB_MEMORY_MIB })));
     const env = { VMM_LABS: labs.map((lab) => lab.directory).join(':') };
     try {
-      const results = await jest([...options, `--maxWorkers=${LABS}`, ...more], env);
+      const results = await jest([...more, `--maxWorkers=${LABS}`, ...options], env);
       return { results, broken: labs.some((lab) => labFailed(lab.directory)) };
     } finally {
       await Promise.all(labs.map((lab) => lab.close()));
@@ -86,7 +86,7 @@ function countPassed(results: JestResults, files: readonly string[]): number {
 }
 
 try {
-  const results = [await jest(['--selectProjects', 'unit', ...args]), await endToEnd()];
+  const results = [await jest([...args, '--selectProjects', 'unit']), await endToEnd()];
   const total = (count: (result: JestResults) => number) => results.reduce((sum, result) => sum + count(result), 0);
   const passed = total((result) => result.numPassedTests);
   // A file that could not even be loaded counts as one failure.

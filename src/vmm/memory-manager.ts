@@ -3,7 +3,7 @@
  *
  * RAM lies below the 32-bit MMIO hole and, when there is more, from 4 GiB on: at most two ranges, a mapping each.
  */
-import { HIGH_RAM_START, LOW_RAM_END, PLATFORM_AREA_SIZE } from '../arch/x86_64/layout.js';
+import { HIGH_MEMORY, HIGH_RAM_START, LOW_RAM_END, PLATFORM_AREA_SIZE } from '../arch/x86_64/layout.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { Vm } from '../hypervisor/hypervisor.js';
 import { GuestMemory, type MemoryRange, type MemoryWindow, WINDOW_SIZE } from '../memory/guest-memory.js';
@@ -31,6 +31,9 @@ export class MemoryManager {
     physicalBits: number,
   ) {
     const ranges = ramRanges(config.size);
+    if (config.size < HIGH_MEMORY) {
+      throw new MachineError(`--memory size=${config.size}: accepted is a size that holds the kernel, 1M at the least`);
+    }
     const last = ranges.at(-1)!;
     if (last.address + last.size > 2 ** physicalBits - PLATFORM_AREA_SIZE) {
       throw new MachineError(

@@ -90,13 +90,21 @@ export async function kernel(flavour: Flavour): Promise<Kernel> {
   const vmlinuz = path.join('boot', `vmlinuz-${release}`);
   const root = await cached(path.join('kernels', name), [vmlinuz], (folder) => {
     note(`Fetching the Debian package ${name}`);
-    // apt checks the package against the release's signed checksums.
-    run('apt-get', [...aptFor(flavour), 'download', name], folder);
-    const archive = fs.readdirSync(folder).find((file) => file.endsWith('.deb'))!;
-    run('dpkg-deb', ['-x', archive, '.'], folder);
-    fs.rmSync(path.join(folder, archive));
-    // Newer packages keep everything below usr.
+    const options = aptFor(flavour);
+    // Packages of late leave the kernel and its modules to two others.
+    const parts = run('apt-cache', [...options, 'depends', name]).match(/linux-(binary|modules)-\S+$/gm) ?? [];
+    // apt checks the packages against the release's signed checksums.
+    run('apt-get', [...options, 'download', name, ...parts], folder);
+    for (const archive of fs.readdirSync(folder).filter((file) => file.endsWith('.deb'))) {
+      run('dpkg-deb', ['-x', archive, '.'], folder);
+      fs.rmSync(path.join(folder, archive));
+    }
+    // Newer packages keep everything below usr, and the kernel with its modules.
     if (!fs.existsSync(path.join(folder, 'lib'))) fs.symlinkSync('usr/lib', path.join(folder, 'lib'));
+    if (!fs.existsSync(path.join(folder, vmlinuz))) {
+      fs.mkdirSync(path.join(folder, 'boot'), { recursive: true });
+      fs.symlinkSync(path.join('..', 'lib', 'modules', release, 'vmlinuz'), path.join(folder, vmlinuz));
+    }
     run('/sbin/depmod', ['-b', folder, release]);
   });
   return { release, vmlinuz: path.join(root, vmlinuz), root };

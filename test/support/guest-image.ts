@@ -32,6 +32,7 @@ if [ -f /vmm/command ]; then
   printf '@@start-%s@' "$nonce"
   sh /vmm/command 2>&1
   printf '@@end-%s-%d@' "$nonce" $?
+  stty raw -echo # waits until everything is sent
 else
   echo
   echo 'A Linux guest under vmm. Leaving the shell powers it off; Ctrl-A x ends it at once.'
@@ -42,7 +43,7 @@ poweroff -f
 
 /** The archive that is the same for all guests. */
 export async function guestInitramfs(): Promise<string> {
-  const entry = await cached('guest-2', ['initramfs.gz'], (target) => {
+  const entry = await cached('guest-3', ['initramfs.gz'], (target) => {
     const entries: CpioEntry[] = [
       ...['bin', 'dev', 'proc', 'sys', 'vmm'].map(folder),
       { name: 'dev/console', mode: 0o020600, device: [5, 1] },

@@ -38,7 +38,7 @@ const LEVEL_DIE = 5;
 
 type Registers = Pick<CpuidEntry, 'eax' | 'ebx' | 'ecx' | 'edx'>;
 
-export function isAmd(supported: readonly CpuidEntry[]): boolean {
+function isAmd(supported: readonly CpuidEntry[]): boolean {
   const vendor = supported.find((entry) => entry.function === 0);
   // "Auth" of AuthenticAMD, "Hygo" of HygonGenuine, whose topology leaves are AMD's.
   return vendor !== undefined && (vendor.ebx === 0x6874_7541 || vendor.ebx === 0x6f67_7948);
@@ -53,14 +53,16 @@ export function buildCpuid(config: CpuidConfig): CpuidEntry[] {
   const extended = supported.some((entry) => entry.function === 0x8000_0001 && (entry.ecx & AMD_ECX_TOPOEXT) !== 0);
   const topologyExtension = amd && (extended || topology.threadsPerCore > 1 || topology.diesPerPackage > 1);
 
+  const minimumLeaf = topologyExtension ? 0xb : topology.diesPerPackage > 1 ? 0x1f : 0;
+
   const entries = supported
     .filter((entry) => !REBUILT.has(entry.function))
     .map((entry) => {
       switch (entry.function) {
         case 0:
-          return topology.diesPerPackage > 1 && !amd ? { ...entry, eax: Math.max(entry.eax, 0x1f) } : entry;
+          return { ...entry, eax: Math.max(entry.eax, minimumLeaf) };
         case 1:
-          return processorLeaf(entry, id, logical, topology);
+          return processorLeaf(entry, id, logical, amd ? logical : addressableIds(topology));
         case 4:
           return amd ? entry : cacheLeaf(entry, topology, true);
         case HYPERVISOR_LEAF:
@@ -69,7 +71,8 @@ export function buildCpuid(config: CpuidConfig): CpuidEntry[] {
           return topologyExtension ? { ...entry, eax: Math.max(entry.eax, 0x8000_001e) } : entry;
         case 0x8000_0001: {
           const legacy = amd && logical > 1 ? AMD_ECX_CMP_LEGACY : 0;
-          return { ...entry, ecx: (entry.ecx | legacy | (topologyExtension ? AMD_ECX_TOPOEXT : 0)) >>> 0 };
+          const others = entry.ecx & ~AMD_ECX_CMP_LEGACY;
+          return { ...entry, ecx: (others | legacy | (topologyExtension ? AMD_ECX_TOPOEXT : 0)) >>> 0 };
         }
         case 0x8000_0008:
           return addressLeaf(entry, amd, logical, topology, config.physicalBits);
@@ -81,7 +84,7 @@ export function buildCpuid(config: CpuidConfig): CpuidEntry[] {
     });
   // Past the highest basic leaf an answer has no meaning.
   const maxBasic = entries.find((entry) => entry.function === 0)?.eax ?? 0;
-  if (maxBasic >= 0xb) entries.push(...levelLeaf(0xb, id, [...coreLevels(topology, false)]));
+  if (maxBasic >= 0xb) entries.push(...levelLeaf(0xb, id, coreLevels(topology, false)));
   if (maxBasic >= 0x1f && !amd) entries.push(...levelLeaf(0x1f, id, coreLevels(topology, true)));
   if (topologyExtension) {
     entries.push(extendedTopologyLeaf(id, topology));
@@ -94,7 +97,7 @@ export function buildCpuid(config: CpuidConfig): CpuidEntry[] {
 }
 
 /** Leaves that are made here as a whole. */
-const REBUILT = new Set([0xb, 0x1f, 0x8000_001e, TIMING_LEAF]);
+const REBUILT = new Set([0xb, 0x1f, 0x8000_001e, 0x8000_0026, TIMING_LEAF]);
 
 function plain(leaf: number, registers: Registers): CpuidEntry {
   return { function: leaf, index: 0, significantIndex: false, ...registers };
@@ -105,11 +108,11 @@ function addressableIds(topology: Topology): number {
   return 2 ** topologyShifts(topology).package;
 }
 
-function processorLeaf(entry: CpuidEntry, id: number, logical: number, topology: Topology): CpuidEntry {
-  const ids = Math.min(addressableIds(topology), 0xff);
+/** @param ids logical processors of a package: their number for AMD, the ids set aside for them for Intel */
+function processorLeaf(entry: CpuidEntry, id: number, logical: number, ids: number): CpuidEntry {
   return {
     ...entry,
-    ebx: ((id << 24) | (ids << 16) | (entry.ebx & 0xffff)) >>> 0,
+    ebx: ((id << 24) | (Math.min(ids, 0xff) << 16) | (entry.ebx & 0xffff)) >>> 0,
     ecx: (entry.ecx | ECX_HYPERVISOR | ECX_X2APIC | ECX_TSC_DEADLINE) >>> 0,
     edx: (logical > 1 ? entry.edx | EDX_HTT : entry.edx & ~EDX_HTT) >>> 0,
   };

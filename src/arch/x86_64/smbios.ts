@@ -17,6 +17,10 @@ const VERSION = '1';
 const ENTRY_POINT_SIZE = 24;
 const MIB = 2 ** 20;
 
+/** A processor's three cache structures: none. */
+const NO_HANDLES = 0xffff_ffff_ffff;
+const UNKNOWN_DETAIL = 0x4;
+
 const BIOS = 0;
 const SYSTEM = 1;
 const PROCESSOR = 4;
@@ -41,10 +45,10 @@ export function buildSmbios({ memorySize, vcpus }: SmbiosConfig): Uint8Array {
   const zeros = (count: number) => new Array<number>(count).fill(0);
   const UNKNOWN = 2;
   const structures = [
-    // 7.1: vendor, version, no segment, date, ROM size; characteristics: unsupported; virtual machine.
+    // 7.1: vendor, version, no segment, date, ROM size; characteristics: none given; ACPI, virtual machine.
     ...structure(
       BIOS,
-      [1, 2, 0, 0, 3, 0, ...little(0x08, 8), 0, 0x10, 0, 0, 0xff, 0xff],
+      [1, 2, 0, 0, 3, 0, ...little(0x08, 8), 0x01, 0x10, 0, 0, 0xff, 0xff],
       [MANUFACTURER, VERSION, '01/01/2026'],
     ),
     // 7.2: manufacturer, product, version; no serial number, no UUID, wake-up by power switch.
@@ -53,7 +57,7 @@ export function buildSmbios({ memorySize, vcpus }: SmbiosConfig): Uint8Array {
     ...structure(
       PROCESSOR,
       [
-        ...[1, 3, UNKNOWN, 2, ...zeros(8), 2, 0, ...zeros(6), 0x41, 1, ...zeros(6), 0, 0, 0],
+        ...[1, 3, UNKNOWN, 2, ...zeros(8), 2, 0, ...zeros(6), 0x41, 1, ...little(NO_HANDLES, 6), 0, 0, 0],
         ...[Math.min(vcpus, 255), Math.min(vcpus, 255), Math.min(vcpus, 255), 0x04, 0, ...little(UNKNOWN, 2)],
         ...[...little(vcpus, 2), ...little(vcpus, 2), ...little(vcpus, 2)],
       ],
@@ -66,7 +70,7 @@ export function buildSmbios({ memorySize, vcpus }: SmbiosConfig): Uint8Array {
       MEMORY_DEVICE,
       [
         ...[MEMORY_ARRAY, 0, 0xff, 0xff, 64, 0, 64, 0, ...little(mib < 0x7fff ? mib : 0x7fff, 2)],
-        ...[0x09, 0, 1, 0, 0x07, ...little(UNKNOWN, 2), 0, 0, 2, 0, 0, 0, 0, ...little(mib < 0x7fff ? 0 : mib, 4)],
+        ...[0x09, 0, 1, 0, 0x07, ...little(UNKNOWN_DETAIL, 2), 0, 0, 2, 0, 0, 0, 0, ...little(mib < 0x7fff ? 0 : mib, 4)],
         ...zeros(8),
       ],
       ['DIMM 0', MANUFACTURER],

@@ -17,6 +17,8 @@ export const KVM_SET_USER_MEMORY_REGION = 0x4020ae46;
 export const KVM_SET_TSS_ADDR = 0xae47;
 export const KVM_SET_IDENTITY_MAP_ADDR = 0x4008ae48;
 export const KVM_CREATE_IRQCHIP = 0xae60;
+export const KVM_GET_IRQCHIP = 0xc208ae62;
+export const KVM_SET_IRQCHIP = 0x8208ae63;
 export const KVM_SET_GSI_ROUTING = 0x4008ae6a;
 export const KVM_IRQFD = 0x4020ae76;
 export const KVM_CREATE_PIT2 = 0x4040ae77;
@@ -123,6 +125,9 @@ export const PIT_CONFIG_SIZE = 64;
 /** struct kvm_irq_routing's header, and struct kvm_irq_routing_entry. */
 export const IRQ_ROUTING_HEADER_SIZE = 8;
 export const IRQ_ROUTING_ENTRY_SIZE = 48;
+/** struct kvm_irqchip, and in it the mask register of struct kvm_pic_state. */
+export const IRQCHIP_SIZE = 520;
+export const PIC_IMR_OFFSET = 10;
 export const KVM_IRQ_ROUTING_IRQCHIP = 1;
 export const KVM_IRQCHIP_PIC_MASTER = 0;
 export const KVM_IRQCHIP_PIC_SLAVE = 1;

@@ -157,6 +157,21 @@ class KvmVm implements Vm {
     new DataView(pit.buffer).setUint32(0, abi.KVM_PIT_SPEAKER_DUMMY, true);
     this.kernel.ioctlBuffer(this.fd, abi.KVM_CREATE_PIT2, pit);
     this.#setRouting();
+    this.#maskPics();
+  }
+
+  /**
+   * As firmware leaves them. A guest on hardware-reduced ACPI never looks at the PICs, but its first local APIC still takes
+   * their interrupts, with whatever vector they have.
+   */
+  #maskPics(): void {
+    for (const chip of [abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE]) {
+      const state = new Uint8Array(abi.IRQCHIP_SIZE);
+      new DataView(state.buffer).setUint32(0, chip, true);
+      this.kernel.ioctlBuffer(this.fd, abi.KVM_GET_IRQCHIP, state);
+      state[abi.PIC_IMR_OFFSET] = 0xff;
+      this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_IRQCHIP, state);
+    }
   }
 
   /** A PC's wiring: GSIs 0 to 15 reach the PICs; all reach the IOAPIC's pin of their number, but timer GSI 0 pin 2. */

@@ -22,6 +22,8 @@ const STRUCTURES: Readonly<Record<string, string>> = {
   USER_MEMORY_REGION_SIZE: 'sizeof(struct kvm_userspace_memory_region)',
   IRQFD_SIZE: 'sizeof(struct kvm_irqfd)',
   PIT_CONFIG_SIZE: 'sizeof(struct kvm_pit_config)',
+  IRQCHIP_SIZE: 'sizeof(struct kvm_irqchip)',
+  PIC_IMR_OFFSET: 'offsetof(struct kvm_irqchip, chip.pic.imr)',
   IRQ_ROUTING_HEADER_SIZE: 'sizeof(struct kvm_irq_routing)',
   IRQ_ROUTING_ENTRY_SIZE: 'sizeof(struct kvm_irq_routing_entry)',
 };

@@ -89,6 +89,11 @@ function fieldWidth(bits: number): Aml {
 }
 
 export const LOCAL0: Aml = [0x60];
+export const ARG3: Aml = [0x6b];
+
+export function returnValue(value: Aml): Aml {
+  return [0xa4, ...value];
+}
 
 /** A reference to a named object. */
 export function reference(path: string): Aml {

@@ -4,6 +4,7 @@ import * as layout from '../layout.js';
 import {
   type Aml,
   and,
+  ARG3,
   byteFields,
   device,
   dwordMemory,
@@ -22,6 +23,7 @@ import {
   qwordMemory,
   reference,
   resourceTemplate,
+  returnValue,
   scope,
   store,
   string,
@@ -44,7 +46,7 @@ export function dsdtTerms(config: AcpiConfig): Aml {
       powerButton(),
       ...(config.pvpanic ? [pvpanic()] : []),
       genericEvents(config),
-      ...config.apicIds.map((_, id) => processor(id)),
+      ...config.apicIds.slice(0, config.bootVcpus).map((_, id) => processor(id)),
     ),
     ...name('\\_S5', packageOf(integer(SLEEP_TYPE_S5), integer(0), integer(0), integer(0))),
   ];
@@ -61,14 +63,17 @@ function hostBridge({ mmio32, mmio64 }: PciSegmentWindows, segment: number): Aml
     name('_SEG', integer(segment)),
     name('_UID', integer(segment)),
     name('_BBN', integer(0)),
+    // The guest gets every control that it asks for: there is no firmware that would keep one (PCI Firmware 3.3, 4.5).
+    method('_OSC', 4, returnValue(ARG3)),
     name('_CRS', resourceTemplate(wordBusNumber(0, 0), ...(segment === 0 ? ports : []), ...windows)),
   );
 }
 
-/** Reserves the configuration space, without which Linux does not use it. */
+/** Reserves the fixed registers, and the configuration space, without which Linux does not use it. */
 function motherboard({ pciSegments }: AcpiConfig): Aml {
   const spaces = pciSegments.map(({ ecam }) => memory32Fixed(ecam, layout.ECAM_SEGMENT_SIZE));
-  return device('MBRD', name('_HID', eisaId('PNP0C02')), name('_UID', integer(0)), name('_CRS', resourceTemplate(...spaces)));
+  const resources = [io(layout.PORT_ACPI_SLEEP, 12), ...spaces];
+  return device('MBRD', name('_HID', eisaId('PNP0C02')), name('_UID', integer(0)), name('_CRS', resourceTemplate(...resources)));
 }
 
 function serialPort(): Aml {
@@ -80,6 +85,7 @@ function serialPort(): Aml {
   );
 }
 
+/** Without an interrupt: it has none, and a driver then reads the time instead of waiting for one. */
 function clock(): Aml {
   return device('RTC0', name('_HID', eisaId('PNP0B00')), name('_CRS', resourceTemplate(io(layout.PORT_RTC, 2))));
 }

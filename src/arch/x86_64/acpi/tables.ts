@@ -57,11 +57,13 @@ function buildFadt(dsdt: number): Uint8Array {
   const PM_TIMER_32_BITS = 1 << 8;
   const RESET_REGISTER = 1 << 10;
   const HARDWARE_REDUCED = 1 << 20;
+  const CMOS_CENTURY = 0x32;
   /** Legacy devices are there; no VGA; no 8042 to probe: its port only resets. */
   const BOOT_ARCHITECTURE = 0x0001 | 0x0004;
   const body = new Uint8Array(SIZE - HEADER_SIZE);
   const view = new DataView(body.buffer);
   const at = (offset: number) => offset - HEADER_SIZE;
+  view.setUint8(at(108), CMOS_CENTURY);
   view.setUint16(at(109), BOOT_ARCHITECTURE, true);
   view.setUint32(
     at(112),

@@ -30,13 +30,15 @@ interface Initrd {
 }
 
 const PAGE = 4096;
+/** The BIOS data area's segment address of the extended BIOS data area. */
+const EBDA_POINTER = 0x40e;
 /** Linux's COMMAND_LINE_SIZE on x86, for a kernel that does not tell. */
 const DEFAULT_CMDLINE_MAX = 2047;
 
 /** @throws BootError naming the option that is to blame */
 export function loadPayload(payload: Payload, memory: GuestMemory): BootEntry {
-  // The boot structures need the first MiB, whatever the kernel.
-  if (!memory.contains(0, layout.HIGH_MEMORY)) throw new BootError('--memory: accepted is a size that holds the kernel');
+  // Where a scan for the RSDP starts (ACPI 6.5, 5.2.5.1), for a kernel that ignores what its boot protocol tells.
+  memory.setU16(EBDA_POINTER, layout.EBDA_START >> 4);
   const kernel = withFile('--kernel', payload.kernel, (file) => loadKernel(file, memory));
   const initrd =
     payload.initramfs === undefined
@@ -123,6 +125,7 @@ function writeZeroPage(
     memory.setU16(page + 0x1fe, 0xaa55);
     memory.setU32(page + 0x202, 0x5372_6448);
     memory.setU16(page + 0x206, 0x020c);
+    memory.setU8(page + 0x211, 0x01); // loadflags: LOADED_HIGH
   }
   setU64(memory, page + 0x070, payload.rsdp);
   memory.setU8(page + 0x1e8, map.length);
