@@ -1,18 +1,21 @@
-/** The `vmm` command. */
+/** The `vmm` command, as launch.ts runs it. */
 import { HYPERVISOR, machineContainer, MACHINE } from './cli/container.js';
 import { reportAndExitCode } from './cli/errors.js';
 import { openLog } from './cli/logging.js';
 import { type Command, parseCommandLine } from './cli/parse.js';
 import { readHostFacts } from './config/host-facts.js';
 
+/** The script of a vCPU thread: a bundle of its own beside this one, see tools/build.mjs. */
+const VCPU_WORKER = new URL('vcpu-worker.js', `file://${__filename}`);
+
 async function runMachine(command: Extract<Command, { kind: 'run' }>): Promise<void> {
   const log = openLog(command.process);
   try {
-    const container = machineContainer(command.config, command.process, log);
+    const container = machineContainer(command.config, command.process, log, VCPU_WORKER);
     const machine = container.get(MACHINE);
     const stop = (signal: NodeJS.Signals) => machine.stop(signal);
     process.on('SIGTERM', stop).on('SIGINT', stop).on('SIGHUP', stop);
-    // As on a machine with a chassis: the power button, for scripts that have no API yet.
+    // The power button, for scripts.
     process.on('SIGUSR1', () => machine.powerButton());
     try {
       await machine.run();
@@ -42,9 +45,7 @@ async function main(): Promise<void> {
   }
 }
 
-const verbose = process.argv.includes('-v');
-try {
-  await main();
-} catch (error) {
+const verbose = process.argv.some((argument) => /^-[Vh]*v/.test(argument) || argument === '--verbose');
+main().catch((error: unknown) => {
   process.exitCode = reportAndExitCode(error, { verbose });
-}
+});

@@ -17,10 +17,13 @@ export const HYPERVISOR: ServiceIdentifier<Hypervisor> = Symbol('Hypervisor');
 export const LOGGER: ServiceIdentifier<Logger> = Symbol('Logger');
 export const MACHINE: ServiceIdentifier<Machine> = Symbol('Machine');
 
-/** The bundle beside this one: see tools/build.mjs. */
-const VCPU_WORKER = new URL('./vcpu-worker.js', import.meta.url);
-
-export function machineContainer(config: VmConfig, options: ProcessOptions, logger: Logger): Container {
+/** @param vcpuWorker the script that a vCPU thread runs */
+export function machineContainer(
+  config: VmConfig,
+  options: ProcessOptions,
+  logger: Logger,
+  vcpuWorker: URL,
+): Container {
   const container = new Container({ defaultScope: 'Singleton' });
   container.bind(LOGGER).toConstantValue(logger);
   container.bind(HOST_KERNEL).toDynamicValue(() => new LinuxKernel());
@@ -32,7 +35,7 @@ export function machineContainer(config: VmConfig, options: ProcessOptions, logg
         hypervisor: context.get(HYPERVISOR),
         config,
         logger: context.get(LOGGER),
-        vcpuWorker: VCPU_WORKER,
+        vcpuWorker,
       }),
   );
   return container;

@@ -127,6 +127,7 @@ describe('the FADT', () => {
     expect(fieldsOf(fadt, 'Flags (decoded below)')).toEqual(['00100531']);
     expect(fieldsOf(fadt, 'Boot Flags (decoded below)')).toEqual(['0005']);
     expect(fieldsOf(fadt, 'Value to cause reset')).toEqual(['01']);
+    expect(fieldsOf(fadt, 'RTC Century Index')).toEqual(['32']);
     const registers = [...fadt.matchAll(/\] +([\w ]+) : \[Generic Address Structure\]([^]*?)Address : (\w+)/g)]
       .filter(([, , , address]) => parseInt(address, 16) !== 0)
       .map(([, register, body, address]) => [
@@ -209,7 +210,12 @@ describe('the DSDT', () => {
     expect(bridge).not.toMatch(/\b(Word)?IO \(/);
   });
 
-  test('reserves the configuration space of every segment', () => {
+  test('leaves the guest every PCI Express control that it asks for', () => {
+    expect(deviceOf(dsdt, 'PC0F')).toContain('Method (_OSC, 4, Serialized) { Return (Arg3) }');
+  });
+
+  test('reserves the fixed registers, and the configuration space of every segment', () => {
+    expect(deviceOf(dsdt, 'MBRD')).toContain('IO (Decode16, 0x0600, 0x0600, 0x01, 0x0C, )');
     const spaces = [...deviceOf(dsdt, 'MBRD').matchAll(/Memory32Fixed \(ReadWrite, (\w+), 0x00100000, \)/g)];
     expect(deviceOf(dsdt, 'MBRD')).toContain('EisaId ("PNP0C02")');
     expect(spaces.map((match) => Number(match[1]))).toEqual(
@@ -239,6 +245,11 @@ describe('the DSDT', () => {
     );
   });
 
+  test('lists the processors of boot alone', () => {
+    const text = plain(disassembleMachine(machine(8, 1, false, 3)).dsl['DSDT']);
+    expect([...text.matchAll(/Device \((C0\w+)\)/g)].map((match) => match[1])).toEqual(['C000', 'C001', 'C002']);
+  });
+
   test('numbers the processors as the MADT does', () => {
     for (const id of [2, 15, 16, 253]) {
       const digits = id.toString(16).toUpperCase();
@@ -263,8 +274,13 @@ function decodePackageLength([lead, ...rest]: Aml): { length: number; size: numb
 
 /** 20.2.3. */
 function decodeInteger([prefix, ...data]: Aml): number {
-  const WIDTHS: Record<number, number> = { 0x0a: 1, 0x0b: 2, 0x0c: 4, 0x0e: 8 };
-  const width = WIDTHS[prefix];
+  const widths = new Map([
+    [0x0a, 1],
+    [0x0b, 2],
+    [0x0c, 4],
+    [0x0e, 8],
+  ]);
+  const width = widths.get(prefix);
   if (width === undefined) return data.length === 0 && prefix <= 1 ? prefix : NaN;
   return data.length === width ? data.reduceRight((value, byte) => value * 0x100 + byte, 0) : NaN;
 }

@@ -1,0 +1,126 @@
+/** Kernels of a few KiB that have the headers of real ones: for the loader, never for a processor. */
+
+/** 64-bit boot protocol: Documentation/arch/x86/boot.rst. Names are the header's fields. */
+export interface SetupHeader {
+  readonly setup_sects: number;
+  readonly version: number;
+  readonly initrd_addr_max: number;
+  readonly kernel_alignment: number;
+  readonly relocatable_kernel: number;
+  readonly xloadflags: number;
+  readonly cmdline_size: number;
+  readonly pref_address: bigint;
+  readonly init_size: number;
+}
+
+const SETUP_HEADER: SetupHeader = {
+  setup_sects: 1,
+  version: 0x020f,
+  initrd_addr_max: 0x7fff_ffff,
+  kernel_alignment: 0x20_0000,
+  relocatable_kernel: 1,
+  xloadflags: 0x3f,
+  cmdline_size: 255,
+  pref_address: 0x30_0000n,
+  init_size: 0x8000,
+};
+
+/** @param body the protected-mode kernel: a multiple of 16 bytes */
+export function bzImage(fields: Partial<SetupHeader> = {}, body: Buffer = pattern(0x1000)): Buffer {
+  const header = { ...SETUP_HEADER, ...fields };
+  const setup = Buffer.alloc(((header.setup_sects || 4) + 1) * 512);
+  setup[0x1f1] = header.setup_sects;
+  setup.writeUInt32LE(body.length / 16, 0x1f4);
+  setup.writeUInt16LE(0xaa55, 0x1fe);
+  setup.writeUInt16LE(0x6aeb, 0x200); // jmp over the header, which so ends at 0x26c
+  setup.write('HdrS', 0x202, 'latin1');
+  setup.writeUInt16LE(header.version, 0x206);
+  setup[0x211] = 0x01; // loadflags: LOADED_HIGH
+  setup.writeUInt32LE(header.initrd_addr_max, 0x22c);
+  setup.writeUInt32LE(header.kernel_alignment, 0x230);
+  setup[0x234] = header.relocatable_kernel;
+  setup.writeUInt16LE(header.xloadflags, 0x236);
+  setup.writeUInt32LE(header.cmdline_size, 0x238);
+  setup.writeBigUInt64LE(header.pref_address, 0x258);
+  setup.writeUInt32LE(header.init_size, 0x260);
+  setup.fill(0xee, 0x26c); // code behind the header, which is not for the zero page
+  return Buffer.concat([setup, body]);
+}
+
+export const PT_LOAD = 1;
+export const PT_NOTE = 4;
+
+export interface ElfSegment {
+  readonly p_type: number;
+  readonly p_paddr: bigint;
+  readonly data: Buffer;
+  readonly p_offset?: bigint;
+  readonly p_filesz?: bigint;
+  readonly p_memsz?: bigint;
+  readonly p_align?: bigint;
+}
+
+export interface ElfFields {
+  readonly wide?: boolean;
+  readonly e_machine?: number;
+  readonly e_entry?: bigint;
+  readonly segments?: readonly ElfSegment[];
+}
+
+/** System V ABI, chapters 4 and 5: the headers, then each segment's bytes. ELF64 unless `wide` is false. */
+export function elf(fields: ElfFields = {}): Buffer {
+  const { wide = true, e_machine: machine = 62, e_entry: entry = 0x10_0100n, segments = [text()] } = fields;
+  const [headerSize, entrySize] = wide ? [64, 56] : [52, 32];
+  const header = Buffer.alloc(headerSize + segments.length * entrySize);
+  const word = (value: bigint, at: number, short: number) =>
+    wide ? header.writeBigUInt64LE(value, at) : header.writeUInt32LE(Number(value), short);
+  header.write('\x7fELF', 0, 'latin1');
+  header.set([wide ? 2 : 1, 1, 1], 4);
+  header.writeUInt16LE(2, 16); // ET_EXEC
+  header.writeUInt16LE(machine, 18);
+  word(entry, 24, 24);
+  word(BigInt(headerSize), 32, 28);
+  header.writeUInt16LE(entrySize, wide ? 54 : 42);
+  header.writeUInt16LE(segments.length, wide ? 56 : 44);
+  let end = header.length;
+  segments.forEach((segment, index) => {
+    const at = headerSize + index * entrySize;
+    const filesz = segment.p_filesz ?? BigInt(segment.data.length);
+    header.writeUInt32LE(segment.p_type, at);
+    word(segment.p_offset ?? BigInt(end), at + 8, at + 4);
+    word(segment.p_paddr, at + 24, at + 12);
+    word(filesz, at + 32, at + 16);
+    word(segment.p_memsz ?? filesz, at + 40, at + 20);
+    word(segment.p_align ?? 4n, at + 48, at + 28);
+    end += segment.data.length;
+  });
+  return Buffer.concat([header, ...segments.map(({ data }) => data)]);
+}
+
+/** 4 KiB of code at 1 MiB, and 4 KiB of bss behind it. */
+export function text(fields: Partial<ElfSegment> = {}): ElfSegment {
+  return { p_type: PT_LOAD, p_paddr: 0x10_0000n, data: pattern(0x1000), p_memsz: 0x2000n, ...fields };
+}
+
+/** @param align 4 or 8, to which the note's name and description are padded */
+export function note(name: string, type: number, description: Buffer, align = 4): Buffer {
+  const pad = (bytes: Buffer) => Buffer.concat([bytes, Buffer.alloc(-bytes.length & (align - 1))]);
+  const header = Buffer.alloc(12);
+  header.writeUInt32LE(name.length + 1);
+  header.writeUInt32LE(description.length, 4);
+  header.writeUInt32LE(type, 8);
+  return pad(Buffer.concat([pad(Buffer.concat([header, Buffer.from(`${name}\0`)])), description]));
+}
+
+/** Xen, docs/misc/pvh.pandoc: a segment with XEN_ELFNOTE_PHYS32_ENTRY behind another note, as in vmlinux. */
+export function pvhNote(entry: number, size: 4 | 8 = 8, align: 4 | 8 = 4): ElfSegment {
+  const address = Buffer.alloc(size);
+  address.writeUInt32LE(entry);
+  const data = Buffer.concat([note('Linux', 0x101, Buffer.alloc(1), align), note('Xen', 18, address, align)]);
+  return { p_type: PT_NOTE, p_paddr: 0n, data, p_align: BigInt(align) };
+}
+
+/** Bytes none of which is 0 and which differ from place to place. */
+export function pattern(length: number): Buffer {
+  return Buffer.from(Uint8Array.from({ length }, (_, index) => 1 + (index % 251)));
+}
