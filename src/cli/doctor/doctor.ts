@@ -1,1 +1,11 @@
-export function doctor(_json: boolean): number { return 1; }
+/** `vmm doctor`: says what this host can do. */
+import { gatherFacts, runProbe } from './facts.js';
+import { formatReport, judge } from './judge.js';
+
+/** Prints the report. @returns the exit status: 0 when `vmm` can run stock guests here */
+export function doctor(json: boolean): number {
+  if (runProbe()) return 0;
+  const report = judge(gatherFacts());
+  process.stdout.write(`${json ? JSON.stringify(report, undefined, 2) : formatReport(report)}\n`);
+  return report.canRunStockGuests ? 0 : 1;
+}

@@ -66,6 +66,20 @@ export function openKvm(kernel: HostKernel): KvmHypervisor {
   return new KvmHypervisor(kernel, fd);
 }
 
+/** Values of capabilities, 0 for one that is absent. @throws SystemError when the device cannot be opened */
+export function probeCapabilities<Name extends abi.KvmCapability>(
+  kernel: HostKernel,
+  names: readonly Name[],
+): Record<Name, number> {
+  const fd = kernel.open(KVM_DEVICE);
+  try {
+    const values = names.map((name) => [name, kernel.ioctl(fd, abi.KVM_CHECK_EXTENSION, abi.KVM_CAP[name])]);
+    return Object.fromEntries(values) as Record<Name, number>;
+  } finally {
+    kernel.close(fd);
+  }
+}
+
 function openAdvice(error: unknown): string {
   const code = error instanceof SystemError ? error.code : '';
   if (code === 'ENOENT') return `No ${KVM_DEVICE} on this host: load the module kvm_intel or kvm_amd, or run 'vmm doctor'`;

@@ -1,0 +1,159 @@
+/** The doctor's judgement: from what was found on a host to what it can do, and what to do about the rest. */
+import { KVM_CAP, type KvmCapability } from '../../hypervisor/kvm/abi.js';
+import { KVM_DEVICE, REQUIRED_CAPABILITIES } from '../../hypervisor/kvm/kvm.js';
+import type { DeviceState, Facts } from './facts.js';
+
+export type Status = 'ok' | 'warn' | 'fail';
+
+export interface Check {
+  readonly id: string;
+  readonly status: Status;
+  readonly detail: string;
+  /** What to do about it. */
+  readonly advice?: string;
+}
+
+export interface Report {
+  readonly canRunStockGuests: boolean;
+  /** Why, or why not, in one line. */
+  readonly reason: string;
+  readonly checks: readonly Check[];
+}
+
+/**
+ * Instructions a second, between a KVM that emulates every instruction (1 to 2 million) and one on an emulated processor,
+ * the slowest that runs stock kernels (50 million and more).
+ */
+const EMULATION_LIMIT = 10_000_000;
+const MIN_NODE = [20, 19] as const;
+const ENOUGH_DESCRIPTORS = 4096;
+const GIB = 2 ** 30;
+
+const DEVICE_ADVICE: Readonly<Record<string, { use: string; modules: string }>> = {
+  '/dev/net/tun': { use: 'networks over taps', modules: 'tun' },
+  '/dev/vhost-net': { use: 'networks in the kernel', modules: 'vhost_net' },
+  '/dev/vhost-vsock': { use: 'vsock in the kernel', modules: 'vhost_vsock' },
+  '/dev/vfio/vfio': { use: 'passing devices through', modules: 'vfio-pci' },
+};
+
+function checkNode({ node }: Facts): Check {
+  const [major = 0, minor = 0] = node.split('.').map(Number);
+  const enough = major > MIN_NODE[0] || (major === MIN_NODE[0] && minor >= MIN_NODE[1]);
+  return enough
+    ? { id: 'node', status: 'ok', detail: `Node.js ${node}` }
+    : { id: 'node', status: 'fail', detail: `Node.js ${node}`, advice: `install ${MIN_NODE.join('.')} or later` };
+}
+
+function checkArchitecture({ architecture }: Facts): Check {
+  return architecture === 'x64'
+    ? { id: 'architecture', status: 'ok', detail: 'x86_64' }
+    : { id: 'architecture', status: 'fail', detail: architecture, advice: 'use an x86_64 host' };
+}
+
+function checkKvm({ kvmProblem }: Facts): Check {
+  return kvmProblem === undefined
+    ? { id: 'kvm', status: 'ok', detail: `${KVM_DEVICE} can be used` }
+    : { id: 'kvm', status: 'fail', detail: kvmProblem, advice: 'enable virtualization in the firmware, or nested in the host' };
+}
+
+function checkMshv(state: DeviceState): Check {
+  const detail = state === 'absent' ? 'no /dev/mshv: no Microsoft hypervisor root partition' : `/dev/mshv: ${state}`;
+  // KVM hosts have none, and are none the worse for it.
+  return { id: 'mshv', status: 'ok', detail };
+}
+
+function checkCapabilities({ capabilities }: Facts): Check[] {
+  if (capabilities === undefined) return [];
+  return (Object.keys(KVM_CAP) as KvmCapability[]).map((name): Check => {
+    const id = `kvm.${name}`;
+    const value = capabilities[name];
+    if (value > 0) return { id, status: 'ok', detail: `KVM_CAP_${name} = ${value}` };
+    const required = REQUIRED_CAPABILITIES.includes(name);
+    const advice = required ? 'use a newer kernel' : 'nothing to do: guests run without it';
+    return { id, status: required ? 'fail' : 'ok', detail: `KVM_CAP_${name} is absent`, advice };
+  });
+}
+
+function checkLive({ live, kvmProblem }: Facts): Check[] {
+  if (kvmProblem !== undefined) return [];
+  return live.map(({ mode, speed, problem }): Check => {
+    const id = `live.${mode}`;
+    if (problem !== undefined) {
+      return { id, status: 'fail', detail: `${mode} mode: ${problem}`, advice: 'use a KVM with hardware virtualization' };
+    }
+    const rate = `${mode} mode: ${(speed / 1e6).toFixed(1)} million instructions a second`;
+    if (speed >= EMULATION_LIMIT) return { id, status: 'ok', detail: rate };
+    const detail = `${rate}: this KVM only emulates, as one nested without hardware support does`;
+    return { id, status: 'fail', detail, advice: 'use a KVM with hardware virtualization' };
+  });
+}
+
+function checkCpu({ cpu, cpuFlags }: Facts): Check {
+  const has = (flag: string) => cpuFlags.includes(flag);
+  const features = ['vmx', 'svm', 'ept', 'npt', 'vpid', 'avic', 'x2apic', 'tsc_deadline_timer', 'constant_tsc', 'pdpe1gb'];
+  const found = features.filter(has);
+  const nested = has('hypervisor') ? '; itself a virtual machine' : '';
+  const detail = `${cpu}: ${found.join(' ') || 'no virtualization features'}${nested}`;
+  if (has('vmx') || has('svm')) return { id: 'cpu', status: 'ok', detail };
+  return { id: 'cpu', status: 'warn', detail, advice: 'enable VT-x or AMD-V in the firmware, or nested in the host' };
+}
+
+function checkDevice(path: string, state: DeviceState): Check {
+  const { use, modules } = DEVICE_ADVICE[path]!;
+  if (state === 'usable') return { id: path, status: 'ok', detail: `${path}, for ${use}` };
+  const advice = state === 'absent' ? `modprobe ${modules}` : 'give this user access to it';
+  return { id: path, status: 'warn', detail: `${path}, for ${use}: ${state}`, advice };
+}
+
+function checkHugepages({ hugepages, thp }: Facts): Check[] {
+  const free = Object.entries(hugepages).map(([kib, count]) => `${count} of ${Number(kib) / 1024} MiB`);
+  const some = Object.values(hugepages).some((count) => count > 0);
+  const advice = some ? undefined : 'for hugepages=on: sysctl vm.nr_hugepages=COUNT';
+  return [
+    { id: 'hugepages', status: 'ok', detail: `free huge pages: ${free.join(', ') || 'none of any size'}`, advice },
+    { id: 'thp', status: 'ok', detail: `transparent huge pages: ${thp}` },
+  ];
+}
+
+function checkLimits({ nofile, memlock, memoryAvailable }: Facts): Check[] {
+  const limit = Number.isFinite(memlock) ? `${Math.floor(memlock / 1024)} KiB` : 'unlimited';
+  const nofileCheck: Check =
+    nofile >= ENOUGH_DESCRIPTORS
+      ? { id: 'nofile', status: 'ok', detail: `open files: ${nofile}` }
+      : { id: 'nofile', status: 'warn', detail: `open files: ${nofile}`, advice: `ulimit -n ${ENOUGH_DESCRIPTORS}` };
+  return [
+    nofileCheck,
+    { id: 'memlock', status: 'ok', detail: `locked memory: ${limit}` },
+    { id: 'memory', status: 'ok', detail: `memory available: ${(memoryAvailable / GIB).toFixed(1)} GiB` },
+  ];
+}
+
+export function judge(facts: Facts): Report {
+  const checks = [
+    checkNode(facts),
+    checkArchitecture(facts),
+    checkKvm(facts),
+    ...checkLive(facts),
+    checkMshv(facts.devices['/dev/mshv'] ?? 'absent'),
+    checkCpu(facts),
+    ...checkCapabilities(facts),
+    ...Object.keys(DEVICE_ADVICE).map((path) => checkDevice(path, facts.devices[path] ?? 'absent')),
+    ...checkHugepages(facts),
+    ...checkLimits(facts),
+  ];
+  const failure = checks.find(({ status }) => status === 'fail');
+  return {
+    canRunStockGuests: failure === undefined,
+    reason: failure?.detail ?? 'KVM runs code at the speed of a processor',
+    checks,
+  };
+}
+
+export function formatReport({ canRunStockGuests, reason, checks }: Report): string {
+  const lines = checks.map(({ status, detail, advice }) => {
+    const line = `${status.padEnd(4)}  ${detail}`;
+    return advice === undefined ? line : `${line}\n      -> ${advice}`;
+  });
+  const verdict = canRunStockGuests ? 'This host can run stock guests' : 'This host cannot run stock guests';
+  return [...lines, '', `${verdict}: ${reason}.`].join('\n');
+}
