@@ -1,4 +1,5 @@
 /** The composition root of a vCPU thread: it attaches to its vCPU, builds its own view of the devices, and runs. */
+import fs from 'node:fs';
 import { parentPort, workerData } from 'node:worker_threads';
 import type { HypervisorName, Vcpu, VcpuHandle } from '../hypervisor/hypervisor.js';
 import { attachKvmVcpu } from '../hypervisor/kvm/kvm.js';
@@ -26,6 +27,8 @@ const { ports, memory } = attachPlatform(data.platform, kernel, (event) => {
   post(event);
 });
 
+// The thread's name, for tools such as top and taskset.
+fs.writeFileSync(`/proc/self/task/${kernel.threadId()}/comm`, data.name);
 if (data.affinity !== undefined) kernel.setAffinity(data.affinity);
 const vcpu = attachVcpu(data.hypervisor, kernel, data.vcpu);
 Atomics.store(control.words, threadId, vcpu.enterThread());

@@ -9,6 +9,8 @@ import { VcpuCommand, type VcpuControl, vcpuControlLayout, type VcpuEnd } from '
 
 /** What a vCPU worker is started with. */
 export interface VcpuWorkerData {
+  /** Of the thread. */
+  readonly name: string;
   readonly hypervisor: HypervisorName;
   readonly vcpu: VcpuHandle;
   readonly control: SharedArrayBuffer;
@@ -67,7 +69,9 @@ export class CpuManager {
   /** @param affinity host CPUs for each vCPU that is bound, by its number */
   start(platform: PlatformHandle, affinity: ReadonlyMap<number, readonly number[]>): void {
     this.#threads.forEach((thread, id) => {
+      const name = `vcpu${id}`;
       const data: VcpuWorkerData = {
+        name,
         hypervisor: this.hypervisor,
         vcpu: thread.vcpu.handle,
         control: thread.control.buffer,
@@ -76,7 +80,7 @@ export class CpuManager {
       };
       const worker = new Worker(this.workerScript, {
         workerData: data,
-        name: `vcpu${id}`,
+        name,
         resourceLimits: { maxYoungGenerationSizeMb: YOUNG_GENERATION_MIB },
       });
       thread.worker = worker;

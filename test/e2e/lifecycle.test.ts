@@ -1,0 +1,197 @@
+import { createHash, randomBytes } from 'node:crypto';
+import path from 'node:path';
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+import { type Kernel, kernel } from '../lab/kernels.js';
+import { Guest, runInGuest, testFolder, VMM } from '../support/guest.js';
+import { guestInitramfs } from '../support/guest-image.js';
+import { collect, TestHost } from '../support/host.js';
+
+const { folder, remove } = testFolder();
+let host: TestHost;
+let cloud: Kernel;
+
+beforeAll(async () => {
+  host = await TestHost.open();
+  cloud = await kernel('cloud');
+});
+
+afterAll(() => {
+  host.close();
+  remove();
+});
+
+/** Processes of vmm that are left on the test host. */
+async function leftovers(): Promise<string> {
+  return (await host.shell(`ps -eo args | grep '[d]ist/vmm.js --kernel' || true`)).stdout;
+}
+
+describe('the serial port', () => {
+  test('takes input by interrupt and loses none of it', async () => {
+    const input = randomBytes(8192);
+    const guest = await Guest.start(host, folder, {
+      kernel: cloud,
+      task: { command: `echo ready; head -c ${input.length} | md5sum; grep ttyS0 /proc/interrupts` },
+    });
+    await guest.waitFor('ready');
+    guest.process.stdin.write(input);
+    await guest.waitFor('ttyS0', guest.console.indexOf('ready'));
+    expect(guest.console).toContain(createHash('md5').update(input).digest('hex'));
+    expect(await guest.end()).toMatchObject({ status: 0 });
+  });
+
+  test('on a file holds the whole console', async () => {
+    const file = path.join('/tmp', `vmm-serial-${process.pid}`);
+    const argv = [...VMM, '--kernel', cloud.vmlinuz, '--cmdline', 'console=ttyS0 panic=-1 reboot=t', '--serial', `file=${file}`];
+    const { stdout } = await host.shell(
+      // Without an initramfs the kernel panics for want of a root, and resets.
+      `${argv.map((word) => `'${word}'`).join(' ')} & vmm=$!
+       until grep -q 'Unable to mount root' ${file} 2>/dev/null; do sleep 0.2; done
+       kill $vmm; wait $vmm; echo "status $?"; grep -c 'Linux version' ${file}; rm ${file}`,
+    );
+    expect(stdout).toMatch(/^status 0\n[1-9]/);
+  });
+});
+
+describe('the end of a machine', () => {
+  test('a guest that reboots finds its machine as new, in the same process', async () => {
+    const guest = await Guest.start(host, folder, {
+      kernel: cloud,
+      task: { command: 'echo "up $(cut -d. -f1 /proc/uptime)"; read line; reboot -f' },
+      vmm: ['--cpus', 'boot=2'],
+    });
+    await guest.waitFor('up ');
+    const first = guest.console.length;
+    guest.type('\n');
+    await guest.waitFor('up ', first);
+    guest.process.kill('SIGTERM');
+    const { status, log } = await guest.end();
+    expect(status).toBe(0);
+    expect(log).toMatch(/The guest resets the machine/);
+    expect(log).toMatch(/Stopping: SIGTERM/);
+  });
+
+  test('a triple fault is reported, and resets the machine', async () => {
+    const guest = await Guest.start(host, folder, {
+      kernel: cloud,
+      cmdline: 'reboot=t',
+      task: { command: 'echo up; read line; reboot -f' },
+    });
+    await guest.waitFor('up');
+    const first = guest.console.length;
+    guest.type('\n');
+    await guest.waitFor('up', first);
+    guest.process.kill('SIGINT');
+    const { status, log } = await guest.end();
+    expect(status).toBe(0);
+    expect(log).toMatch(/Triple fault on vCPU 0 at RIP 0x[0-9a-f]+: the machine resets/);
+  });
+
+  test('a panic is reported by pvpanic', async () => {
+    const guest = await Guest.start(host, folder, {
+      kernel: cloud,
+      task: {
+        command: 'echo up; read line; echo c >/proc/sysrq-trigger',
+        modules: { kernel: cloud, names: ['pvpanic-mmio'] },
+      },
+      vmm: ['--pvpanic'],
+    });
+    await guest.waitFor('up');
+    const first = guest.console.length;
+    guest.type('\n');
+    await guest.waitFor('up', first); // panic=-1 resets
+    guest.process.kill('SIGTERM');
+    const { status, log } = await guest.end();
+    expect(status).toBe(0);
+    expect(log).toMatch(/The guest's kernel panicked/);
+  });
+
+  test('the power button reaches the guest', async () => {
+    const guest = await Guest.start(host, folder, {
+      kernel: cloud,
+      task: {
+        command: `echo ready; dd if=/dev/input/event0 bs=24 count=1 2>/dev/null | hexdump -s 16 -n 4 -e '2/2 "%d "'; echo pressed`,
+        modules: { kernel: cloud, names: ['evdev', 'button'] },
+      },
+    });
+    await guest.waitFor('ready');
+    guest.process.kill('SIGUSR1');
+    await guest.waitFor('pressed');
+    expect(guest.console).toContain('1 116 pressed'); // EV_KEY, KEY_POWER
+    expect(await guest.end()).toMatchObject({ status: 0 });
+  });
+
+  test('the escape key ends it, and the terminal is restored', async () => {
+    const initramfs = await guestInitramfs();
+    const argv = [...VMM, '--kernel', cloud.vmlinuz, '--initramfs', initramfs, '--serial', 'tty', '--cmdline', 'console=ttyS0 quiet'];
+    const script = `stty -a >/tmp/before-$$; "$@"; echo "status $?"; stty -a | cmp - /tmp/before-$$ && echo restored; rm /tmp/before-$$`;
+    const child = host.spawn(['sh', '-c', script, 'sh', ...argv], { tty: { rows: 30, columns: 100 } });
+    let seen = '';
+    const prompt = new Promise<void>((resolve) => {
+      child.stdout.on('data', (bytes: Buffer) => {
+        seen += bytes.toString('latin1');
+        if (/\/ # /.test(seen)) resolve();
+      });
+    });
+    await prompt;
+    child.stdin.write('\x01x');
+    await child.exit;
+    expect(seen).toMatch(/status 0\r\n/);
+    expect(seen).toMatch(/restored/);
+  });
+
+  test('a killed process leaves no other behind', async () => {
+    const guest = await Guest.start(host, folder, { kernel: cloud, task: { command: 'echo up; read line' } });
+    await guest.waitFor('up');
+    guest.process.kill('SIGKILL');
+    expect(await guest.end()).toMatchObject({ status: null, signal: 'SIGKILL' });
+    expect(await leftovers()).toBe('');
+  });
+});
+
+test('an interactive shell ends in power-off', async () => {
+  const initramfs = await guestInitramfs();
+  const argv = [...VMM, '--kernel', cloud.vmlinuz, '--initramfs', initramfs, '--serial', 'tty', '--cmdline', 'console=ttyS0 quiet'];
+  const child = host.spawn(argv, { tty: { rows: 30, columns: 100 } });
+  const output = collect(child.stdout);
+  const prompted = new Promise<void>((resolve) => {
+    let seen = '';
+    child.stdout.on('data', (bytes: Buffer) => {
+      seen += bytes.toString('latin1');
+      if (/\/ # /.test(seen)) resolve();
+    });
+  });
+  await prompted;
+  child.stdin.write('echo $((6 * 7)); exit\r');
+  expect(await child.exit).toMatchObject({ status: 0 });
+  expect(await output).toMatch(/\n42\r/);
+});
+
+test('vCPU threads are bound to the CPUs of the command line, and named', async () => {
+  const cpus = (await host.run(['nproc'])).stdout.trim() === '1' ? ['0', '0'] : ['1', '0'];
+  const guest = await Guest.start(host, folder, {
+    kernel: cloud,
+    task: { command: 'echo up; read line' },
+    vmm: ['--cpus', `boot=2,affinity=[0@[${cpus[0]}],1@[${cpus[1]}]]`],
+  });
+  await guest.waitFor('up');
+  const pid = await guest.process.pid;
+  const { stdout } = await host.shell(
+    `for task in /proc/${pid}/task/*; do echo "$(cat $task/comm) $(awk '/Cpus_allowed_list/ { print $2 }' $task/status)"; done | grep vcpu | sort`,
+  );
+  expect(stdout).toBe(`vcpu0 ${cpus[0]}\nvcpu1 ${cpus[1]}\n`);
+  guest.process.kill('SIGTERM');
+  await guest.end();
+});
+
+test('the memory options give the guest its memory', async () => {
+  await host.shell('echo 140 >/proc/sys/vm/nr_hugepages');
+  for (const options of ['shared=on', 'hugepages=on', 'hugepages=on,shared=on,prefault=on', 'thp=off,mergeable=on']) {
+    const guest = await runInGuest(host, folder, {
+      kernel: cloud,
+      task: { command: 'echo up' },
+      vmm: ['--memory', `size=256M,${options}`],
+    });
+    expect({ options, output: guest.output, vmm: guest.vmm }).toEqual({ options, output: 'up\n', vmm: 0 });
+  }
+  await host.shell('echo 0 >/proc/sys/vm/nr_hugepages');
+});
