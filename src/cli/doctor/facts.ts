@@ -1,163 +1,125 @@
-/**
- * What the doctor looks at, gathered in one place: the checks (checks.ts) are a function of these facts alone.
- *
- * Sources: proc(5); Linux Documentation/admin-guide/mm/hugetlbpage.rst and transhuge.rst; KVM's api.rst, 4.4.
- * Nothing here changes the host, but that opening a device node may load its module, as using it would.
- */
+/** What the doctor finds on this host, gathered in one place so that its judgement can be tested without a host. */
+import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
-import { HypervisorError } from '../../hypervisor/hypervisor.js';
-import { KVM_CAP, KVM_CHECK_EXTENSION, KVM_GET_API_VERSION, type KvmCapability } from '../../hypervisor/kvm/abi.js';
-import { KVM_DEVICE, openKvm } from '../../hypervisor/kvm/kvm.js';
-import { type HostKernel, SystemError } from '../../sys/host-kernel.js';
-import { type LiveTest, runLiveTest } from './live-test.js';
+import os from 'node:os';
+import { KVM_CAP, type KvmCapability } from '../../hypervisor/kvm/abi.js';
+import { KVM_DEVICE, openKvm, probeCapabilities } from '../../hypervisor/kvm/kvm.js';
+import { LinuxKernel } from '../../sys/linux-kernel.js';
+import { type LiveResult, liveTest } from './live-test.js';
 
-/** `ok`: opens for reading and writing. Else the errno's name, such as `ENOENT`. */
-export type Access = string;
+export type DeviceState = 'usable' | 'no permission' | 'absent';
 
-export interface CpuFacts {
-  readonly vendor: string;
-  readonly model: string;
-  /** The lines `flags` and `vmx flags` of /proc/cpuinfo together. */
-  readonly flags: readonly string[];
-}
-
-export interface HugepagePool {
-  /** Bytes. */
-  readonly size: number;
-  /** Pages. */
-  readonly total: number;
-  readonly free: number;
-}
-
-export interface DoctorFacts {
-  /** As `process.version`. */
+export interface Facts {
   readonly node: string;
-  /** As `process.arch`. */
   readonly architecture: string;
-  readonly cpu: CpuFacts;
-  readonly kvm: Access;
-  /** Undefined: the device is no KVM, or does not open. */
-  readonly kvmVersion?: number;
-  /** What KVM_CHECK_EXTENSION answers: 0 is absent. Undefined as above. */
+  readonly devices: Readonly<Record<string, DeviceState>>;
+  /** Value of each capability; undefined: KVM cannot be asked. */
   readonly capabilities?: Readonly<Record<KvmCapability, number>>;
-  /** Undefined: the architecture has none. A text: why no guest could be tried at all. */
-  readonly live?: LiveTest | string;
-  /** Of the KVM module that drives this processor, by name, such as `kvm_amd.npt`. */
-  readonly moduleParameters: Readonly<Record<string, string>>;
-  readonly mshv: Access;
-  /** By path. */
-  readonly devices: Readonly<Record<string, Access>>;
-  readonly hugepages: readonly HugepagePool[];
-  /** `always`, `madvise` or `never`. Undefined: the kernel has no transparent huge pages. */
-  readonly transparentHugepages?: string;
-  /** Bytes that new processes can have without swapping. */
-  readonly memoryAvailable: number;
-  /** Bytes; Infinity when unlimited. */
+  /** Why KVM cannot be used. */
+  readonly kvmProblem?: string;
+  readonly live: readonly LiveResult[];
+  readonly cpu: string;
+  readonly cpuFlags: readonly string[];
+  /** Huge pages free, by size in KiB. */
+  readonly hugepages: Readonly<Record<string, number>>;
+  readonly thp: string;
+  /** Bytes, and descriptors. */
   readonly memlock: number;
-  readonly openFiles: number;
+  readonly nofile: number;
+  readonly memoryAvailable: number;
 }
 
-export const MSHV_DEVICE = '/dev/mshv';
-const OTHER_DEVICES = ['/dev/net/tun', '/dev/vhost-net', '/dev/vhost-vsock', '/dev/vfio/vfio'];
-const MODULE_PARAMETERS = {
-  kvm_intel: ['ept', 'nested', 'unrestricted_guest', 'enable_apicv'],
-  kvm_amd: ['npt', 'nested', 'avic'],
-};
+const DEVICES = [KVM_DEVICE, '/dev/mshv', '/dev/net/tun', '/dev/vhost-net', '/dev/vhost-vsock', '/dev/vfio/vfio'];
 
-/** A file's text without the newline at its end; undefined when it cannot be read. */
-function readText(path: string): string | undefined {
+/** Set in the child process that runs the live test, whose end the parent does not depend on. */
+const PROBE_VARIABLE = 'VMM_DOCTOR_PROBE';
+const PROBE_LIMIT_MILLISECONDS = 20_000;
+
+function read(path: string): string {
   try {
-    return fs.readFileSync(path, 'utf8').trim();
+    return fs.readFileSync(path, 'utf8');
   } catch {
-    return undefined;
+    return '';
   }
 }
 
-/** Opening tells more than a permission check: a container may refuse a device, or its driver be missing. */
-function access(path: string): Access {
+function deviceState(path: string): DeviceState {
+  if (!fs.existsSync(path)) return 'absent';
   try {
-    fs.closeSync(fs.openSync(path, 'r+'));
-    return 'ok';
+    fs.closeSync(fs.openSync(path, fs.constants.O_RDWR | fs.constants.O_NONBLOCK));
+    return 'usable';
   } catch (error) {
-    return (error as NodeJS.ErrnoException).code ?? 'unknown';
+    const { code } = error as NodeJS.ErrnoException;
+    return code === 'EACCES' || code === 'EPERM' ? 'no permission' : 'absent';
   }
 }
 
-/** @param text /proc/cpuinfo */
-export function parseCpuinfo(text: string): CpuFacts {
-  const field = (name: string) => new RegExp(`^${name}\\s*: (.*)$`, 'm').exec(text)?.[1] ?? '';
-  return {
-    vendor: field('vendor_id'),
-    model: field('model name'),
-    flags: `${field('flags')} ${field('vmx flags')}`.split(' ').filter((flag) => flag !== ''),
-  };
+/** The selected one of a sysfs list such as `always [madvise] never`. */
+function selected(text: string): string {
+  return /\[(\w+)\]/.exec(text)?.[1] ?? 'absent';
 }
 
-function moduleParameters(): Record<string, string> {
-  const found = Object.entries(MODULE_PARAMETERS).flatMap(([module, names]) =>
-    names.map((name) => [`${module}.${name}`, readText(`/sys/module/${module}/parameters/${name}`)] as const),
+function hugepages(): Record<string, number> {
+  const root = '/sys/kernel/mm/hugepages';
+  if (!fs.existsSync(root)) return {};
+  return Object.fromEntries(
+    fs.readdirSync(root).map((name) => {
+      const size = /^hugepages-(\d+)kB$/.exec(name)?.[1] ?? name;
+      return [size, Number(read(`${root}/${name}/free_hugepages`))];
+    }),
   );
-  return Object.fromEntries(found.filter((entry): entry is [string, string] => entry[1] !== undefined));
 }
 
-function hugepagePools(): HugepagePool[] {
-  const folder = '/sys/kernel/mm/hugepages';
-  const names = fs.existsSync(folder) ? fs.readdirSync(folder) : [];
-  return names
-    .map((name) => ({
-      size: Number(/^hugepages-(\d+)kB$/.exec(name)?.[1]) * 1024,
-      total: Number(readText(`${folder}/${name}/nr_hugepages`)),
-      free: Number(readText(`${folder}/${name}/free_hugepages`)),
-    }))
-    .sort((a, b) => a.size - b.size);
+/** In the child: runs the live test and prints its results. @returns whether this process is that child */
+export function runProbe(): boolean {
+  if (process.env[PROBE_VARIABLE] === undefined) return false;
+  const kernel = new LinuxKernel();
+  const hypervisor = openKvm(kernel);
+  process.stdout.write(JSON.stringify(liveTest(hypervisor, kernel)));
+  hypervisor.close();
+  return true;
 }
 
-/** Asks without openKvm, which ends at the first capability that is missing. */
-function askKvm(kernel: HostKernel): Pick<DoctorFacts, 'kvmVersion' | 'capabilities'> {
-  const fd = kernel.open(KVM_DEVICE);
+/** A guest that never comes back must not take the doctor with it: the test runs in a child with a time limit. */
+function liveResults(): LiveResult[] {
+  const child = spawnSync(process.execPath, [...process.execArgv, process.argv[1]!, 'doctor'], {
+    env: { ...process.env, [PROBE_VARIABLE]: '1' },
+    encoding: 'utf8',
+    timeout: PROBE_LIMIT_MILLISECONDS,
+    killSignal: 'SIGKILL',
+  });
   try {
-    const kvmVersion = kernel.ioctl(fd, KVM_GET_API_VERSION);
-    const answers = Object.entries(KVM_CAP).map(([name, cap]) => [name, kernel.ioctl(fd, KVM_CHECK_EXTENSION, cap)]);
-    return { kvmVersion, capabilities: Object.fromEntries(answers) as Record<KvmCapability, number> };
-  } catch (error) {
-    if (error instanceof SystemError) return {};
-    throw error;
-  } finally {
-    kernel.close(fd);
+    return JSON.parse(child.stdout) as LiveResult[];
+  } catch {
+    const problem = child.signal === null ? child.stderr.trim() : 'the test did not end in time';
+    return [{ mode: 'real', speed: 0, problem }];
   }
 }
 
-function tryGuests(kernel: HostKernel): LiveTest | string {
+export function gatherFacts(): Facts {
+  const kernel = new LinuxKernel();
+  const cpuinfo = read('/proc/cpuinfo');
+  const devices = Object.fromEntries(DEVICES.map((path) => [path, deviceState(path)]));
+  let kvmProblem: string | undefined;
   try {
-    const hypervisor = openKvm(kernel);
-    try {
-      return runLiveTest(kernel, hypervisor);
-    } finally {
-      hypervisor.close();
-    }
+    openKvm(kernel).close();
   } catch (error) {
-    if (error instanceof HypervisorError) return error.message;
-    throw error;
+    kvmProblem = error instanceof Error ? error.message : String(error);
   }
-}
-
-export function gatherFacts(kernel: HostKernel): DoctorFacts {
-  const kvm = access(KVM_DEVICE);
-  const memoryKib = /^MemAvailable:\s+(\d+) kB$/m.exec(readText('/proc/meminfo') ?? '')?.[1];
+  const names = Object.keys(KVM_CAP) as KvmCapability[];
   return {
-    node: process.version,
-    architecture: process.arch,
-    cpu: parseCpuinfo(readText('/proc/cpuinfo') ?? ''),
-    kvm,
-    ...(kvm === 'ok' ? askKvm(kernel) : {}),
-    live: kvm === 'ok' && process.arch === 'x64' ? tryGuests(kernel) : undefined,
-    moduleParameters: moduleParameters(),
-    mshv: access(MSHV_DEVICE),
-    devices: Object.fromEntries(OTHER_DEVICES.map((path) => [path, access(path)])),
-    hugepages: hugepagePools(),
-    transparentHugepages: /\[(\w+)\]/.exec(readText('/sys/kernel/mm/transparent_hugepage/enabled') ?? '')?.[1],
-    memoryAvailable: Number(memoryKib ?? 0) * 1024,
+    node: process.versions.node,
+    architecture: os.arch(),
+    devices,
+    capabilities: devices[KVM_DEVICE] === 'usable' && kvmProblem === undefined ? probeCapabilities(kernel, names) : undefined,
+    kvmProblem,
+    live: kvmProblem === undefined ? liveResults() : [],
+    cpu: /^model name\s*: (.*)$/m.exec(cpuinfo)?.[1] ?? 'unknown',
+    cpuFlags: /^flags\s*: (.*)$/m.exec(cpuinfo)?.[1]?.split(' ') ?? [],
+    hugepages: hugepages(),
+    thp: selected(read('/sys/kernel/mm/transparent_hugepage/enabled')),
     memlock: kernel.resourceLimit('memlock'),
-    openFiles: kernel.resourceLimit('nofile'),
+    nofile: kernel.resourceLimit('nofile'),
+    memoryAvailable: Number(/^MemAvailable:\s+(\d+)/m.exec(read('/proc/meminfo'))?.[1] ?? 0) * 1024,
   };
 }

@@ -15,7 +15,16 @@ import * as layout from '../../../src/arch/x86_64/layout.js';
 import { initialMsrs } from '../../../src/arch/x86_64/msrs.js';
 import type { X86Segment, X86SpecialRegisters } from '../../../src/hypervisor/x86-state.js';
 import { GuestMemory } from '../../../src/memory/guest-memory.js';
-import { bzImage, elf, type ElfSegment, note, pattern, PT_NOTE, pvhNote, text } from '../../support/synthetic-kernel.js';
+import {
+  bzImage,
+  elf,
+  type ElfSegment,
+  note,
+  pattern,
+  PT_NOTE,
+  pvhNote,
+  text,
+} from '../../support/synthetic-kernel.js';
 
 const MIB = 2 ** 20;
 const GIB = 2 ** 30;
@@ -94,12 +103,15 @@ describe('a bzImage', () => {
     expect(memory.u8(0x30_1000)).toBe(0xaa);
   });
 
-  test('is relocated to its alignment where the preferred address has no RAM', () => {
+  test('is relocated to its alignment where it prefers an address below 1 MiB', () => {
     const memory = ram(4 * MIB);
-    for (const pref_address of [0x100_0000n, 2n ** 63n, 0x1000n]) {
-      expect(load({ kernel: bzImage({ pref_address }) }, memory).address).toBe(0x20_0200);
-    }
+    expect(load({ kernel: bzImage({ pref_address: 0x1000n }) }, memory).address).toBe(0x20_0200);
     expect(bytes(memory, 0x20_0000, 0x1000)).toEqual(pattern(0x1000));
+  });
+
+  test('is never loaded below its preferred address, where Linux unpacks itself all the same', () => {
+    const message = refusal(() => load({ kernel: bzImage({ pref_address: 0x100_0000n }) }, ram(4 * MIB)));
+    expect(message).toMatch(/needs 17 MiB, see --memory$/);
   });
 
   test('has four setup sectors where it says 0', () => {
@@ -130,7 +142,11 @@ describe('a bzImage', () => {
     expect(page.readBigUInt64LE(0x70)).toBe(BigInt(RSDP)); // acpi_rsdp_addr
     expect(e820(memory)).toEqual([[0, 0xa_0000, 1], [0x10_0000, 3 * MIB, 1], ECAM]);
     // Nothing else, whatever the memory held before.
-    page.fill(0, 0x70, 0x78).fill(0, 0x1e8, 0x1e9).fill(0, 0x1f1, 0x26c).fill(0, 0x2d0, 0x2d0 + 60);
+    page
+      .fill(0, 0x70, 0x78)
+      .fill(0, 0x1e8, 0x1e9)
+      .fill(0, 0x1f1, 0x26c)
+      .fill(0, 0x2d0, 0x2d0 + 60);
     expect(page.equals(Buffer.alloc(4096))).toBe(true);
 
     expect(bytes(memory, 4 * MIB - 8192, 5000)).toEqual(initramfs);
@@ -162,23 +178,28 @@ describe('a bzImage', () => {
       [4096, {}],
       [MIB, {}],
       [2 * MIB, {}],
-      [4 * MIB, { init_size: 0x20_0001 }],
+      [4 * MIB, { init_size: 0x10_0001 }],
       [4 * MIB, { init_size: 0xffff_ffff }],
-      [4 * MIB, { relocatable_kernel: 0, pref_address: 0x40_0000n }],
-      [4 * MIB, { relocatable_kernel: 0, pref_address: 0xffff_ffff_ffff_ffffn }],
-      [4 * MIB, { kernel_alignment: 0, pref_address: 0x40_0000n }],
-      [4 * MIB, { kernel_alignment: 0xffff_ffff, pref_address: 0x40_0000n }],
+      [4 * MIB, { pref_address: 2n ** 63n }],
+      [4 * MIB, { pref_address: 2n ** 64n - 1n }],
+      [4 * MIB, { relocatable_kernel: 0, pref_address: 0n }],
+      [4 * MIB, { kernel_alignment: 0, pref_address: 0n }],
+      [4 * MIB, { kernel_alignment: 0xffff_ffff, pref_address: 0n }],
     ] as const) {
-      expect(refusal(() => load({ kernel: bzImage(fields) }, ram(size)))).toMatch(/^--kernel .* --memory$/);
+      expect(refusal(() => load({ kernel: bzImage(fields) }, ram(size)))).toMatch(
+        /^--kernel .* needs \d+ MiB, see --memory$/,
+      );
     }
-    expect(load({ kernel: bzImage({ init_size: 0x20_0000 }) }, ram(4 * MIB)).address).toBe(0x20_0200);
-    expect(load({ kernel: bzImage({ kernel_alignment: 0x1000 }) }, ram(2 * MIB)).address).toBe(0x10_0200);
+    expect(load({ kernel: bzImage({ init_size: 0x10_0000 }) }, ram(4 * MIB)).address).toBe(0x30_0200);
+    expect(load({ kernel: bzImage({ pref_address: 0x10_0000n }) }, ram(2 * MIB)).address).toBe(0x10_0200);
   });
 
   test('is refused where it is cut short', () => {
     const kernel = bzImage();
     for (const length of [1, 63, 0x1ff, 0x206, 0x267]) {
-      expect(refusal(() => load({ kernel: kernel.subarray(0, length) }, ram(4 * MIB)))).toContain('a bzImage or an ELF');
+      expect(refusal(() => load({ kernel: kernel.subarray(0, length) }, ram(4 * MIB)))).toContain(
+        'a bzImage or an ELF',
+      );
     }
     for (const length of [0x268, 0x290, 0x400, 0x600, 0x601, kernel.length - 1]) {
       expect(refusal(() => load({ kernel: kernel.subarray(0, length) }, ram(4 * MIB)))).toContain('cut short');
@@ -237,10 +258,10 @@ describe('an ELF kernel', () => {
     const info = layout.PVH_START_INFO;
     expect([0, 4, 8, 12, 48, 52].map((at) => memory.u32(info + at))).toEqual([0x336e_c578, 1, 0, 1, 3, 0]);
     const [modlist, cmdline, rsdp, memmap] = [16, 24, 32, 40].map((at) => u64(memory, info + at));
-    expect([0, 8, 16, 24].map((at) => u64(memory, modlist! + at))).toEqual([4 * MIB - 8192, 5000, 0, 0]);
-    expect(bytes(memory, cmdline!, 4).toString()).toBe('a=b\0');
+    expect([0, 8, 16, 24].map((at) => u64(memory, modlist + at))).toEqual([4 * MIB - 8192, 5000, 0, 0]);
+    expect(bytes(memory, cmdline, 4).toString()).toBe('a=b\0');
     expect(rsdp).toBe(RSDP);
-    const map = [0, 1, 2].map((index) => [0, 8, 16].map((at) => u64(memory, memmap! + index * 24 + at)));
+    const map = [0, 1, 2].map((index) => [0, 8, 16].map((at) => u64(memory, memmap + index * 24 + at)));
     expect(map).toEqual([[0, 0xa_0000, 1], [0x10_0000, 3 * MIB, 1], ECAM]);
     load({ kernel }, memory);
     expect([memory.u32(info + 12), u64(memory, info + 16)]).toEqual([0, 0]);
@@ -334,11 +355,18 @@ describe('a payload', () => {
 
   test('that is missing, a directory, a device or empty is refused under the name of its option', () => {
     const kernel = file('good', bzImage());
-    const absent = path.join(directory, 'absent');
-    for (const bad of [absent, directory, '/dev/null', '/proc/version', file('empty', Buffer.alloc(0)), '']) {
+    const unreadable = [path.join(directory, 'absent'), path.join(kernel, 'below'), ''];
+    const special = [directory, '/dev/null', '/proc/version', file('empty', Buffer.alloc(0))];
+    for (const bad of [...unreadable, ...special]) {
+      const accepted = special.includes(bad) ? 'regular file that is not empty' : 'file that can be read';
       const payload = { cmdline: '', rsdp: RSDP };
-      expect(refusal(() => loadPayload({ ...payload, kernel: bad }, ram(4 * MIB)))).toMatch(/^--kernel /);
-      expect(refusal(() => loadPayload({ ...payload, kernel, initramfs: bad }, ram(4 * MIB)))).toMatch(/^--initramfs /);
+      for (const [option, files] of [
+        ['--kernel', { kernel: bad }],
+        ['--initramfs', { kernel, initramfs: bad }],
+      ] as const) {
+        const message = refusal(() => loadPayload({ ...payload, ...files }, ram(4 * MIB)));
+        expect(message).toBe(`${option} ${bad}: accepted is a ${accepted}`);
+      }
     }
   });
 
@@ -346,7 +374,7 @@ describe('a payload', () => {
     const huge = file('huge', bzImage());
     fs.truncateSync(huge, 2 ** 43);
     const payload = { kernel: huge, cmdline: '', rsdp: RSDP };
-    expect(refusal(() => loadPayload(payload, ram(4 * MIB)))).toMatch(/8388610 MiB, see --memory$/);
+    expect(refusal(() => loadPayload(payload, ram(4 * MIB)))).toMatch(/8388611 MiB, see --memory$/);
     const kernel = file('good', bzImage());
     expect(refusal(() => loadPayload({ ...payload, kernel, initramfs: huge }, ram(4 * MIB)))).toMatch(/^--initramfs /);
     const room = 4 * MIB - 0x30_8000;
@@ -359,7 +387,9 @@ describe('a payload', () => {
     const memory = ram(4 * MIB);
     const fits = (kernel: Buffer, max: number) => {
       load({ kernel, cmdline: 'ä'.repeat(Math.floor(max / 2)) }, memory);
-      const message = refusal(() => load({ kernel, cmdline: 'x'.repeat(max + 1) }, memory));
+      const message = refusal(() =>
+        load({ kernel, cmdline: `${'ä'.repeat(Math.floor(max / 2))}${max % 2 ? 'ä' : 'x'}` }, memory),
+      );
       expect(message).toMatch(new RegExp(`^--cmdline of ${max + 1} bytes: accepted are at most ${max} `));
     };
     fits(bzImage(), 255);

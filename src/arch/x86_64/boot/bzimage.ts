@@ -59,7 +59,7 @@ export function loadBzImage(file: PayloadFile, memory: GuestMemory): BzImage | u
     throw file.error('a 64-bit kernel of boot protocol 2.12 or later');
   }
   // The boot sector counts beside the setup sectors; 0 means 4.
-  const kernelOffset = ((setup[SETUP_SECTS]! || 4) + 1) * SECTOR;
+  const kernelOffset = ((setup[SETUP_SECTS] || 4) + 1) * SECTOR;
   const size = file.size - kernelOffset;
   const initSize = setup.readUInt32LE(INIT_SIZE);
   // A signature for secure boot may follow the kernel, so that the file may be longer than it says.
@@ -69,7 +69,7 @@ export function loadBzImage(file: PayloadFile, memory: GuestMemory): BzImage | u
 
   const address = chooseAddress(file, setup, memory, Math.max(initSize, size));
   file.load(kernelOffset, size, memory, address);
-  const headerEnd = Math.min(HEADER + setup[HEADER_LENGTH]!, HEADER_LIMIT);
+  const headerEnd = Math.min(HEADER + setup[HEADER_LENGTH], HEADER_LIMIT);
   return {
     header: setup.subarray(SETUP_HEADER, headerEnd),
     entry: address + ENTRY_64,
@@ -80,17 +80,16 @@ export function loadBzImage(file: PayloadFile, memory: GuestMemory): BzImage | u
 }
 
 /**
- * The preferred address where `need` bytes of RAM are there, else the lowest aligned one of a relocatable kernel. Below
- * the 32-bit hole: the page tables at the entry map no more.
+ * The preferred address, or the lowest aligned one where that is below the kernels' memory. Never below the preferred one:
+ * a relocatable Linux unpacks itself there then (arch/x86/boot/compressed/head_64.S, LOAD_PHYSICAL_ADDR), RAM or not.
+ * Below the 32-bit hole: the page tables at the entry map no more.
  */
 function chooseAddress(file: PayloadFile, setup: Buffer, memory: GuestMemory, need: number): number {
-  const low = memory.ranges()[0]!;
-  const ramEnd = low.address + low.size;
+  const low = memory.ranges()[0];
   const preferred = setup.readUInt32LE(PREF_ADDRESS) + setup.readUInt32LE(PREF_ADDRESS + 4) * 2 ** 32;
-  if (preferred >= HIGH_MEMORY && preferred + need <= ramEnd) return preferred;
   const alignment = setup.readUInt32LE(KERNEL_ALIGNMENT);
-  const relocatable = setup[RELOCATABLE_KERNEL] !== 0 && alignment > 0;
-  const address = relocatable ? Math.ceil(HIGH_MEMORY / alignment) * alignment : preferred;
-  if (relocatable && address + need <= ramEnd) return address;
+  const relocated = preferred < HIGH_MEMORY && setup[RELOCATABLE_KERNEL] !== 0 && alignment > 0;
+  const address = relocated ? Math.ceil(HIGH_MEMORY / alignment) * alignment : preferred;
+  if (address >= HIGH_MEMORY && address + need <= low.address + low.size) return address;
   throw file.error(`a kernel that fits the memory: this one needs ${mib(address + need)} MiB, see --memory`);
 }
