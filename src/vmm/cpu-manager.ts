@@ -121,6 +121,11 @@ export class CpuManager {
     );
   }
 
+  /** Where each vCPU stopped; after `stop`. */
+  instructionPointers(): bigint[] {
+    return this.#threads.map(({ vcpu }) => vcpu.instructionPointer());
+  }
+
   /** After `stop`. */
   close(): void {
     for (const { vcpu } of this.#threads) vcpu.close();

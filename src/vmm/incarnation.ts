@@ -6,6 +6,7 @@ import { buildCpuid } from '../arch/x86_64/cpuid.js';
 import * as layout from '../arch/x86_64/layout.js';
 import { buildMpTable } from '../arch/x86_64/mptable.js';
 import { initialMsrs } from '../arch/x86_64/msrs.js';
+import { RESET_CODE } from '../arch/x86_64/reset-vector.js';
 import { buildSmbios } from '../arch/x86_64/smbios.js';
 import { apicId, defaultTopology, MAX_APIC_ID, type Topology } from '../arch/x86_64/topology.js';
 import type { VmConfig } from '../config/vm-config.js';
@@ -103,6 +104,8 @@ export class Incarnation {
     await this.#cpus.stop();
     this.serial?.close();
     const exits = this.#cpus.exits();
+    const pointers = this.#cpus.instructionPointers().map((rip) => `0x${rip.toString(16)}`);
+    this.parts.logger.debug(`vCPUs stopped at RIP ${pointers.join(', ')}`);
     this.#cpus.close();
     this.#vm.close();
     this.#memory.close();
@@ -130,6 +133,7 @@ export class Incarnation {
     memory.write(layout.SMBIOS, smbios);
     const mpTable = Math.ceil((layout.SMBIOS + smbios.length) / 16) * 16;
     memory.write(mpTable, buildMpTable({ apicIds: apicIds.slice(0, config.cpus.boot_vcpus), address: mpTable }));
+    memory.write(layout.RESET_VECTOR, RESET_CODE);
     return acpi.rsdp;
   }
 }

@@ -27,6 +27,8 @@ export const RSDP = EBDA_START;
 export const ACPI_END = 0xf_0000;
 /** SMBIOS 3.0 entry point with its structures, then the MP table: found by a scan of 0xf0000-0xfffff. */
 export const SMBIOS = 0xf_0000;
+/** Where real mode enters the firmware. */
+export const RESET_VECTOR = 0xf_fff0;
 export const BIOS_END = 0x10_0000;
 /** Lowest kernel load address. */
 export const HIGH_MEMORY = 0x10_0000;

@@ -83,6 +83,8 @@ function checkLive({ live, kvmProblem }: Facts): Check[] {
     }
     const rate = `${mode} mode: ${(speed / 1e6).toFixed(1)} million instructions a second`;
     if (speed >= EMULATION_LIMIT) return { id, status: 'ok', detail: rate };
+    // Older Intel processors need real mode emulated, and protected mode on the way out of it; long mode decides.
+    if (mode !== 'long') return { id, status: 'warn', detail: `${rate}: emulated` };
     const detail = `${rate}: this KVM only emulates, as one nested without hardware support does`;
     return { id, status: 'fail', detail, advice: 'use a KVM with hardware virtualization' };
   });
