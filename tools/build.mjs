@@ -73,6 +73,10 @@ writeWhole(path.join(root, 'dist/tools/package.json'), '{ "type": "module" }\n',
 const cache = path.join(root, `dist/main.cache.${process.pid}`);
 fs.rmSync(path.join(root, 'dist/main.cache'), { force: true });
 const trial = ['dist/vmm.js', '--kernel', '/nonexistent', '--memory', 'size=2M', '--serial', 'null'];
-spawnSync(process.execPath, trial, { cwd: root, env: { ...process.env, VMM_WRITE_CODE_CACHE: cache }, stdio: 'ignore' });
+spawnSync(process.execPath, trial, {
+  cwd: root,
+  env: { ...process.env, VMM_WRITE_CODE_CACHE: cache },
+  stdio: 'ignore',
+});
 fs.renameSync(cache, path.join(root, 'dist/main.cache'));
 writeWhole(path.join(root, 'dist/.built'), '', 0o644);

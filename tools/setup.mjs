@@ -59,9 +59,17 @@ function installNodePackages() {
 }
 
 function installDebianPackages(packages) {
-  const query = spawnSync('dpkg-query', ['-W', '-f', '${Package} ${db:Status-Status}\n', ...packages], { encoding: 'utf8' });
-  if (query.error !== undefined) fail(`This set-up knows Debian only. Install by hand what these packages hold: ${packages.join(' ')}`);
-  const installed = new Set(query.stdout.split('\n').filter((line) => line.endsWith(' installed')).map((line) => line.split(' ')[0]));
+  const query = spawnSync('dpkg-query', ['-W', '-f', '${Package} ${db:Status-Status}\n', ...packages], {
+    encoding: 'utf8',
+  });
+  if (query.error !== undefined)
+    fail(`This set-up knows Debian only. Install by hand what these packages hold: ${packages.join(' ')}`);
+  const installed = new Set(
+    query.stdout
+      .split('\n')
+      .filter((line) => line.endsWith(' installed'))
+      .map((line) => line.split(' ')[0]),
+  );
   const missing = packages.filter((name) => !installed.has(name));
   if (missing.length === 0) return;
   const isRoot = process.getuid() === 0;

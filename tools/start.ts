@@ -5,7 +5,6 @@ import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
-import type { Readable } from 'node:stream';
 import { parseArgs } from 'node:util';
 import { type Flavour, kernel } from '../test/lab/kernels.js';
 import { CommandOutput, writeInitramfs } from '../test/support/guest-image.js';
@@ -55,7 +54,8 @@ function parse(): Choices {
       process.stdout.write(`${USAGE}\n`);
       process.exit(0);
     }
-    if (!FLAVOURS.includes(values.kernel)) usage(`--kernel ${values.kernel}: accepted is one of ${FLAVOURS.join(', ')}`);
+    if (!FLAVOURS.includes(values.kernel))
+      usage(`--kernel ${values.kernel}: accepted is one of ${FLAVOURS.join(', ')}`);
     const hypervisor = values.hypervisor === undefined ? [] : ['--hypervisor', values.hypervisor];
     const verbose = values.verbose ? ['-v'] : [];
     return {
@@ -65,7 +65,7 @@ function parse(): Choices {
       machine: ['--cpus', values.cpus, '--memory', values.memory, ...hypervisor, ...verbose],
     };
   } catch (error) {
-    return usage(error instanceof Error ? error.message.split('\n')[0]! : String(error));
+    return usage(error instanceof Error ? error.message.split('\n')[0] : String(error));
   }
 }
 
@@ -93,7 +93,7 @@ async function main(): Promise<number> {
   try {
     const nonce = randomBytes(8).toString('hex');
     const initramfs = path.join(folder, 'initramfs');
-    const { columns = 80, rows = 24 } = process.stdout;
+    const { columns, rows } = process.stdout.isTTY ? process.stdout : { columns: 80, rows: 24 };
     const settings = `stty rows ${rows} cols ${columns}\nTERM=${(process.env['TERM'] ?? 'linux').replace(/[^\w.+-]/g, '')}`;
     await writeInitramfs(initramfs, { command: choices.exec, nonce, settings });
     const quiet = choices.verbose ? '' : ' quiet loglevel=1';
@@ -113,7 +113,7 @@ function statusOf(status: number | null, signal: NodeJS.Signals | null): number 
 
 /** The terminal is the guest's. */
 async function interactive(argv: readonly string[]): Promise<number> {
-  const child = spawn(argv[0]!, argv.slice(1), { stdio: 'inherit' });
+  const child = spawn(argv[0], argv.slice(1), { stdio: 'inherit' });
   // Ctrl-C is the guest's as well: whoever has the terminal in raw mode passes it on.
   process.on('SIGINT', () => undefined);
   process.on('SIGTERM', () => child.kill('SIGTERM'));
@@ -123,10 +123,10 @@ async function interactive(argv: readonly string[]): Promise<number> {
 
 /** Standard output is the command's alone. */
 async function execute(argv: readonly string[], nonce: string): Promise<number> {
-  const child = spawn(argv[0]!, argv.slice(1), { stdio: ['ignore', 'pipe', 'inherit'] });
+  const child = spawn(argv[0], argv.slice(1), { stdio: ['ignore', 'pipe', 'inherit'] });
   for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => child.kill(signal));
   const output = new CommandOutput(nonce, (bytes) => process.stdout.write(bytes));
-  (child.stdout as Readable).on('data', (bytes: Buffer) => output.push(bytes));
+  child.stdout.on('data', (bytes: Buffer) => output.push(bytes));
   const [status, signal] = (await once(child, 'close')) as [number | null, NodeJS.Signals | null];
   if (output.status !== undefined) return output.status;
   note(`npm start: the guest ended before its command did (vmm ended with ${signal ?? status ?? 'nothing'})`);

@@ -50,7 +50,15 @@ async function endToEnd(): Promise<JestResults> {
   }
   const files = spawnSync(
     process.execPath,
-    ['--experimental-vm-modules', 'node_modules/jest/bin/jest.js', ...args, '--listTests', '--passWithNoTests', '--selectProjects', 'e2e'],
+    [
+      '--experimental-vm-modules',
+      'node_modules/jest/bin/jest.js',
+      ...args,
+      '--listTests',
+      '--passWithNoTests',
+      '--selectProjects',
+      'e2e',
+    ],
     { encoding: 'utf8' },
   ).stdout.trim();
   if (files === '') return jest([...args, ...options]);
@@ -82,7 +90,10 @@ function countPassed(results: JestResults, files: readonly string[]): number {
   const suites = results.testResults as readonly { name: string; assertionResults?: { status: string }[] }[];
   return suites
     .filter(({ name }) => files.includes(name))
-    .reduce((sum, { assertionResults = [] }) => sum + assertionResults.filter(({ status }) => status === 'passed').length, 0);
+    .reduce(
+      (sum, { assertionResults = [] }) => sum + assertionResults.filter(({ status }) => status === 'passed').length,
+      0,
+    );
 }
 
 try {

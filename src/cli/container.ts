@@ -12,9 +12,9 @@ import { LinuxKernel } from '../sys/linux-kernel.js';
 import type { Logger } from '../vmm/logger.js';
 import { Machine } from '../vmm/machine.js';
 
-export const HOST_KERNEL: ServiceIdentifier<HostKernel> = Symbol('HostKernel');
+const HOST_KERNEL: ServiceIdentifier<HostKernel> = Symbol('HostKernel');
 export const HYPERVISOR: ServiceIdentifier<Hypervisor> = Symbol('Hypervisor');
-export const LOGGER: ServiceIdentifier<Logger> = Symbol('Logger');
+const LOGGER: ServiceIdentifier<Logger> = Symbol('Logger');
 export const MACHINE: ServiceIdentifier<Machine> = Symbol('Machine');
 
 /** @param vcpuWorker the script that a vCPU thread runs */

@@ -25,7 +25,7 @@ export function openLog({ logFile, verbosity }: ProcessOptions): ProcessLog {
   const log = (level: Level, message: string) => {
     if (RANKS[level] > verbosity) return;
     const time = performance.now();
-    logger ??= createLogger(stream, LEVELS[Math.min(verbosity, LEVELS.length - 1)]!);
+    logger ??= createLogger(stream, LEVELS[Math.min(verbosity, LEVELS.length - 1)]);
     void logger.then((ready) => ready.log(level, message, { time }));
   };
   return {
@@ -53,6 +53,7 @@ async function createLogger(stream: NodeJS.WritableStream, level: string): Promi
     format: library.format.printf(({ level: name, message, time }) => {
       return `vmm: ${(Number(time) / 1000).toFixed(6)} ${name}: ${String(message)}`;
     }),
+    // eslint-disable-next-line @typescript-eslint/no-unsafe-class-instance-assignment -- winston's own types disagree
     transports: [new library.transports.Stream({ stream })],
   });
 }

@@ -71,7 +71,7 @@ export class Bus {
     let high = this.#entries.length - 1;
     while (low <= high) {
       const middle = (low + high) >> 1;
-      const entry = this.#entries[middle]!;
+      const entry = this.#entries[middle];
       if (address < entry.start) high = middle - 1;
       else if (address >= entry.end) low = middle + 1;
       else {

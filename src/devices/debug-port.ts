@@ -23,7 +23,7 @@ export class DebugPort implements BusDevice {
   ) {}
 
   read(_offset: number, size: AccessSize): number {
-    return size === 1 ? this.state.words[at.last]! : filler(size);
+    return size === 1 ? this.state.words[at.last] : filler(size);
   }
 
   write(_offset: number, size: AccessSize, value: number): void {

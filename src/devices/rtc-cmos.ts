@@ -61,20 +61,22 @@ export class RtcCmos implements BusDevice {
     const above16M = Math.min(Math.max(lowRam - 0x100_0000, 0) / 0x1_0000, 0xffff);
     const above4G = Math.min(highRam / 0x1_0000, 0xff_ffff);
     [above16M & 0xff, above16M >> 8].forEach((byte, index) => (this.#memory[0x34 + index] = byte));
-    [above4G & 0xff, (above4G >> 8) & 0xff, above4G >> 16].forEach((byte, index) => (this.#memory[0x5b + index] = byte));
+    [above4G & 0xff, (above4G >> 8) & 0xff, above4G >> 16].forEach(
+      (byte, index) => (this.#memory[0x5b + index] = byte),
+    );
   }
 
   read(offset: number, size: AccessSize): number {
     if (size !== 1) return filler(size);
-    const index = this.state.words[at.index]!;
+    const index = this.state.words[at.index];
     if (offset === 0) return index;
     if (TIME_REGISTERS.has(index)) {
-      return (this.#memory[REGISTER_B]! & B_SET) !== 0 ? this.#memory[index]! : this.#timeRegister(index);
+      return (this.#memory[REGISTER_B] & B_SET) !== 0 ? this.#memory[index] : this.#timeRegister(index);
     }
     if (index === REGISTER_A) return REGISTER_A_VALUE;
     if (index === REGISTER_C) return 0;
     if (index === REGISTER_D) return D_VALID;
-    return this.#memory[index]!;
+    return this.#memory[index];
   }
 
   write(offset: number, size: AccessSize, value: number): void {
@@ -84,7 +86,7 @@ export class RtcCmos implements BusDevice {
       words[at.index] = value & 0x7f; // bit 7 masks NMIs, of which there are none
       return;
     }
-    const index = words[at.index]!;
+    const index = words[at.index];
     this.state.lock();
     if (index === REGISTER_B) this.#writeB(value & B_WRITABLE);
     else if (TIME_REGISTERS.has(index)) this.#writeTime(index, value);
@@ -93,7 +95,7 @@ export class RtcCmos implements BusDevice {
   }
 
   #writeB(value: number): void {
-    const before = this.#memory[REGISTER_B]!;
+    const before = this.#memory[REGISTER_B];
     if ((value & B_SET) !== 0 && (before & B_SET) === 0) this.#latchTime();
     this.#memory[REGISTER_B] = value;
     if ((value & B_SET) === 0 && (before & B_SET) !== 0) this.#takeTime();
@@ -101,7 +103,7 @@ export class RtcCmos implements BusDevice {
 
   /** A driver sets B_SET first; one that does not sets one register of the running clock. */
   #writeTime(index: number, value: number): void {
-    if ((this.#memory[REGISTER_B]! & B_SET) === 0) {
+    if ((this.#memory[REGISTER_B] & B_SET) === 0) {
       this.#latchTime();
       this.#memory[index] = value;
       this.#takeTime();
@@ -113,17 +115,17 @@ export class RtcCmos implements BusDevice {
   }
 
   #takeTime(): void {
-    const field = (index: number) => this.#decode(this.#memory[index]!);
-    const hours = this.#memory[HOURS]!;
-    let hour = this.#decode(hours & ((this.#memory[REGISTER_B]! & B_24_HOURS) !== 0 ? 0xff : 0x7f));
-    if ((this.#memory[REGISTER_B]! & B_24_HOURS) === 0) hour = (hour % 12) + ((hours & HOURS_PM) !== 0 ? 12 : 0);
+    const field = (index: number) => this.#decode(this.#memory[index]);
+    const hours = this.#memory[HOURS];
+    let hour = this.#decode(hours & ((this.#memory[REGISTER_B] & B_24_HOURS) !== 0 ? 0xff : 0x7f));
+    if ((this.#memory[REGISTER_B] & B_24_HOURS) === 0) hour = (hour % 12) + ((hours & HOURS_PM) !== 0 ? 12 : 0);
     const year = field(CENTURY) * 100 + field(YEAR);
     const time = Date.UTC(year, field(MONTH) - 1, field(DAY), hour, field(MINUTES), field(SECONDS));
     this.state.words[at.offset] = Math.round((time - this.now()) / 1000);
   }
 
   #timeRegister(index: number): number {
-    const date = new Date(this.now() + this.state.words[at.offset]! * 1000);
+    const date = new Date(this.now() + this.state.words[at.offset] * 1000);
     switch (index) {
       case SECONDS:
         return this.#encode(date.getUTCSeconds());
@@ -131,7 +133,7 @@ export class RtcCmos implements BusDevice {
         return this.#encode(date.getUTCMinutes());
       case HOURS: {
         const hour = date.getUTCHours();
-        if ((this.#memory[REGISTER_B]! & B_24_HOURS) !== 0) return this.#encode(hour);
+        if ((this.#memory[REGISTER_B] & B_24_HOURS) !== 0) return this.#encode(hour);
         return this.#encode(hour % 12 || 12) | (hour >= 12 ? HOURS_PM : 0);
       }
       case DAY_OF_WEEK:
@@ -148,11 +150,11 @@ export class RtcCmos implements BusDevice {
   }
 
   #encode(value: number): number {
-    if ((this.#memory[REGISTER_B]! & B_BINARY) !== 0) return value;
-    return (Math.floor(value / 10) << 4) | value % 10;
+    if ((this.#memory[REGISTER_B] & B_BINARY) !== 0) return value;
+    return (Math.floor(value / 10) << 4) | (value % 10);
   }
 
   #decode(value: number): number {
-    return (this.#memory[REGISTER_B]! & B_BINARY) !== 0 ? value : (value >> 4) * 10 + (value & 0xf);
+    return (this.#memory[REGISTER_B] & B_BINARY) !== 0 ? value : (value >> 4) * 10 + (value & 0xf);
   }
 }

@@ -9,7 +9,8 @@
  * Sent bytes wait in a ring for main; while it is full, the transmitter is not empty, so a stuck host slows the guest down
  * instead of blocking its vCPU.
  */
-import { StateBlock, stateLayout } from '../state/state-block.js';
+import type { StateBlock } from '../state/state-block.js';
+import { stateLayout } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler, type InterruptLine } from './bus.js';
 
 const RX_SIZE = 256;
@@ -102,7 +103,7 @@ export class Serial16550 implements BusDevice {
     const value = this.#readRegister(offset);
     const raise = this.#newCause();
     const words = this.#words;
-    const room = words[at.starved] !== 0 && words[at.rxCount]! <= RX_SIZE / 2;
+    const room = words[at.starved] !== 0 && words[at.rxCount] <= RX_SIZE / 2;
     if (room) words[at.starved] = 0;
     this.state.unlock();
     if (raise) this.line.raise();
@@ -113,7 +114,7 @@ export class Serial16550 implements BusDevice {
   write(offset: number, size: AccessSize, value: number): void {
     if (size !== 1) return;
     this.state.lock();
-    const before = this.#words[at.txCount]!;
+    const before = this.#words[at.txCount];
     this.#writeRegister(offset, value);
     const raise = this.#newCause();
     const output = before === 0 && this.#words[at.txCount] !== 0;
@@ -126,8 +127,8 @@ export class Serial16550 implements BusDevice {
   receive(bytes: Uint8Array): number {
     const words = this.#words;
     this.state.lock();
-    const count = Math.min(bytes.length, RX_SIZE - words[at.rxCount]!);
-    for (let index = 0; index < count; index++) this.#push(bytes[index]!);
+    const count = Math.min(bytes.length, RX_SIZE - words[at.rxCount]);
+    for (let index = 0; index < count; index++) this.#push(bytes[index]);
     if (count < bytes.length) words[at.starved] = 1;
     const raise = this.#newCause();
     this.state.unlock();
@@ -139,11 +140,11 @@ export class Serial16550 implements BusDevice {
   drainTransmit(into: Uint8Array): number {
     const words = this.#words;
     this.state.lock();
-    const count = Math.min(into.length, words[at.txCount]!);
-    for (let index = 0; index < count; index++) into[index] = this.#tx[(words[at.txHead]! + index) % TX_SIZE]!;
+    const count = Math.min(into.length, words[at.txCount]);
+    for (let index = 0; index < count; index++) into[index] = this.#tx[(words[at.txHead] + index) % TX_SIZE]!;
     const full = words[at.txCount] === TX_SIZE;
-    words[at.txHead] = (words[at.txHead]! + count) % TX_SIZE;
-    words[at.txCount]! -= count;
+    words[at.txHead] = (words[at.txHead] + count) % TX_SIZE;
+    words[at.txCount] -= count;
     if (full && count > 0) words[at.thrEmpty] = 1;
     const raise = this.#newCause();
     this.state.unlock();
@@ -153,27 +154,27 @@ export class Serial16550 implements BusDevice {
 
   #readRegister(offset: number): number {
     const words = this.#words;
-    const latch = (words[at.lcr]! & LCR_DLAB) !== 0;
+    const latch = (words[at.lcr] & LCR_DLAB) !== 0;
     switch (offset) {
       case RBR_THR:
-        return latch ? words[at.dll]! : this.#pop();
+        return latch ? words[at.dll] : this.#pop();
       case IER:
-        return latch ? words[at.dlm]! : words[at.ier]!;
+        return latch ? words[at.dlm] : words[at.ier];
       case IIR_FCR:
         return this.#identifyInterrupt();
       case LCR:
-        return words[at.lcr]!;
+        return words[at.lcr];
       case MCR:
-        return words[at.mcr]!;
+        return words[at.mcr];
       case LSR:
         return this.#lineStatus();
       case MSR: {
-        const value = this.#modemLines() | words[at.modemDelta]!;
+        const value = this.#modemLines() | words[at.modemDelta];
         words[at.modemDelta] = 0;
         return value;
       }
       case SCR:
-        return words[at.scr]!;
+        return words[at.scr];
       default:
         return filler(1);
     }
@@ -181,7 +182,7 @@ export class Serial16550 implements BusDevice {
 
   #writeRegister(offset: number, value: number): void {
     const words = this.#words;
-    const latch = (words[at.lcr]! & LCR_DLAB) !== 0;
+    const latch = (words[at.lcr] & LCR_DLAB) !== 0;
     switch (offset) {
       case RBR_THR:
         if (latch) words[at.dll] = value;
@@ -192,7 +193,7 @@ export class Serial16550 implements BusDevice {
         else this.#enableInterrupts(value & 0x0f);
         break;
       case IIR_FCR:
-        if ((value & FCR_CLEAR_RX) !== 0 || ((value ^ words[at.fcr]!) & FCR_ENABLE) !== 0) words[at.rxCount] = 0;
+        if ((value & FCR_CLEAR_RX) !== 0 || ((value ^ words[at.fcr]) & FCR_ENABLE) !== 0) words[at.rxCount] = 0;
         words[at.fcr] = (value & FCR_ENABLE) !== 0 ? value & 0xc9 : 0;
         break;
       case LCR:
@@ -211,7 +212,7 @@ export class Serial16550 implements BusDevice {
 
   #send(value: number): void {
     const words = this.#words;
-    if ((words[at.mcr]! & MCR_LOOPBACK) !== 0) {
+    if ((words[at.mcr] & MCR_LOOPBACK) !== 0) {
       if (words[at.rxCount] === RX_SIZE) words[at.overrun] = 1;
       else this.#push(value);
       words[at.thrEmpty] = 1;
@@ -219,17 +220,17 @@ export class Serial16550 implements BusDevice {
     }
     // A guest that writes though the transmitter is not empty loses the byte, as with the chip.
     if (words[at.txCount] === TX_SIZE) return;
-    this.#tx[(words[at.txHead]! + words[at.txCount]!) % TX_SIZE] = value;
-    words[at.txCount]!++;
+    this.#tx[(words[at.txHead] + words[at.txCount]) % TX_SIZE] = value;
+    words[at.txCount]++;
     words[at.thrEmpty] = words[at.txCount] === TX_SIZE ? 0 : 1;
     // The register was full for an instant: its getting empty is a new event.
-    words[at.causes]! &= ~CAUSE_TX;
+    words[at.causes] &= ~CAUSE_TX;
   }
 
   /** Enabling the THR interrupt while the register is empty raises it: drivers rely on that to start sending. */
   #enableInterrupts(value: number): void {
     const words = this.#words;
-    if ((value & ~words[at.ier]! & CAUSE_TX) !== 0 && words[at.txCount] !== TX_SIZE) words[at.thrEmpty] = 1;
+    if ((value & ~words[at.ier] & CAUSE_TX) !== 0 && words[at.txCount] !== TX_SIZE) words[at.thrEmpty] = 1;
     words[at.ier] = value;
   }
 
@@ -239,12 +240,12 @@ export class Serial16550 implements BusDevice {
     const changed = before ^ this.#modemLines();
     // DCTS, DDSR and DDCD follow any change; TERI only the trailing edge of RI.
     const delta = (changed & 0xb0) | (changed & before & 0x40);
-    this.#words[at.modemDelta]! |= delta >> 4;
+    this.#words[at.modemDelta] |= delta >> 4;
   }
 
   /** CTS, DSR, RI, DCD; in loopback they are RTS, DTR, OUT1, OUT2 of the MCR. */
   #modemLines(): number {
-    const mcr = this.#words[at.mcr]!;
+    const mcr = this.#words[at.mcr];
     if ((mcr & MCR_LOOPBACK) === 0) return MSR_CONNECTED;
     return ((mcr & 0x02) << 3) | ((mcr & 0x01) << 5) | ((mcr & 0x04) << 4) | ((mcr & 0x08) << 4);
   }
@@ -267,7 +268,7 @@ export class Serial16550 implements BusDevice {
       (words[at.thrEmpty] !== 0 ? CAUSE_TX : 0) |
       (words[at.overrun] !== 0 ? CAUSE_LINE : 0) |
       (words[at.modemDelta] !== 0 ? CAUSE_MODEM : 0);
-    return causes & words[at.ier]!;
+    return causes & words[at.ier];
   }
 
   /**
@@ -276,7 +277,7 @@ export class Serial16550 implements BusDevice {
    */
   #newCause(): boolean {
     const causes = this.#activeCauses();
-    const fresh = (causes & ~this.#words[at.causes]!) !== 0;
+    const fresh = (causes & ~this.#words[at.causes]) !== 0;
     this.#words[at.causes] = causes;
     return fresh;
   }
@@ -284,13 +285,13 @@ export class Serial16550 implements BusDevice {
   /** IIR: the cause of highest priority. Reading it clears the THR empty interrupt when that is the one. */
   #identifyInterrupt(): number {
     const words = this.#words;
-    const fifos = (words[at.fcr]! & FCR_ENABLE) !== 0;
+    const fifos = (words[at.fcr] & FCR_ENABLE) !== 0;
     const causes = this.#activeCauses();
     let id = IIR_NONE;
     if ((causes & CAUSE_LINE) !== 0) id = 0x06;
     else if ((causes & CAUSE_RX) !== 0) {
       // Fewer bytes than the trigger level: the character timeout, which comes at once here.
-      id = fifos && words[at.rxCount]! < TRIGGER[words[at.fcr]! >> 6]! ? 0x0c : 0x04;
+      id = fifos && words[at.rxCount] < TRIGGER[words[at.fcr] >> 6] ? 0x0c : 0x04;
     } else if ((causes & CAUSE_TX) !== 0) {
       id = 0x02;
       words[at.thrEmpty] = 0;
@@ -300,16 +301,16 @@ export class Serial16550 implements BusDevice {
 
   #push(value: number): void {
     const words = this.#words;
-    this.#rx[(words[at.rxHead]! + words[at.rxCount]!) % RX_SIZE] = value;
-    words[at.rxCount]!++;
+    this.#rx[(words[at.rxHead] + words[at.rxCount]) % RX_SIZE] = value;
+    words[at.rxCount]++;
   }
 
   #pop(): number {
     const words = this.#words;
     if (words[at.rxCount] === 0) return 0;
-    const value = this.#rx[words[at.rxHead]!]!;
-    words[at.rxHead] = (words[at.rxHead]! + 1) % RX_SIZE;
-    words[at.rxCount]!--;
+    const value = this.#rx[words[at.rxHead]];
+    words[at.rxHead] = (words[at.rxHead] + 1) % RX_SIZE;
+    words[at.rxCount]--;
     return value;
   }
 }

@@ -103,7 +103,7 @@ export class PciConfigPorts implements BusDevice {
   }
 
   #address(): number {
-    return this.state.words[pciPortsLayout.at.address]! >>> 0;
+    return this.state.words[pciPortsLayout.at.address] >>> 0;
   }
 
   /** The ECAM offset that the address register and the data port's byte name; undefined: disabled or another bus. */

@@ -219,7 +219,7 @@ export class LinuxKernel implements HostKernel {
     const mask = new Uint8Array(CPU_SET_BYTES);
     for (const cpu of cpus) {
       if (cpu < 0 || cpu >= CPU_SET_BYTES * 8) throw new RangeError(`CPU ${cpu}`);
-      mask[cpu >> 3]! |= 1 << (cpu & 7);
+      mask[cpu >> 3] |= 1 << (cpu & 7);
     }
     // SAFETY: thread 0 is the calling thread; the mask's length is given.
     check('sched_setaffinity', c.schedSetaffinity(0, mask.length, mask) as number);
@@ -267,7 +267,7 @@ export class LinuxKernel implements HostKernel {
     const limit = new BigUint64Array(2);
     // SAFETY: struct rlimit is two 64-bit words.
     check('getrlimit', c.getrlimit(RLIMIT[resource], new Uint8Array(limit.buffer)) as number);
-    const soft = limit[0]!;
+    const soft = limit[0];
     return soft === 0xffff_ffff_ffff_ffffn ? Infinity : Number(soft);
   }
 }

@@ -58,7 +58,7 @@ export class Incarnation {
         serial: serial.mode !== 'Off',
         pvpanic,
         gedAddress,
-        lowRam: ranges[0]!.size,
+        lowRam: ranges[0].size,
         highRam: ranges[1]?.size ?? 0,
       });
       this.#platform = attachPlatform(this.#handle, kernel, events.onEvent.bind(events));
@@ -80,7 +80,7 @@ export class Incarnation {
         vcpu.setLocalInterrupts();
       }
       // The others wait for the first one to start them (INIT, SIPI).
-      const boot = vcpus[0]!;
+      const boot = vcpus[0];
       boot.setSpecialRegisters(bootSpecialRegisters(entry, boot.specialRegisters()));
       boot.setRegisters(bootRegisters(entry));
       this.#cpus = new CpuManager(hypervisor.name, vcpus, parts.vcpuWorker, events);
@@ -160,5 +160,6 @@ function vcpuTopology({ cpus }: VmConfig): Topology {
 }
 
 function checkVcpuCount({ cpus }: VmConfig, max: number): void {
-  if (cpus.max_vcpus > max) throw new MachineError(`--cpus max=${cpus.max_vcpus}: this host's hypervisor accepts at most ${max}`);
+  if (cpus.max_vcpus > max)
+    throw new MachineError(`--cpus max=${cpus.max_vcpus}: this host's hypervisor accepts at most ${max}`);
 }

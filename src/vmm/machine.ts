@@ -103,7 +103,9 @@ export class Machine {
         this.#finish({ kind: 'power-off' });
         break;
       case 'guest-panic':
-        logger.warn((event.event & PANICKED) !== 0 ? "The guest's kernel panicked" : "The guest's kernel loaded a crash kernel");
+        logger.warn(
+          (event.event & PANICKED) !== 0 ? "The guest's kernel panicked" : "The guest's kernel loaded a crash kernel",
+        );
         break;
       case 'boot-mark':
         logger.info(`Debug port: 0x${event.value.toString(16)} after ${(event.microseconds / 1000).toFixed(1)} ms`);

@@ -11,7 +11,14 @@ import { Pvpanic } from '../devices/pvpanic.js';
 import { RtcCmos, rtcLayout } from '../devices/rtc-cmos.js';
 import { Serial16550, serialLayout } from '../devices/serial-16550.js';
 import type { InterruptHandle, Vm } from '../hypervisor/hypervisor.js';
-import { HostBridge, PCI_CONFIG_PORTS, PciConfigPorts, PciEcam, pciPortsLayout, PciSegment } from '../pci/config-space.js';
+import {
+  HostBridge,
+  PCI_CONFIG_PORTS,
+  PciConfigPorts,
+  PciEcam,
+  pciPortsLayout,
+  PciSegment,
+} from '../pci/config-space.js';
 import { StateBlock, type StateLayout } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 
@@ -75,7 +82,11 @@ export function createPlatform(vm: Vm, options: PlatformOptions): PlatformHandle
 }
 
 /** @param emit called on this thread with what main has to know */
-export function attachPlatform(handle: PlatformHandle, kernel: HostKernel, emit: (event: PlatformEvent) => void): Platform {
+export function attachPlatform(
+  handle: PlatformHandle,
+  kernel: HostKernel,
+  emit: (event: PlatformEvent) => void,
+): Platform {
   const { options } = handle;
   const line = ({ eventfd }: InterruptHandle): InterruptLine => ({ raise: () => kernel.signal(eventfd) });
   const nanoseconds = monotonicClock();
@@ -96,11 +107,7 @@ export function attachPlatform(handle: PlatformHandle, kernel: HostKernel, emit:
     emit({ kind: 'boot-mark', value, microseconds: (nanoseconds() - handle.started) / 1000 }),
   );
   ports.insert(layout.PORT_DEBUG, 1, debugPort);
-  ports.insert(
-    layout.PORT_ACPI_SLEEP,
-    ACPI_SLEEP_PORTS,
-    new AcpiSleep(reset, () => emit({ kind: 'power-off' })),
-  );
+  ports.insert(layout.PORT_ACPI_SLEEP, ACPI_SLEEP_PORTS, new AcpiSleep(reset, () => emit({ kind: 'power-off' })));
   ports.insert(layout.PORT_PM_TIMER, 4, new AcpiPmTimer(nanoseconds));
   if (options.pvpanic) {
     ports.insert(layout.PORT_PVPANIC, 1, new Pvpanic((event) => emit({ kind: 'guest-panic', event })));
@@ -110,7 +117,11 @@ export function attachPlatform(handle: PlatformHandle, kernel: HostKernel, emit:
 
   const segment = new PciSegment();
   segment.insert(0, new HostBridge());
-  ports.insert(layout.PORT_PCI_CONFIG, PCI_CONFIG_PORTS, new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), segment));
+  ports.insert(
+    layout.PORT_PCI_CONFIG,
+    PCI_CONFIG_PORTS,
+    new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), segment),
+  );
   memory.insert(layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, new PciEcam(segment));
   return { ports, memory, serial, ged };
 }

@@ -18,7 +18,7 @@ export const vcpuControlLayout = stateLayout('vcpu-control', 1, {
   /** Exits by kind, in the order of EXIT_KINDS. Written by the vCPU thread alone. */
   exits: EXIT_KINDS.length,
 });
-export type VcpuControl = StateBlock<keyof typeof vcpuControlLayout.at & string>;
+export type VcpuControl = StateBlock<keyof typeof vcpuControlLayout.at>;
 
 /** Why the loop ended. */
 export type VcpuEnd =
@@ -36,7 +36,7 @@ export function runVcpu(vcpu: Vcpu, control: VcpuControl, ports: Bus, memory: Bu
   for (;;) {
     if (Atomics.load(words, command) !== VcpuCommand.Run) return { kind: 'stopped' };
     const kind = vcpu.run();
-    words[exits + kind]!++;
+    words[exits + kind]++;
     switch (kind) {
       case ExitKind.PortRead:
         answerRead(vcpu, ports);

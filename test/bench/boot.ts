@@ -40,7 +40,17 @@ const CMDLINE = 'console=ttyS0 quiet panic=-1 reboot=t';
 
 function ours({ kernel: image, initramfs }: Guest, vcpus: number): string[] {
   const vm = ['--cpus', `boot=${vcpus}`, '--memory', `size=${RAM_MIB}M`, '--serial', 'tty', '--console', 'off', '-v'];
-  return [process.execPath, path.resolve('dist/vmm.js'), '--kernel', image, '--initramfs', initramfs, '--cmdline', CMDLINE, ...vm];
+  return [
+    process.execPath,
+    path.resolve('dist/vmm.js'),
+    '--kernel',
+    image,
+    '--initramfs',
+    initramfs,
+    '--cmdline',
+    CMDLINE,
+    ...vm,
+  ];
 }
 
 function qemu(machine: string): (guest: Guest, vcpus: number) => string[] {
@@ -65,7 +75,7 @@ function memoryBeyondRam(pid: number): number {
 
 async function sample(argv: readonly string[]): Promise<Sample> {
   const start = performance.now();
-  const child = spawn(argv[0]!, argv.slice(1), { stdio: ['pipe', 'pipe', 'pipe'] });
+  const child = spawn(argv[0], argv.slice(1), { stdio: ['pipe', 'pipe', 'pipe'] });
   const limit = setTimeout(() => child.kill('SIGKILL'), RUN_LIMIT_MILLISECONDS);
   try {
     return await follow(child, start);
@@ -95,7 +105,11 @@ function follow(child: ChildProcess, start: number): Promise<Sample> {
         return;
       }
       const exits = /Exits: (\{.*\})/.exec(errors)?.[1];
-      resolve({ milliseconds, memory, exits: exits === undefined ? undefined : (JSON.parse(exits) as Record<string, number>) });
+      resolve({
+        milliseconds,
+        memory,
+        exits: exits === undefined ? undefined : (JSON.parse(exits) as Record<string, number>),
+      });
     });
   });
 }
@@ -117,27 +131,30 @@ export async function benchBoot(note: (line: string) => void): Promise<Row[]> {
     fs.writeFileSync(initramfs, cpio(shell));
     const guest = { kernel: (await kernel('cloud')).vmlinuz, initramfs };
     const peers = { 'QEMU q35': qemu('q35'), 'QEMU microvm': qemu('microvm') };
-    const one: Record<string, Sample[]> = { vmm: [], ...Object.fromEntries(Object.keys(peers).map((name) => [name, []])) };
+    const one: Record<string, Sample[]> = {
+      vmm: [],
+      ...Object.fromEntries(Object.keys(peers).map((name) => [name, []])),
+    };
     const many: Record<string, Sample[]> = { vmm: [], 'QEMU q35': [] };
     await sample(ours(guest, 1)); // fills the page cache
     for (let round = 0; round < ROUNDS; round++) {
-      one['vmm']!.push(await sample(ours(guest, 1)));
-      for (const [name, command] of Object.entries(peers)) one[name]!.push(await sample(command(guest, 1)));
+      one['vmm'].push(await sample(ours(guest, 1)));
+      for (const [name, command] of Object.entries(peers)) one[name].push(await sample(command(guest, 1)));
     }
-    many['vmm']!.push(await sample(ours(guest, MANY_VCPUS)));
-    many['QEMU q35']!.push(await sample(qemu('q35')(guest, MANY_VCPUS)));
+    many['vmm'].push(await sample(ours(guest, MANY_VCPUS)));
+    many['QEMU q35'].push(await sample(qemu('q35')(guest, MANY_VCPUS)));
 
-    const { exits } = one['vmm']!.at(-1)!;
+    const { exits } = one['vmm'].at(-1)!;
     note(`Exits to user space of a quiet boot, by kind: ${JSON.stringify(exits)}`);
     const total = Object.values(exits!).reduce((sum, count) => sum + count, 0);
     note(`Exits in all: ${total}`);
     const middle = (samples: readonly Sample[], key: 'milliseconds' | 'memory') => median(samples.map((s) => s[key]));
     const perVcpu = (name: string) =>
-      (middle(many[name]!, 'memory') - middle(one[name]!, 'memory')) / (MANY_VCPUS - 1) / MIB;
+      (middle(many[name], 'memory') - middle(one[name], 'memory')) / (MANY_VCPUS - 1) / MIB;
     return [
       ...Object.keys(peers).flatMap((name) => [
-        row('boot to init', 'ms', middle(one['vmm']!, 'milliseconds'), middle(one[name]!, 'milliseconds'), name),
-        row('own memory, 1 vCPU', 'MiB', middle(one['vmm']!, 'memory') / MIB, middle(one[name]!, 'memory') / MIB, name),
+        row('boot to init', 'ms', middle(one['vmm'], 'milliseconds'), middle(one[name], 'milliseconds'), name),
+        row('own memory, 1 vCPU', 'MiB', middle(one['vmm'], 'memory') / MIB, middle(one[name], 'memory') / MIB, name),
       ]),
       row('own memory per further vCPU', 'MiB', perVcpu('vmm'), perVcpu('QEMU q35'), 'QEMU q35'),
     ];

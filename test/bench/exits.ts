@@ -78,7 +78,8 @@ function runOurs(code: readonly number[]): number {
     const start = process.hrtime.bigint();
     const end = runVcpu(vcpu, control, ports, memory);
     const elapsed = Number(process.hrtime.bigint() - start);
-    if (end.kind !== 'stopped' || device.accesses !== EXITS) throw new Error(`The guest ended by ${JSON.stringify(end)}`);
+    if (end.kind !== 'stopped' || device.accesses !== EXITS)
+      throw new Error(`The guest ended by ${JSON.stringify(end)}`);
     return elapsed / EXITS;
   } finally {
     vcpu.close();

@@ -18,7 +18,7 @@ export function row(figure: string, unit: string, ours: number, peer: number, pe
 export function median(values: readonly number[]): number {
   const sorted = values.toSorted((a, b) => a - b);
   const middle = sorted.length >> 1;
-  return sorted.length % 2 === 1 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
+  return sorted.length % 2 === 1 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
 function round(value: number): number {
@@ -30,6 +30,13 @@ export function table(rows: readonly Row[]): string {
     ['figure', 'unit', 'ours', 'peer', 'peer is', 'ratio', 'better'],
     ...rows.map((r) => [r.figure, r.unit, String(r.ours), String(r.peer), r.peerName, r.ratio.toFixed(2), r.better]),
   ];
-  const widths = cells[0]!.map((_, column) => Math.max(...cells.map((line) => line[column]!.length)));
-  return cells.map((line) => line.map((cell, column) => cell.padEnd(widths[column]!)).join('  ').trimEnd()).join('\n');
+  const widths = cells[0].map((_, column) => Math.max(...cells.map((line) => line[column].length)));
+  return cells
+    .map((line) =>
+      line
+        .map((cell, column) => cell.padEnd(widths[column]))
+        .join('  ')
+        .trimEnd(),
+    )
+    .join('\n');
 }

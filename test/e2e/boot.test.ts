@@ -31,7 +31,12 @@ dmesg | grep -E 'ACPI.*(Error|Warning|Exception)|AE_|Firmware Bug|WARNING:|BUG:|
 true`;
 
 function facts(output: string): Map<string, string> {
-  return new Map(output.trim().split('\n').map((line) => line.split(/ (.*)/, 2) as [string, string]));
+  return new Map(
+    output
+      .trim()
+      .split('\n')
+      .map((line) => line.split(/ (.*)/, 2) as [string, string]),
+  );
 }
 
 /** RAM that the kernel keeps for itself before it counts, at most: MiB. */
@@ -72,7 +77,7 @@ describe('a stock kernel boots to user space and agrees with the command line', 
 /** The ELF file inside a bzImage: its payload is compressed, and four bytes of its size follow. */
 function extractVmlinux(image: string, target: string): void {
   const bytes = fs.readFileSync(image);
-  const payload = (bytes[0x1f1]! + 1) * 512 + bytes.readUInt32LE(0x248);
+  const payload = (bytes[0x1f1] + 1) * 512 + bytes.readUInt32LE(0x248);
   const compressed = bytes.subarray(payload, payload + bytes.readUInt32LE(0x24c) - 4);
   fs.writeFileSync(target, execFileSync('xz', ['-dc', '--single-stream'], { input: compressed, maxBuffer: 2 ** 28 }));
 }
@@ -92,7 +97,9 @@ test('the generic kernel starts 4 vCPUs from the MP table alone', async () => {
     kernel: kernels.generic,
     cmdline: 'acpi=off',
     // Without ACPI a guest has no way to power off.
-    task: { command: 'echo "cpus $(nproc)"; dmesg | grep -E "MultiProcessor|smpboot: Allowing"; ls /sys/firmware; echo done' },
+    task: {
+      command: 'echo "cpus $(nproc)"; dmesg | grep -E "MultiProcessor|smpboot: Allowing"; ls /sys/firmware; echo done',
+    },
     vmm: ['--cpus', 'boot=4'],
   });
   await guest.waitFor('done');
@@ -127,10 +134,13 @@ done`;
       task: { command: TOPOLOGY },
       vmm: ['--cpus', `boot=4,topology=${topology}`],
     });
-    const lines = guest.output.trim().split('\n').map((line) => line.split(' '));
+    const lines = guest.output
+      .trim()
+      .split('\n')
+      .map((line) => line.split(' '));
     expect(lines).toHaveLength(4);
     expect(new Set(lines.map(([, pkg]) => pkg)).size).toBe(packages);
     expect(new Set(lines.map(([, pkg, die, core]) => `${pkg}/${die}/${core}`)).size).toBe(cores);
-    for (const [, , , , list] of lines) expect(list!.split(/[,-]/)).toHaveLength(siblings);
+    for (const [, , , , list] of lines) expect(list.split(/[,-]/)).toHaveLength(siblings);
   });
 });

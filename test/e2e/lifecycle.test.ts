@@ -41,7 +41,15 @@ describe('the serial port', () => {
 
   test('on a file holds the whole console', async () => {
     const file = path.join('/tmp', `vmm-serial-${process.pid}`);
-    const argv = [...VMM, '--kernel', cloud.vmlinuz, '--cmdline', 'console=ttyS0 panic=-1 reboot=t', '--serial', `file=${file}`];
+    const argv = [
+      ...VMM,
+      '--kernel',
+      cloud.vmlinuz,
+      '--cmdline',
+      'console=ttyS0 panic=-1 reboot=t',
+      '--serial',
+      `file=${file}`,
+    ];
     const { stdout } = await host.shell(
       // Without an initramfs the kernel panics for want of a root, and resets.
       `${argv.map((word) => `'${word}'`).join(' ')} & vmm=$!
@@ -122,7 +130,17 @@ describe('the end of a machine', () => {
 
   test('the escape key ends it, and the terminal is restored', async () => {
     const initramfs = await guestInitramfs();
-    const argv = [...VMM, '--kernel', cloud.vmlinuz, '--initramfs', initramfs, '--serial', 'tty', '--cmdline', 'console=ttyS0 quiet'];
+    const argv = [
+      ...VMM,
+      '--kernel',
+      cloud.vmlinuz,
+      '--initramfs',
+      initramfs,
+      '--serial',
+      'tty',
+      '--cmdline',
+      'console=ttyS0 quiet',
+    ];
     const script = `stty -a >/tmp/before-$$; "$@"; echo "status $?"; stty -a | cmp - /tmp/before-$$ && echo restored; rm /tmp/before-$$`;
     const child = host.spawn(['sh', '-c', script, 'sh', ...argv], { tty: { rows: 30, columns: 100 } });
     let seen = '';
@@ -150,7 +168,17 @@ describe('the end of a machine', () => {
 
 test('an interactive shell ends in power-off', async () => {
   const initramfs = await guestInitramfs();
-  const argv = [...VMM, '--kernel', cloud.vmlinuz, '--initramfs', initramfs, '--serial', 'tty', '--cmdline', 'console=ttyS0 quiet'];
+  const argv = [
+    ...VMM,
+    '--kernel',
+    cloud.vmlinuz,
+    '--initramfs',
+    initramfs,
+    '--serial',
+    'tty',
+    '--cmdline',
+    'console=ttyS0 quiet',
+  ];
   const child = host.spawn(argv, { tty: { rows: 30, columns: 100 } });
   const output = collect(child.stdout);
   const prompted = new Promise<void>((resolve) => {

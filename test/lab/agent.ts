@@ -12,7 +12,7 @@ const RETRY_MILLISECONDS = 20;
 /** Frames that wait for the host; beyond it, the commands' output is held back. */
 const MAX_QUEUED = 1024 * 1024;
 
-const port = fs.openSync(process.argv[2]!, 'r+');
+const port = fs.openSync(process.argv[2], 'r+');
 const children = new Map<number, ChildProcess>();
 
 let queue: Buffer[] = [];
@@ -56,7 +56,7 @@ function send(type: Frame, id: number, payload: Uint8Array | string = ''): void 
 }
 
 function start(id: number, { argv, cwd, env }: SpawnRequest): void {
-  const child = spawn(argv[0]!, argv.slice(1), { cwd, env, detached: true });
+  const child = spawn(argv[0], argv.slice(1), { cwd, env, detached: true });
   children.set(id, child);
   const forward = (type: Frame, stream: NodeJS.ReadableStream) =>
     stream.on('data', (bytes: Buffer) => {

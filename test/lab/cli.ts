@@ -12,13 +12,15 @@ function usage(line: string): never {
 function parse(argv: readonly string[]): { cpus: number; memoryMib: number; command: string[] } {
   const options = { arch: { type: 'string' }, cpus: { type: 'string' }, memory: { type: 'string' } } as const;
   let at = 0;
-  while (/^--(arch|cpus|memory)(=|$)/.test(argv[at] ?? '')) at += argv[at]!.includes('=') ? 1 : 2;
+  while (/^--(arch|cpus|memory)(=|$)/.test(argv[at] ?? '')) at += argv[at].includes('=') ? 1 : 2;
   const { values } = parseArgs({ args: argv.slice(0, at), options });
-  if ((values.arch ?? 'x86_64') !== 'x86_64') usage(`--arch ${values.arch}: accepted is x86_64; others are not there yet`);
+  if ((values.arch ?? 'x86_64') !== 'x86_64')
+    usage(`--arch ${values.arch}: accepted is x86_64; others are not there yet`);
   const cpus = Number(values.cpus ?? 1);
   if (!Number.isInteger(cpus) || cpus < 1) usage(`--cpus ${values.cpus}: accepted is a number from 1 on`);
   const memoryMib = Number(values.memory ?? 4096);
-  if (!Number.isInteger(memoryMib) || memoryMib < 1024) usage(`--memory ${values.memory}: accepted is a number of MiB from 1024 on`);
+  if (!Number.isInteger(memoryMib) || memoryMib < 1024)
+    usage(`--memory ${values.memory}: accepted is a number of MiB from 1024 on`);
   const command = argv.slice(at);
   if (command.length === 0 && !process.stdin.isTTY) usage('accepted is a command to run');
   return { cpus, memoryMib, command: command.length > 0 ? command : ['bash'] };

@@ -47,7 +47,9 @@ function privateApt(folder: string, sources?: string): string[] {
 function mirror(): string {
   const codename = /^VERSION_CODENAME=(.*)$/m.exec(fs.readFileSync('/etc/os-release', 'utf8'))?.[1];
   const targets = run('apt-get', ['indextargets', '--format', '$(SITE) $(RELEASE) $(COMPONENT)']).split('\n');
-  const site = targets.map((line) => line.split(' ')).find(([, release, part]) => release === codename && part === 'main')?.[0];
+  const site = targets
+    .map((line) => line.split(' '))
+    .find(([, release, part]) => release === codename && part === 'main')?.[0];
   if (site === undefined) throw new Error(`No Debian mirror of ${codename} in the apt configuration`);
   return site;
 }
@@ -119,7 +121,13 @@ export function moduleFiles({ root, release }: Kernel, names: readonly string[])
     const [module, needs] = line.split(':') as [string, string | undefined];
     if (needs === undefined) continue;
     dependencies.set(module, needs.split(' ').filter(Boolean));
-    byName.set(path.basename(module).replace(/\.ko.*$/, '').replaceAll('-', '_'), module);
+    byName.set(
+      path
+        .basename(module)
+        .replace(/\.ko.*$/, '')
+        .replaceAll('-', '_'),
+      module,
+    );
   }
   const files: string[] = [];
   const builtIn = fs.readFileSync(path.join(folder, 'modules.builtin'), 'utf8').replaceAll('-', '_');

@@ -34,11 +34,7 @@ const DEFAULT_LIMIT_SECONDS = 3600;
 const BUSYBOX = '/bin/busybox';
 const PORT_NAME = 'vmm.lab';
 
-const MODULES = [
-  ...['virtio_pci', 'virtio_console', '9pnet_virtio', '9p', 'overlay'],
-  'kvm-amd',
-  'tun',
-];
+const MODULES = [...['virtio_pci', 'virtio_console', '9pnet_virtio', '9p', 'overlay'], 'kvm-amd', 'tun'];
 
 export interface LabOptions {
   /** Emulated processors; more than one makes the lab itself less reliable. */
@@ -88,7 +84,7 @@ async function labInitramfs(image: Kernel): Promise<string> {
       ...['bin', 'modules', 'dev', 'proc', 'sys', 'lower', 'rw', 'new'].map(folder),
       { name: 'dev/console', mode: 0o020600, device: [5, 1] },
       file('bin/busybox', fs.readFileSync(BUSYBOX), 0o100755),
-      ...files.map((name, index) => file(`modules/${names[index]!}`, moduleBytes(name))),
+      ...files.map((name, index) => file(`modules/${names[index]}`, moduleBytes(name))),
       file('init', initScript(names), 0o100755),
     ]);
     fs.writeFileSync(path.join(target, 'initramfs.gz'), gzipSync(archive, { level: 1 }));
@@ -138,7 +134,7 @@ export class LabMachine {
       stdio: ['pipe', 'ignore', 'inherit'],
       detached: true, // a Ctrl-C at the terminal is for the command, which ends the lab in its own time
     });
-    child.stdin!.on('error', () => undefined);
+    child.stdin.on('error', () => undefined);
     const machine = new LabMachine(directory, child);
     try {
       const lab = await Lab.connect(directory);
@@ -224,7 +220,10 @@ export class Lab {
     // QEMU keeps what is sent before the agent listens.
     socket.write(encodeFrame(Frame.Hello, 0));
     const limit = new Promise<never>((_, reject) => {
-      const timer = setTimeout(() => reject(new LabFailure(`The lab did not start: ${consoleTail(directory)}`)), deadline - Date.now());
+      const timer = setTimeout(
+        () => reject(new LabFailure(`The lab did not start: ${consoleTail(directory)}`)),
+        deadline - Date.now(),
+      );
       timer.unref();
     });
     await Promise.race([hello, limit]);

@@ -75,7 +75,7 @@ function taskArchive({ command, nonce = '', settings = '', modules }: GuestTask)
     file('vmm/settings', `nonce=${nonce}\n${settings}\n`),
     ...(command === undefined ? [] : [file('vmm/command', `${command}\n`)]),
     file('vmm/modules', names.join('\n')),
-    ...files.map((name, index) => file(`vmm/${names[index]!}`, moduleBytes(name))),
+    ...files.map((name, index) => file(`vmm/${names[index]}`, moduleBytes(name))),
   ]);
 }
 

@@ -40,7 +40,16 @@ export class Guest {
     const initramfs = path.join(folder, `initramfs-${randomBytes(8).toString('hex')}`);
     await writeInitramfs(initramfs, options.task);
     const argv = [
-      ...[...VMM, '--kernel', options.image ?? options.kernel.vmlinuz, '--initramfs', initramfs, '--serial', 'tty', '-v'],
+      ...[
+        ...VMM,
+        '--kernel',
+        options.image ?? options.kernel.vmlinuz,
+        '--initramfs',
+        initramfs,
+        '--serial',
+        'tty',
+        '-v',
+      ],
       ...['--cmdline', `console=ttyS0 panic=-1 quiet ${options.cmdline ?? ''}`.trim(), ...(options.vmm ?? [])],
     ];
     const guest = new Guest(host.spawn(argv, { tty: options.tty }));

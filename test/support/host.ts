@@ -32,7 +32,7 @@ export class TestHost {
     const labs = process.env['VMM_LABS']?.split(':') ?? [];
     if (labs.length === 0) return new TestHost(undefined);
     const worker = Number(process.env['JEST_WORKER_ID'] ?? 1);
-    return new TestHost(await Lab.connect(labs[(worker - 1) % labs.length]!));
+    return new TestHost(await Lab.connect(labs[(worker - 1) % labs.length]));
   }
 
   spawn(argv: readonly string[], options: SpawnOptions = {}): HostProcess {
@@ -69,7 +69,7 @@ function spawnLocally(argv: readonly string[], { cwd, env, tty }: SpawnOptions):
     const inner = ['sh', '-c', command, 'sh', ...argv].map((word) => `'${word.replaceAll("'", `'\\''`)}'`).join(' ');
     return spawnLocally(['script', '--quiet', '--flush', '--return', '--command', inner, '/dev/null'], { cwd, env });
   }
-  const child = spawn(argv[0]!, argv.slice(1), { cwd, env: { ...process.env, ...env }, detached: true });
+  const child = spawn(argv[0], argv.slice(1), { cwd, env: { ...process.env, ...env }, detached: true });
   const stdout = child.stdout.pipe(new PassThrough());
   const stderr = child.stderr.pipe(new PassThrough());
   child.stdin.on('error', () => undefined);

@@ -20,16 +20,14 @@ export const BOOT_PDPT = 0xa000;
 export const BOOT_PAGE_DIRECTORIES = 0xb000;
 export const CMDLINE = 0x2_0000;
 export const CMDLINE_MAX = 0x1_0000;
-/** End of conventional memory: the extended BIOS data area, and in it the RSDP with the ACPI tables behind it. */
+/** End of conventional memory: the extended BIOS data area, which starts with the RSDP; the ACPI tables follow. */
 export const EBDA_START = 0xa_0000;
-export const RSDP = EBDA_START;
 /** Room for ACPI tables: up to the SMBIOS entry point. */
 export const ACPI_END = 0xf_0000;
 /** SMBIOS 3.0 entry point with its structures, then the MP table: found by a scan of 0xf0000-0xfffff. */
 export const SMBIOS = 0xf_0000;
 /** Where real mode enters the firmware. */
 export const RESET_VECTOR = 0xf_fff0;
-export const BIOS_END = 0x10_0000;
 /** Lowest kernel load address. */
 export const HIGH_MEMORY = 0x10_0000;
 
@@ -55,9 +53,7 @@ export const PORT_PM_TIMER = 0x608;
 export const PORT_PCI_CONFIG = 0xcf8;
 
 export const IRQ_COM1 = 4;
-export const IRQ_RTC = 8;
 export const IRQ_GED = 13;
-export const IOAPIC_PINS = 24;
 
 /** End of the 64-bit MMIO space is this much below 2^physical bits; the platform area is taken from its top. */
 export const PLATFORM_AREA_SIZE = 0x10_0000;

@@ -82,7 +82,7 @@ export function runProbe(): boolean {
 
 /** A guest that never comes back must not take the doctor with it: the test runs in a child with a time limit. */
 function liveResults(): LiveResult[] {
-  const child = spawnSync(process.execPath, [...process.execArgv, process.argv[1]!, 'doctor'], {
+  const child = spawnSync(process.execPath, [...process.execArgv, process.argv[1], 'doctor'], {
     env: { ...process.env, [PROBE_VARIABLE]: '1' },
     encoding: 'utf8',
     timeout: PROBE_LIMIT_MILLISECONDS,
@@ -111,7 +111,8 @@ export function gatherFacts(): Facts {
     node: process.versions.node,
     architecture: os.arch(),
     devices,
-    capabilities: devices[KVM_DEVICE] === 'usable' && kvmProblem === undefined ? probeCapabilities(kernel, names) : undefined,
+    capabilities:
+      devices[KVM_DEVICE] === 'usable' && kvmProblem === undefined ? probeCapabilities(kernel, names) : undefined,
     kvmProblem,
     live: kvmProblem === undefined ? liveResults() : [],
     cpu: /^model name\s*: (.*)$/m.exec(cpuinfo)?.[1] ?? 'unknown',

@@ -53,7 +53,12 @@ function checkArchitecture({ architecture }: Facts): Check {
 function checkKvm({ kvmProblem }: Facts): Check {
   return kvmProblem === undefined
     ? { id: 'kvm', status: 'ok', detail: `${KVM_DEVICE} can be used` }
-    : { id: 'kvm', status: 'fail', detail: kvmProblem, advice: 'enable virtualization in the firmware, or nested in the host' };
+    : {
+        id: 'kvm',
+        status: 'fail',
+        detail: kvmProblem,
+        advice: 'enable virtualization in the firmware, or nested in the host',
+      };
 }
 
 function checkMshv(state: DeviceState): Check {
@@ -79,7 +84,12 @@ function checkLive({ live, kvmProblem }: Facts): Check[] {
   return live.map(({ mode, speed, problem }): Check => {
     const id = `live.${mode}`;
     if (problem !== undefined) {
-      return { id, status: 'fail', detail: `${mode} mode: ${problem}`, advice: 'use a KVM with hardware virtualization' };
+      return {
+        id,
+        status: 'fail',
+        detail: `${mode} mode: ${problem}`,
+        advice: 'use a KVM with hardware virtualization',
+      };
     }
     const rate = `${mode} mode: ${(speed / 1e6).toFixed(1)} million instructions a second`;
     if (speed >= EMULATION_LIMIT) return { id, status: 'ok', detail: rate };
@@ -92,7 +102,18 @@ function checkLive({ live, kvmProblem }: Facts): Check[] {
 
 function checkCpu({ cpu, cpuFlags }: Facts): Check {
   const has = (flag: string) => cpuFlags.includes(flag);
-  const features = ['vmx', 'svm', 'ept', 'npt', 'vpid', 'avic', 'x2apic', 'tsc_deadline_timer', 'constant_tsc', 'pdpe1gb'];
+  const features = [
+    'vmx',
+    'svm',
+    'ept',
+    'npt',
+    'vpid',
+    'avic',
+    'x2apic',
+    'tsc_deadline_timer',
+    'constant_tsc',
+    'pdpe1gb',
+  ];
   const found = features.filter(has);
   const nested = has('hypervisor') ? '; itself a virtual machine' : '';
   const detail = `${cpu}: ${found.join(' ') || 'no virtualization features'}${nested}`;
@@ -101,7 +122,7 @@ function checkCpu({ cpu, cpuFlags }: Facts): Check {
 }
 
 function checkDevice(path: string, state: DeviceState): Check {
-  const { use, modules } = DEVICE_ADVICE[path]!;
+  const { use, modules } = DEVICE_ADVICE[path];
   if (state === 'usable') return { id: path, status: 'ok', detail: `${path}, for ${use}` };
   const advice = state === 'absent' ? `modprobe ${modules}` : 'give this user access to it';
   return { id: path, status: 'warn', detail: `${path}, for ${use}: ${state}`, advice };

@@ -3,7 +3,12 @@
  * (one nested by software, without the processor's help) gives itself away: it is a hundred times slower than the slowest
  * that runs code on a processor, be that processor an emulated one. Stock kernels do not run on it.
  */
-import { type BootEntry, bootRegisters, bootSpecialRegisters, writeBootStructures } from '../../arch/x86_64/boot/entry.js';
+import {
+  type BootEntry,
+  bootRegisters,
+  bootSpecialRegisters,
+  writeBootStructures,
+} from '../../arch/x86_64/boot/entry.js';
 import { ExitKind, type Hypervisor, type Vcpu } from '../../hypervisor/hypervisor.js';
 import { KVM_IDENTITY_MAP, KVM_TSS } from '../../arch/x86_64/layout.js';
 import { GuestMemory } from '../../memory/guest-memory.js';

@@ -82,7 +82,8 @@ export function probeCapabilities<Name extends abi.KvmCapability>(
 
 function openAdvice(error: unknown): string {
   const code = error instanceof SystemError ? error.code : '';
-  if (code === 'ENOENT') return `No ${KVM_DEVICE} on this host: load the module kvm_intel or kvm_amd, or run 'vmm doctor'`;
+  if (code === 'ENOENT')
+    return `No ${KVM_DEVICE} on this host: load the module kvm_intel or kvm_amd, or run 'vmm doctor'`;
   if (code === 'EACCES' || code === 'EPERM') {
     return `No permission for ${KVM_DEVICE}: add this user to the group that owns it (on Debian: kvm)`;
   }

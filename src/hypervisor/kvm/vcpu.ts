@@ -73,7 +73,9 @@ export class KvmVcpu implements Vcpu {
       case abi.KVM_EXIT.SYSTEM_EVENT:
         return this.#systemEvent();
       case abi.KVM_EXIT.FAIL_ENTRY:
-        return this.#failed(`the processor refused to enter the guest, hardware reason ${this.#hex(abi.RUN.hardwareReason)}`);
+        return this.#failed(
+          `the processor refused to enter the guest, hardware reason ${this.#hex(abi.RUN.hardwareReason)}`,
+        );
       case abi.KVM_EXIT.INTERNAL_ERROR:
         return this.#failed(`KVM internal error, suberror ${this.#words[abi.RUN.internalSuberror >> 2]}`);
       default:
@@ -93,9 +95,8 @@ export class KvmVcpu implements Vcpu {
 
   #mmioExit(): ExitKind {
     const exit = this.exit;
-    const length = this.#words[abi.RUN.mmioLength >> 2]!;
-    exit.address =
-      this.#words[abi.RUN.mmioAddress >> 2]! + this.#words[(abi.RUN.mmioAddress >> 2) + 1]! * 0x1_0000_0000;
+    const length = this.#words[abi.RUN.mmioLength >> 2];
+    exit.address = this.#words[abi.RUN.mmioAddress >> 2] + this.#words[(abi.RUN.mmioAddress >> 2) + 1] * 0x1_0000_0000;
     // KVM gives 1 to 8 bytes; an access that crosses a page comes in odd pieces, taken apart into bytes.
     exit.size = length === 4 || length === 8 ? 4 : length === 2 ? 2 : 1;
     exit.count = length / exit.size;
@@ -105,7 +106,7 @@ export class KvmVcpu implements Vcpu {
   }
 
   #systemEvent(): ExitKind {
-    const type = this.#words[abi.RUN.systemEventType >> 2]!;
+    const type = this.#words[abi.RUN.systemEventType >> 2];
     if (type === abi.KVM_SYSTEM_EVENT_SHUTDOWN) return ExitKind.SystemPowerOff;
     if (type === abi.KVM_SYSTEM_EVENT_RESET) return ExitKind.SystemReset;
     return this.#failed(`KVM system event ${type} is not known`);
@@ -117,14 +118,14 @@ export class KvmVcpu implements Vcpu {
   }
 
   #hex(offset: number): string {
-    return `0x${this.#words[offset >> 2]!.toString(16)}`;
+    return `0x${this.#words[offset >> 2].toString(16)}`;
   }
 
   data(index: number): number {
     const { size } = this.exit;
-    if (size === 1) return this.#bytes[this.#data + index]!;
-    if (size === 2) return this.#halves[(this.#data >> 1) + index]!;
-    return this.#words[(this.#data >> 2) + index]!;
+    if (size === 1) return this.#bytes[this.#data + index];
+    if (size === 2) return this.#halves[(this.#data >> 1) + index];
+    return this.#words[(this.#data >> 2) + index];
   }
 
   setData(index: number, value: number): void {
@@ -235,8 +236,7 @@ export class KvmVcpu implements Vcpu {
     });
     // KVM answers how many it set: the first that it refuses ends the call.
     const done = this.#set(abi.KVM_SET_MSRS, view);
-    const refused = msrs[done];
-    if (refused !== undefined) throw new HypervisorError(`KVM refuses MSR 0x${refused.index.toString(16)}`);
+    if (done < msrs.length) throw new HypervisorError(`KVM refuses MSR 0x${msrs[done].index.toString(16)}`);
   }
 
   setLocalInterrupts(): void {
@@ -288,4 +288,3 @@ function readSegment(view: DataView, at: number): X86Segment {
     unusable: byte(8),
   };
 }
-

@@ -41,7 +41,7 @@ function answers(kernel: Uint8Array, initramfs?: Uint8Array, cmdline = ''): void
   fs.writeFileSync(files.kernel, kernel);
   if (initramfs !== undefined) fs.writeFileSync(files.initramfs, initramfs);
   try {
-    const { address } = loadPayload({ ...files, cmdline, rsdp: layout.RSDP }, memory);
+    const { address } = loadPayload({ ...files, cmdline, rsdp: layout.EBDA_START }, memory);
     expect(address >= layout.HIGH_MEMORY && address < RAM).toBe(true);
     loaded++;
   } catch (error) {

@@ -28,7 +28,7 @@ import {
 
 const MIB = 2 ** 20;
 const GIB = 2 ** 30;
-const RSDP = layout.RSDP;
+const RSDP = layout.EBDA_START;
 const PAGE = layout.BOOT_PARAMS;
 
 let directory: string;

@@ -59,7 +59,7 @@ describe('a state block', () => {
     Atomics.notify(block.words, layout.at.head);
     for (let round = 0; round < rounds; round++) {
       block.lock();
-      block.words[layout.at.control]!++;
+      block.words[layout.at.control]++;
       block.unlock();
     }
     await ended;

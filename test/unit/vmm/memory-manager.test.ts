@@ -21,17 +21,22 @@ describe('guest RAM', () => {
     ]);
   });
 
-  test.each([{ shared: false }, { shared: true }, { prefault: true }, { thp: false }])('is mapped, with %j', (options) => {
-    const kernel = new LinuxKernel();
-    const size = 4 * 2 ** 20;
-    const manager = new MemoryManager(kernel, memory({ size, ...options }), 46);
-    const slots: MemorySlot[] = [];
-    manager.attach({ addMemory: (slot: MemorySlot) => slots.push(slot) } as unknown as Vm);
-    expect(slots.map(({ slot, guestAddress, mapping }) => [slot, guestAddress, mapping.length])).toEqual([[0, 0, size]]);
-    manager.memory.setU32(size - 4, 0x1234_5678);
-    expect(manager.memory.u32(size - 4)).toBe(0x1234_5678);
-    manager.close();
-  });
+  test.each([{ shared: false }, { shared: true }, { prefault: true }, { thp: false }])(
+    'is mapped, with %j',
+    (options) => {
+      const kernel = new LinuxKernel();
+      const size = 4 * 2 ** 20;
+      const manager = new MemoryManager(kernel, memory({ size, ...options }), 46);
+      const slots: MemorySlot[] = [];
+      manager.attach({ addMemory: (slot: MemorySlot) => slots.push(slot) } as unknown as Vm);
+      expect(slots.map(({ slot, guestAddress, mapping }) => [slot, guestAddress, mapping.length])).toEqual([
+        [0, 0, size],
+      ]);
+      manager.memory.setU32(size - 4, 0x1234_5678);
+      expect(manager.memory.u32(size - 4)).toBe(0x1234_5678);
+      manager.close();
+    },
+  );
 
   test('above 4 GiB is found behind views of 1 GiB', () => {
     const manager = new MemoryManager(new LinuxKernel(), memory({ size: 6 * GIB }), 46);

@@ -18,7 +18,12 @@ beforeEach(() => {
 afterEach(() => fs.rmSync(folder, { recursive: true }));
 
 const open = (config: Parameters<typeof openSerialBackend>[0]) =>
-  openSerialBackend(config, new LinuxKernel(), () => undefined, (line) => lines.push(line));
+  openSerialBackend(
+    config,
+    new LinuxKernel(),
+    () => undefined,
+    (line) => lines.push(line),
+  );
 
 function nextInput(backend: SerialBackend): Promise<string> {
   return new Promise((resolve) => {
@@ -74,7 +79,7 @@ describe('the serial port', () => {
 
   test('on a pty talks to whoever opens it, raw', async () => {
     const backend = (await open({ mode: 'Pty' }))!;
-    const slave = /^serial port: (\/dev\/pts\/\d+)$/.exec(lines[0]!)![1]!;
+    const slave = /^serial port: (\/dev\/pts\/\d+)$/.exec(lines[0])![1];
     const fd = fs.openSync(slave, fs.constants.O_RDWR | fs.constants.O_NOCTTY);
     const input = nextInput(backend);
     fs.writeSync(fd, 'in\r\x03');

@@ -21,7 +21,7 @@ function scripted(steps: Step[]): { vcpu: Vcpu; answers: number[][]; acknowledge
       if (step.kind === ExitKind.PortRead || step.kind === ExitKind.MmioRead) answers.push(data);
       return step.kind;
     },
-    data: (index: number) => data[index]!,
+    data: (index: number) => data[index],
     setData: (index: number, value: number) => (data[index] = value),
     acknowledgeKick: () => kicks++,
   };
@@ -72,7 +72,11 @@ describe('the vCPU loop', () => {
   test('counts exits by kind and stops at the command, after a kick too', () => {
     const control = new StateBlock(vcpuControlLayout);
     const { ports, memory } = buses();
-    const { vcpu, acknowledged } = scripted([{ kind: ExitKind.Handled }, { kind: ExitKind.Interrupted }, { kind: ExitKind.Halt }]);
+    const { vcpu, acknowledged } = scripted([
+      { kind: ExitKind.Handled },
+      { kind: ExitKind.Interrupted },
+      { kind: ExitKind.Halt },
+    ]);
     expect(runVcpu(vcpu, control, ports, memory)).toEqual({ kind: 'halt' });
     expect(acknowledged()).toBe(1);
     const counts = EXIT_KINDS.map((_, index) => control.words[vcpuControlLayout.at.exits + index]);

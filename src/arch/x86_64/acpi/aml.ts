@@ -9,7 +9,7 @@ export type Aml = readonly number[];
 function nameString(path: string): Aml {
   const root = path.startsWith('\\') ? [0x5c] : [];
   const segments = path.replace('\\', '').split('.');
-  const bytes = segments.flatMap((segment) => [...segment.padEnd(4, '_')].map((char) => char.charCodeAt(0)));
+  const bytes = segments.flatMap((segment) => [...Buffer.from(segment.padEnd(4, '_'), 'latin1')]);
   if (segments.length === 1) return [...root, ...bytes];
   const prefix = segments.length === 2 ? [0x2e] : [0x2f, segments.length];
   return [...root, ...prefix, ...bytes];

@@ -73,7 +73,12 @@ function hostBridge({ mmio32, mmio64 }: PciSegmentWindows, segment: number): Aml
 function motherboard({ pciSegments }: AcpiConfig): Aml {
   const spaces = pciSegments.map(({ ecam }) => memory32Fixed(ecam, layout.ECAM_SEGMENT_SIZE));
   const resources = [io(layout.PORT_ACPI_SLEEP, 12), ...spaces];
-  return device('MBRD', name('_HID', eisaId('PNP0C02')), name('_UID', integer(0)), name('_CRS', resourceTemplate(...resources)));
+  return device(
+    'MBRD',
+    name('_HID', eisaId('PNP0C02')),
+    name('_UID', integer(0)),
+    name('_CRS', resourceTemplate(...resources)),
+  );
 }
 
 function serialPort(): Aml {

@@ -135,7 +135,7 @@ function buildRsdp(xsdt: number): Uint8Array {
  */
 export function buildAcpiTables(config: AcpiConfig): { rsdp: number; tables: PlacedTable[] } {
   const tables: PlacedTable[] = [];
-  let next = layout.RSDP + 64;
+  let next = layout.EBDA_START + 64;
   const place = (bytes: Uint8Array): number => {
     const address = next;
     tables.push({ address, bytes });
@@ -146,6 +146,6 @@ export function buildAcpiTables(config: AcpiConfig): { rsdp: number; tables: Pla
   const dsdt = place(sealTable('DSDT', 6, Uint8Array.from(dsdtTerms(config))));
   const entries = [buildFadt(dsdt), buildMadt(config), buildMcfg(config)].map(place);
   const xsdt = place(sealTable('XSDT', 1, new Uint8Array(BigUint64Array.from(entries, BigInt).buffer)));
-  tables.push({ address: layout.RSDP, bytes: buildRsdp(xsdt) });
-  return { rsdp: layout.RSDP, tables };
+  tables.push({ address: layout.EBDA_START, bytes: buildRsdp(xsdt) });
+  return { rsdp: layout.EBDA_START, tables };
 }

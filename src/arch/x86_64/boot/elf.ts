@@ -101,7 +101,7 @@ export function loadElf(file: PayloadFile, memory: GuestMemory): ElfKernel {
   if (pvh === undefined && !(elf.wide && elf.machine === EM_X86_64)) {
     throw file.error('a 64-bit ELF kernel, or one with a PVH entry note');
   }
-  const low = memory.ranges()[0]!;
+  const low = memory.ranges()[0];
   const ramEnd = low.address + low.size;
   let end = 0;
   for (const { type, offset, address, fileSize, memorySize } of elf.segments) {
@@ -166,7 +166,7 @@ function pvhEntry(file: PayloadFile, segments: readonly Segment[]): number | und
     if (type !== PT_NOTE || offset >= file.size) continue;
     const notes = file.read(offset, Math.min(fileSize, MAX_NOTES_SIZE));
     const unit = align === 8 ? 8 : 4;
-    for (let at = 0; at + NOTE_HEADER_SIZE <= notes.length; ) {
+    for (let at = 0; at + NOTE_HEADER_SIZE <= notes.length;) {
       const nameStart = at + NOTE_HEADER_SIZE;
       const nameEnd = nameStart + notes.readUInt32LE(at);
       const size = notes.readUInt32LE(at + 4);

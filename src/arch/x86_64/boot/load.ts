@@ -82,7 +82,7 @@ function loadKernel(file: PayloadFile, memory: GuestMemory): LoadedKernel {
 
 /** As high as possible below the hole, so that the kernel can grow at its place. */
 function loadInitrd(file: PayloadFile, memory: GuestMemory, kernel: LoadedKernel): Initrd {
-  const low = memory.ranges()[0]!;
+  const low = memory.ranges()[0];
   const top = Math.min(low.address + low.size, kernel.initrdMax + 1);
   const address = Math.floor((top - file.size) / PAGE) * PAGE;
   if (address < kernel.end) {

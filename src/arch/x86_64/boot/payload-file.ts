@@ -57,7 +57,7 @@ export class PayloadFile {
   load(offset: number, length: number, memory: GuestMemory, address: number): void {
     let at = offset;
     for (const slice of memory.slices(address, length)) {
-      for (let done = 0; done < slice.length; ) {
+      for (let done = 0; done < slice.length;) {
         const count = this.#readInto(slice, done, at);
         // It was longer when it was opened.
         if (count === 0) throw this.error('a file that is complete: this one is cut short');
