@@ -10,10 +10,10 @@ import { type AccessSize, type BusDevice, filler } from './bus.js';
 
 const MEMORY_SIZE = 128;
 
-export const rtcLayout = stateLayout('rtc-cmos', 1, {
+export const rtcLayout = stateLayout('rtc-cmos', 2, {
   index: 1,
-  /** What the guest's clock is ahead of the host's, seconds, signed. */
-  offset: 1,
+  /** What the guest's clock is ahead of the host's, seconds, signed, 64 bits: 32 end at 68 years. Low word first. */
+  offset: 2,
   memory: MEMORY_SIZE / 4,
 });
 
@@ -71,7 +71,10 @@ export class RtcCmos implements BusDevice {
     const index = this.state.words[at.index];
     if (offset === 0) return index;
     if (TIME_REGISTERS.has(index)) {
-      return (this.#memory[REGISTER_B] & B_SET) !== 0 ? this.#memory[index] : this.#timeRegister(index);
+      this.state.lock();
+      const value = (this.#memory[REGISTER_B] & B_SET) !== 0 ? this.#memory[index] : this.#timeRegister(index);
+      this.state.unlock();
+      return value;
     }
     if (index === REGISTER_A) return REGISTER_A_VALUE;
     if (index === REGISTER_C) return 0;
@@ -121,11 +124,16 @@ export class RtcCmos implements BusDevice {
     if ((this.#memory[REGISTER_B] & B_24_HOURS) === 0) hour = (hour % 12) + ((hours & HOURS_PM) !== 0 ? 12 : 0);
     const year = field(CENTURY) * 100 + field(YEAR);
     const time = Date.UTC(year, field(MONTH) - 1, field(DAY), hour, field(MINUTES), field(SECONDS));
-    this.state.words[at.offset] = Math.round((time - this.now()) / 1000);
+    // Rounded up, so that the second that was set is the one that is read.
+    const offset = Math.ceil((time - this.now()) / 1000);
+    this.state.words[at.offset] = offset;
+    this.state.words[at.offset + 1] = Math.floor(offset / 2 ** 32);
   }
 
   #timeRegister(index: number): number {
-    const date = new Date(this.now() + this.state.words[at.offset] * 1000);
+    const { words } = this.state;
+    const offset = words[at.offset + 1] * 2 ** 32 + (words[at.offset] >>> 0);
+    const date = new Date(this.now() + offset * 1000);
     switch (index) {
       case SECONDS:
         return this.#encode(date.getUTCSeconds());
@@ -145,7 +153,7 @@ export class RtcCmos implements BusDevice {
       case YEAR:
         return this.#encode(date.getUTCFullYear() % 100);
       default:
-        return this.#encode(Math.floor(date.getUTCFullYear() / 100));
+        return this.#encode(Math.floor(date.getUTCFullYear() / 100) % 100);
     }
   }
 

@@ -6,8 +6,8 @@
  * break, and OUT2 as a gate of the interrupt. Modem inputs are constantly those of a connected line.
  *
  * The receive FIFO is deeper than the chip's 16 bytes, which no driver can tell; what does not fit waits with the sender.
- * Sent bytes wait in a ring for main; while it is full, the transmitter is not empty, so a stuck host slows the guest down
- * instead of blocking its vCPU.
+ * Sent bytes wait in a ring for main; while it has no room for another FIFO's worth, which a driver may send without looking
+ * again, the transmitter is not empty, so a stuck host slows the guest down instead of blocking its vCPU.
  */
 import type { StateBlock } from '../state/state-block.js';
 import { stateLayout } from '../state/state-block.js';
@@ -15,6 +15,8 @@ import { type AccessSize, type BusDevice, filler, type InterruptLine } from './b
 
 const RX_SIZE = 256;
 const TX_SIZE = 4096;
+/** What a driver sends at most for one THR empty. */
+const FIFO_DEPTH = 16;
 
 export const serialLayout = stateLayout('serial-16550', 1, {
   ier: 1,
@@ -102,9 +104,7 @@ export class Serial16550 implements BusDevice {
     this.state.lock();
     const value = this.#readRegister(offset);
     const raise = this.#newCause();
-    const words = this.#words;
-    const room = words[at.starved] !== 0 && words[at.rxCount] <= RX_SIZE / 2;
-    if (room) words[at.starved] = 0;
+    const room = this.#newRoom();
     this.state.unlock();
     if (raise) this.line.raise();
     if (room) this.doorbell.room();
@@ -118,9 +118,11 @@ export class Serial16550 implements BusDevice {
     this.#writeRegister(offset, value);
     const raise = this.#newCause();
     const output = before === 0 && this.#words[at.txCount] !== 0;
+    const room = this.#newRoom();
     this.state.unlock();
     if (raise) this.line.raise();
     if (output) this.doorbell.output();
+    if (room) this.doorbell.room();
   }
 
   /** Takes input. @returns how many of the bytes found room; `room` rings when the rest may be tried again */
@@ -142,10 +144,10 @@ export class Serial16550 implements BusDevice {
     this.state.lock();
     const count = Math.min(into.length, words[at.txCount]);
     for (let index = 0; index < count; index++) into[index] = this.#tx[(words[at.txHead] + index) % TX_SIZE]!;
-    const full = words[at.txCount] === TX_SIZE;
+    const full = this.#transmitterFull();
     words[at.txHead] = (words[at.txHead] + count) % TX_SIZE;
     words[at.txCount] -= count;
-    if (full && count > 0) words[at.thrEmpty] = 1;
+    if (full && !this.#transmitterFull()) words[at.thrEmpty] = 1;
     const raise = this.#newCause();
     this.state.unlock();
     if (raise) this.line.raise();
@@ -222,7 +224,7 @@ export class Serial16550 implements BusDevice {
     if (words[at.txCount] === TX_SIZE) return;
     this.#tx[(words[at.txHead] + words[at.txCount]) % TX_SIZE] = value;
     words[at.txCount]++;
-    words[at.thrEmpty] = words[at.txCount] === TX_SIZE ? 0 : 1;
+    words[at.thrEmpty] = this.#transmitterFull() ? 0 : 1;
     // The register was full for an instant: its getting empty is a new event.
     words[at.causes] &= ~CAUSE_TX;
   }
@@ -230,7 +232,7 @@ export class Serial16550 implements BusDevice {
   /** Enabling the THR interrupt while the register is empty raises it: drivers rely on that to start sending. */
   #enableInterrupts(value: number): void {
     const words = this.#words;
-    if ((value & ~words[at.ier] & CAUSE_TX) !== 0 && words[at.txCount] !== TX_SIZE) words[at.thrEmpty] = 1;
+    if ((value & ~words[at.ier] & CAUSE_TX) !== 0 && !this.#transmitterFull()) words[at.thrEmpty] = 1;
     words[at.ier] = value;
   }
 
@@ -255,9 +257,21 @@ export class Serial16550 implements BusDevice {
     const status =
       (words[at.rxCount] !== 0 ? LSR_DATA_READY : 0) |
       (words[at.overrun] !== 0 ? LSR_OVERRUN : 0) |
-      (words[at.txCount] !== TX_SIZE ? LSR_THR_EMPTY | LSR_TRANSMITTER_EMPTY : 0);
+      (this.#transmitterFull() ? 0 : LSR_THR_EMPTY | LSR_TRANSMITTER_EMPTY);
     words[at.overrun] = 0;
     return status;
+  }
+
+  #transmitterFull(): boolean {
+    return this.#words[at.txCount] > TX_SIZE - FIFO_DEPTH;
+  }
+
+  /** Whether the sender waits for room and there is some now. */
+  #newRoom(): boolean {
+    const words = this.#words;
+    if (words[at.starved] === 0 || words[at.rxCount] > RX_SIZE / 2) return false;
+    words[at.starved] = 0;
+    return true;
   }
 
   /** The enabled causes, as bits of IER. */
