@@ -46,7 +46,7 @@ class StreamBackend implements SerialBackend {
    */
   constructor(
     private readonly lossless: boolean,
-    private readonly release: () => void,
+    private readonly release: () => void | Promise<void>,
   ) {}
 
   connect(streams: Streams, filter: (bytes: Uint8Array) => Uint8Array = (bytes) => bytes): void {
@@ -88,7 +88,7 @@ class StreamBackend implements SerialBackend {
       await Promise.race([flushed, patience]);
     }
     this.disconnect();
-    this.release();
+    await this.release();
   }
 }
 
@@ -173,7 +173,7 @@ function openFile(path: string): SerialBackend {
     throw new MachineError(`--serial file=${path}: accepted is a file that can be written`, { cause: error });
   }
   const output = fs.createWriteStream(path, { fd });
-  const backend = new StreamBackend(true, () => output.end());
+  const backend = new StreamBackend(true, () => new Promise((resolve) => output.close(() => resolve())));
   // The disk is full, say: the bytes are lost, the guest goes on.
   output.on('error', () => backend.disconnect());
   backend.connect({ output });
@@ -198,7 +198,8 @@ async function openSocket(path: string, announce: (line: string) => void): Promi
   });
   const backend = new StreamBackend(false, () => {
     client?.destroy();
-    server.close(); // unlinks the path
+    // This unlinks the path, too.
+    return new Promise((resolve) => server.close(() => resolve()));
   });
   try {
     server.listen(path);

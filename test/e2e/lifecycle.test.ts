@@ -117,7 +117,7 @@ describe('the end of a machine', () => {
     const guest = await Guest.start(host, folder, {
       kernel: cloud,
       task: {
-        command: `exec 3</dev/input/event0; echo ready; dd bs=24 count=1 <&3 2>/dev/null | tail -c 8 | hexdump -n 4 -e '2/2 "%d "'; echo pressed`,
+        command: `exec 3</dev/input/event0; echo ready; dd bs=24 count=1 <&3 2>/dev/null | tail -c 8 | hexdump -n 4 -e '2/2 "%d "'; echo ' pressed'`,
         modules: { kernel: cloud, names: ['evdev', 'button'] },
       },
     });

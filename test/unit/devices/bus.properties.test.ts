@@ -22,14 +22,17 @@ describe('the bus', () => {
         const bus = new Bus();
         const model: { start: number; length: number; id: number }[] = [];
         let unclaimed = 0;
-        let seen: number[] = [];
+        const seen: number[] = [];
         for (const entry of entries) {
           if ('start' in entry) {
             const id = model.length;
             const insert = () =>
               bus.insert(entry.start, entry.length, {
-                read: (offset, bytes) => ((seen = [id, offset, bytes]), id),
-                write: (offset, bytes, value) => void (seen = [id, offset, bytes, value]),
+                read: (offset, bytes) => {
+                  seen.push(id, offset, bytes);
+                  return id;
+                },
+                write: (offset, bytes, value) => void seen.push(id, offset, bytes, value),
               });
             if (model.some((old) => old.start < entry.start + entry.length && entry.start < old.start + old.length)) {
               expect(insert).toThrow('is taken');
@@ -39,7 +42,7 @@ describe('the bus', () => {
             }
             continue;
           }
-          seen = [];
+          seen.length = 0;
           const owner = model.find((old) => entry.address >= old.start && entry.address < old.start + old.length);
           if (owner === undefined) unclaimed++;
           const place = owner === undefined ? [] : [owner.id, entry.address - owner.start, entry.size];
@@ -83,7 +86,7 @@ test('an event of the GED is told exactly once, and never without an edge', () =
     fc.property(fc.array(step), (steps) => {
       const block = new StateBlock(gedLayout);
       let edges = 0;
-      const views = [0, 1].map(() => new Ged(block, { raise: () => void edges++ }));
+      const views = [0, 1].map(() => new Ged(block, { raise: () => edges++ }));
       let pending = 0;
       for (const [index, event] of steps.entries()) {
         if (event === 'read') {

@@ -21,8 +21,8 @@ function port(block = new StateBlock(serialLayout)) {
   const rung = { raised: 0, output: 0, room: 0 };
   const device = new Serial16550(
     block,
-    { raise: () => void rung.raised++ },
-    { output: () => void rung.output++, room: () => void rung.room++ },
+    { raise: () => rung.raised++ },
+    { output: () => rung.output++, room: () => rung.room++ },
   );
   return {
     rung,
@@ -313,11 +313,6 @@ describe('the back pressure of the serial port', () => {
   });
 });
 
-type Step =
-  | { readonly do: 'type' | 'print'; readonly count: number } // new bytes at the host's end, at the driver's
-  | { readonly do: 'deliver' | 'drain'; readonly count: number } // the host moves up to so many bytes
-  | { readonly do: 'guest'; readonly count: number }; // the guest makes so many register accesses
-
 /** A driver that looks at the port only on an edge, and until IIR says "none". Each `yield` is one register access. */
 class Driver {
   readonly received: number[] = [];
@@ -403,6 +398,10 @@ class Host {
   }
 }
 
+/**
+ * type, print: new bytes at the host's end, at the driver's; deliver, drain: the host moves up to so many; guest: the driver
+ * makes so many register accesses.
+ */
 const steps = fc.array(
   fc.record({
     do: fc.constantFrom('type', 'print', 'deliver', 'drain', 'guest', 'guest'),
@@ -453,7 +452,7 @@ const operations = fc.array(
   fc.record({
     kind: fc.constantFrom('read', 'write', 'receive', 'drain'),
     register: fc.nat(7),
-    size: fc.constantFrom(1, 1, 1, 2, 4) as fc.Arbitrary<1 | 2 | 4>,
+    size: fc.constantFrom<1 | 2 | 4>(1, 1, 1, 2, 4),
     value: fc.nat(0xff),
     count: fc.nat(300),
     second: fc.boolean(),
