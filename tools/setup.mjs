@@ -53,9 +53,10 @@ function mtime(file) {
 }
 
 function installNodePackages() {
-  // npm writes this file at the end of an installation.
+  // npm writes this file at the end of an installation. The versions are those of the lock file; `npm ci` would besides
+  // demand that it lists what other platforms need, which not every registry has.
   if (mtime('node_modules/.package-lock.json') >= mtime('package-lock.json')) return;
-  step('Installing npm packages', 'npm', ['ci', '--no-audit', '--no-fund']);
+  step('Installing npm packages', 'npm', ['install', '--no-save', '--no-audit', '--no-fund']);
 }
 
 function installDebianPackages(packages) {
