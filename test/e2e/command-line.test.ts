@@ -72,16 +72,20 @@ describe('a mistake ends in one line that names the option', () => {
     },
   );
 
+  const command = VMM.map((word) => `'${word}'`).join(' ');
+
   test('no permission for /dev/kvm', async () => {
-    const argv = ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups', ...VMM, '--kernel', '/nonexistent'];
-    const result = await host.run(argv);
+    // Root without its capabilities has the permissions of the file, which nobody has.
+    const script = `mknod -m 000 /dev/kvm.test c 10 232; mount --bind /dev/kvm.test /dev/kvm; rm /dev/kvm.test
+      setpriv --inh-caps=-all --bounding-set=-all ${command} --kernel /nonexistent`;
+    const result = await host.run(['unshare', '-m', 'sh', '-c', script]);
     expect(result).toMatchObject({ status: 1, stdout: '' });
     expect(result.stderr).toMatch(/^vmm: No permission for \/dev\/kvm: [^\n]*\n$/);
   });
 
   test('no /dev/kvm', async () => {
-    const command = VMM.map((word) => `'${word}'`).join(' ');
-    const script = `mv /dev/kvm /dev/kvm.away; ${command} --kernel /nonexistent; echo "status $?"; ${command} doctor >/dev/null; echo "doctor $?"; mv /dev/kvm.away /dev/kvm`;
+    const script = `mount -t tmpfs dev /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/urandom c 1 9
+      ${command} --kernel /nonexistent; echo "status $?"; ${command} doctor >/dev/null; echo "doctor $?"`;
     const result = await host.run(['unshare', '-m', 'sh', '-c', script]);
     expect(result.stdout).toBe('status 1\ndoctor 1\n');
     expect(result.stderr).toMatch(/^vmm: No \/dev\/kvm on this host: [^\n]*\n$/);

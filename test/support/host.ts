@@ -35,6 +35,11 @@ export class TestHost {
     return new TestHost(await Lab.connect(labs[(worker - 1) % labs.length]));
   }
 
+  /** A lab that the test started for itself. */
+  static on(lab: Lab): TestHost {
+    return new TestHost(lab);
+  }
+
   spawn(argv: readonly string[], options: SpawnOptions = {}): HostProcess {
     return this.lab === undefined ? spawnLocally(argv, options) : (this.lab.spawn(argv, options) satisfies LabProcess);
   }
