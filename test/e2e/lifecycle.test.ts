@@ -83,12 +83,12 @@ describe('the end of a machine', () => {
     const guest = await Guest.start(host, folder, {
       kernel: cloud,
       cmdline: 'reboot=t',
-      task: { command: 'echo up; read line; reboot -f' },
+      task: { command: 'echo guest-ready; read line; reboot -f' },
     });
-    await guest.waitFor('up');
+    await guest.waitFor('guest-ready');
     const first = guest.console.length;
     guest.type('\n');
-    await guest.waitFor('up', first);
+    await guest.waitFor('guest-ready', first);
     guest.process.kill('SIGINT');
     const { status, log } = await guest.end();
     expect(status).toBe(0);
@@ -99,15 +99,15 @@ describe('the end of a machine', () => {
     const guest = await Guest.start(host, folder, {
       kernel: cloud,
       task: {
-        command: 'echo up; read line; echo c >/proc/sysrq-trigger',
+        command: 'echo guest-ready; read line; echo c >/proc/sysrq-trigger',
         modules: { kernel: cloud, names: ['pvpanic-mmio'] },
       },
       vmm: ['--pvpanic'],
     });
-    await guest.waitFor('up');
+    await guest.waitFor('guest-ready');
     const first = guest.console.length;
     guest.type('\n');
-    await guest.waitFor('up', first); // panic=-1 resets
+    await guest.waitFor('guest-ready', first); // panic=-1 resets
     guest.process.kill('SIGTERM');
     const { status, log } = await guest.end();
     expect(status).toBe(0);
@@ -160,7 +160,7 @@ describe('the end of a machine', () => {
 
   test('a killed process leaves no other behind', async () => {
     const guest = await Guest.start(host, folder, { kernel: cloud, task: { command: 'echo up; read line' } });
-    await guest.waitFor('up');
+    await guest.waitFor('guest-ready');
     guest.process.kill('SIGKILL');
     expect(await guest.end()).toMatchObject({ status: null, signal: 'SIGKILL' });
     expect(await leftovers()).toBe('');
@@ -209,7 +209,7 @@ test('vCPU threads are bound to the CPUs of the command line, and named', async 
       task: { command: 'echo up; read line' },
       vmm: ['--cpus', 'boot=3,affinity=[0@[1],1@[0]]'],
     });
-    await guest.waitFor('up');
+    await guest.waitFor('guest-ready');
     const pid = await guest.process.pid;
     const { stdout } = await two.shell(
       `for task in /proc/${pid}/task/*; do echo "$(cat $task/comm) $(awk '/Cpus_allowed_list/ { print $2 }' $task/status)"; done | grep vcpu | sort`,
