@@ -40,10 +40,21 @@ export interface MapOptions {
   readonly length: number;
   /** Left out: anonymous memory. */
   readonly fd?: number;
+  /** Bytes into the file; a multiple of the page size. */
+  readonly offset?: number;
   readonly shared: boolean;
   readonly populate?: boolean;
   /** Bytes; anonymous memory from hugetlbfs of this page size. */
   readonly hugepageSize?: number;
+}
+
+export interface OpenOptions {
+  readonly readonly?: boolean;
+  /** O_DIRECT: transfers bypass the page cache. */
+  readonly direct?: boolean;
+  readonly nonblocking?: boolean;
+  /** Makes the file when it is not there, with this mode. */
+  readonly create?: number;
 }
 
 export interface MemfdOptions {
@@ -55,9 +66,70 @@ export interface MemfdOptions {
 export type MemoryAdvice = 'hugepage' | 'nohugepage' | 'mergeable';
 
 export interface HostKernel {
-  /** Opens read-write, close-on-exec. */
-  open(path: string): number;
+  /** Opens close-on-exec, read-write unless the options say otherwise. */
+  open(path: string, options?: OpenOptions): number;
   close(fd: number): void;
+  /** A second descriptor of the same open file, close-on-exec. */
+  duplicate(fd: number): number;
+
+  /** One pread; may be short. */
+  readAt(fd: number, into: Uint8Array, offset: number): number;
+  /** One pwrite; may be short. */
+  writeAt(fd: number, bytes: Uint8Array, offset: number): number;
+  truncate(fd: number, size: number): void;
+  /** fdatasync */
+  dataSync(fd: number): void;
+  /** fallocate. @param mode FALLOC_FL_ bits */
+  allocate(fd: number, mode: number, offset: number, length: number): void;
+  /**
+   * A lock of the whole open file description, not of the process (F_OFD_SETLK).
+   *
+   * @returns false when another open file holds one that excludes it
+   */
+  lockFile(fd: number, exclusive: boolean): boolean;
+
+  // The calls below serve data paths: they take addresses as plain numbers, allocate nothing, never throw, and answer a
+  // failure with the negated errno. An address is one that `map` or GuestMemory gave, checked there.
+
+  readRaw(fd: number, address: number, length: number): number;
+  writeRaw(fd: number, address: number, length: number): number;
+  /** @param iovecs address of `count` struct iovec */
+  readvRaw(fd: number, iovecs: number, count: number): number;
+  writevRaw(fd: number, iovecs: number, count: number): number;
+  /** preadv and pwritev */
+  readvAtRaw(fd: number, iovecs: number, count: number, offset: number): number;
+  writevAtRaw(fd: number, iovecs: number, count: number, offset: number): number;
+  allocateRaw(fd: number, mode: number, offset: number, length: number): number;
+  dataSyncRaw(fd: number): number;
+  /** io_uring_enter. @param flags IORING_ENTER_ bits */
+  ringEnterRaw(fd: number, submit: number, complete: number, flags: number): number;
+  /** io_submit of `count` control blocks whose addresses stand at `blocks`. */
+  aioSubmitRaw(context: number, count: number, blocks: number): number;
+  /** io_getevents without waiting for more than `least`. */
+  aioEventsRaw(context: number, least: number, most: number, events: number): number;
+  /** @param events address of at least `most` struct epoll_event @param timeout milliseconds, -1 for ever */
+  epollWaitRaw(epoll: number, events: number, most: number, timeout: number): number;
+
+  epollCreate(): number;
+  /** @param token comes back in the event's data; below 2^31 */
+  epollAdd(epoll: number, fd: number, events: number, token: number): void;
+  epollModify(epoll: number, fd: number, events: number, token: number): void;
+  epollRemove(epoll: number, fd: number): void;
+
+  /** io_uring_setup. @param parameters struct io_uring_params, read and written */
+  ringSetup(entries: number, parameters: Uint8Array): number;
+  /** io_setup. @returns the context */
+  aioSetup(entries: number): number;
+  aioDestroy(context: number): void;
+
+  /** A stream socket of the Unix domain, non-blocking, that listens at a path. @throws SystemError EADDRINUSE and others */
+  listenUnix(path: string, backlog: number): number;
+  /** Accepts one connection, non-blocking. @returns the negated errno when there is none */
+  acceptUnix(listener: number): number;
+  /** Connects to a path, non-blocking. @throws SystemError when nobody listens there */
+  connectUnix(path: string): number;
+  /** shutdown. @param how 0 reading, 1 writing, 2 both. A peer that is gone is no error. */
+  shutdownSocket(fd: number, how: 0 | 1 | 2): void;
 
   /** An ioctl whose argument is a number. @returns the call's non-negative result */
   ioctl(fd: number, request: number, value?: number): number;
@@ -77,6 +149,8 @@ export interface HostKernel {
   eventfd(): number;
   /** Adds one to an eventfd; never throws and never blocks. */
   signal(eventfd: number): void;
+  /** Sets an eventfd to zero; never throws. @returns whether it was signalled */
+  drainEvent(eventfd: number): boolean;
 
   /** The calling thread's id. */
   threadId(): number;
@@ -94,6 +168,11 @@ export interface HostKernel {
   /** A resource limit's soft value; Infinity when unlimited. */
   resourceLimit(resource: 'memlock' | 'nofile'): number;
 }
+
+/** Bits of an epoll event. */
+export const EPOLL = { IN: 0x1, OUT: 0x4, ERR: 0x8, HUP: 0x10, RDHUP: 0x2000, EDGE: 0x8000_0000 } as const;
+/** struct epoll_event: packed on x86_64 alone. Bytes. */
+export const EPOLL_EVENT = process.arch === 'x64' ? { size: 12, data: 4 } : { size: 16, data: 8 };
 
 /** SIGRTMIN, the first real-time signal: glibc keeps 32 and 33 for itself. */
 export const KICK_SIGNAL = 34;

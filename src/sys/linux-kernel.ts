@@ -8,6 +8,7 @@
 import os from 'node:os';
 import koffi from 'koffi';
 import {
+  EPOLL_EVENT,
   type HostKernel,
   type HostMapping,
   KICK_SIGNAL,
@@ -15,6 +16,7 @@ import {
   type MappingHandle,
   type MemfdOptions,
   type MemoryAdvice,
+  type OpenOptions,
   SystemError,
 } from './host-kernel.js';
 
@@ -24,6 +26,31 @@ const libc = koffi.load('libc.so.6');
 const c = {
   open: libc.func('int open(const char *path, int flags, int mode)'),
   close: libc.func('int close(int fd)'),
+  dup: libc.func('fcntl', 'int', ['int', 'int', 'int']),
+  pread: libc.func('long pread(int fd, void *data, size_t length, int64_t offset)'),
+  pwrite: libc.func('long pwrite(int fd, const void *data, size_t length, int64_t offset)'),
+  fdatasync: libc.func('int fdatasync(int fd)'),
+  fallocate: libc.func('int fallocate(int fd, int mode, int64_t offset, int64_t length)'),
+  fcntlLock: libc.func('fcntl', 'int', ['int', 'int', 'void *']),
+  readRaw: libc.func('long read(int fd, uintptr_t address, size_t length)'),
+  writeRaw: libc.func('long write(int fd, uintptr_t address, size_t length)'),
+  readv: libc.func('long readv(int fd, uintptr_t iovecs, int count)'),
+  writev: libc.func('long writev(int fd, uintptr_t iovecs, int count)'),
+  preadv: libc.func('long preadv(int fd, uintptr_t iovecs, int count, int64_t offset)'),
+  pwritev: libc.func('long pwritev(int fd, uintptr_t iovecs, int count, int64_t offset)'),
+  epollCreate: libc.func('int epoll_create1(int flags)'),
+  epollCtl: libc.func('int epoll_ctl(int epoll, int operation, int fd, void *event)'),
+  epollWait: libc.func('int epoll_wait(int epoll, uintptr_t events, int most, int timeout)'),
+  // glibc has no wrappers for these. Both supported ABIs pass a variadic integer where a fixed one would go.
+  syscall6: libc.func('syscall', 'long', ['long', 'long', 'long', 'long', 'long', 'long', 'long']),
+  syscallBuffer: libc.func('syscall', 'long', ['long', 'long', 'void *']),
+  socket: libc.func('int socket(int domain, int type, int protocol)'),
+  bind: libc.func('int bind(int fd, const void *address, uint32_t length)'),
+  listen: libc.func('int listen(int fd, int backlog)'),
+  accept4: libc.func('int accept4(int fd, void *address, void *length, int flags)'),
+  connect: libc.func('int connect(int fd, const void *address, uint32_t length)'),
+  shutdown: libc.func('int shutdown(int fd, int how)'),
+  read: libc.func('long read(int fd, void *data, size_t length)'),
   write: libc.func('long write(int fd, const void *data, size_t length)'),
   ioctlValue: libc.func('ioctl', 'int', ['int', 'unsigned long', 'long']),
   ioctlBuffer: libc.func('ioctl', 'int', ['int', 'unsigned long', 'void *']),
@@ -53,6 +80,27 @@ const O_RDWR = 0o2;
 const O_NOCTTY = 0o400;
 const O_NONBLOCK = 0o4000;
 const O_CLOEXEC = 0o2000000;
+const O_DIRECT = process.arch === 'x64' ? 0o40000 : 0o200000;
+const O_CREAT = 0o100;
+const F_DUPFD_CLOEXEC = 1030;
+const F_OFD_SETLK = 37;
+const F_RDLCK = 0;
+const F_WRLCK = 1;
+/** struct flock: l_type at 0, l_whence at 2, l_start at 8, l_len at 16, l_pid at 24. */
+const FLOCK_BYTES = 32;
+const EPOLL_CTL_ADD = 1;
+const EPOLL_CTL_DEL = 2;
+const EPOLL_CTL_MOD = 3;
+const SYS =
+  process.arch === 'x64'
+    ? { ioSetup: 206, ioDestroy: 207, ioGetevents: 208, ioSubmit: 209, ioUringSetup: 425, ioUringEnter: 426 }
+    : { ioSetup: 0, ioDestroy: 1, ioSubmit: 2, ioGetevents: 4, ioUringSetup: 425, ioUringEnter: 426 };
+const AF_UNIX = 1;
+const SOCK_STREAM = 1;
+const SOCK_NONBLOCK = 0o4000;
+const SOCK_CLOEXEC = 0o2000000;
+/** struct sockaddr_un's path, its NUL included. */
+const UNIX_PATH_BYTES = 108;
 const PROT_READ_WRITE = 0x3;
 const MAP_SHARED = 0x01;
 const MAP_PRIVATE = 0x02;
@@ -70,6 +118,8 @@ const RLIMIT = { nofile: 7, memlock: 8 };
 const MAX_VIEW = 0x4000_0000;
 /** glibc's cpu_set_t. */
 const CPU_SET_BYTES = 128;
+/** sizeof(struct io_uring_params) */
+const RING_PARAMETERS_BYTES = 120;
 /** sizeof(struct termios) is 60 on both architectures. */
 const TERMIOS_BYTES = 64;
 
@@ -95,12 +145,25 @@ function describe(errno: number): string {
     ENXIO: 'no such device or address',
     EMFILE: 'too many open files',
     E2BIG: 'too many entries',
+    EISDIR: 'is a directory',
+    EROFS: 'read-only file system',
+    EAGAIN: 'busy',
+    EADDRINUSE: 'address in use',
+    ECONNREFUSED: 'nobody listens there',
+    ENOSPC: 'no space left on the device',
+    EIO: 'input/output error',
+    ENAMETOOLONG: 'name too long',
   };
   return texts[errnoNames.get(errno) ?? ''] ?? 'failed';
 }
 
 function check(call: string, result: number): number {
   return result < 0 ? fail(call) : result;
+}
+
+/** Data paths: a failure is the negated errno. */
+function raw(result: number): number {
+  return result < 0 ? -koffi.errno() : result;
 }
 
 /** The signal set that holds KICK_SIGNAL alone: bit n-1 of a 1024-bit set. */
@@ -136,18 +199,190 @@ class Mapping implements HostMapping {
 
 export class LinuxKernel implements HostKernel {
   readonly #one = new Uint8Array(new BigUint64Array([1n]).buffer);
+  readonly #counter = new Uint8Array(8);
   readonly #kickSet = kickSet();
   /** A zero timespec. */
   readonly #now = new Uint8Array(16);
   readonly #pid = c.getpid() as number;
 
-  open(path: string): number {
+  open(path: string, options: OpenOptions = {}): number {
+    let flags = (options.readonly === true ? 0 : O_RDWR) | O_CLOEXEC;
+    if (options.direct === true) flags |= O_DIRECT;
+    if (options.nonblocking === true) flags |= O_NONBLOCK;
+    if (options.create !== undefined) flags |= O_CREAT;
     // SAFETY: koffi copies the string, NUL-terminated, for the call.
-    return check(`open ${path}`, c.open(path, O_RDWR | O_CLOEXEC, 0) as number);
+    return check(`open ${path}`, c.open(path, flags, options.create ?? 0) as number);
   }
 
   close(fd: number): void {
     c.close(fd);
+  }
+
+  duplicate(fd: number): number {
+    return check('fcntl', c.dup(fd, F_DUPFD_CLOEXEC, 0) as number);
+  }
+
+  readAt(fd: number, into: Uint8Array, offset: number): number {
+    // SAFETY: the buffer's own length is given.
+    return check('pread', c.pread(fd, into, into.length, offset) as number);
+  }
+
+  writeAt(fd: number, bytes: Uint8Array, offset: number): number {
+    // SAFETY: as in `readAt`.
+    return check('pwrite', c.pwrite(fd, bytes, bytes.length, offset) as number);
+  }
+
+  truncate(fd: number, size: number): void {
+    check('ftruncate', c.ftruncate(fd, size) as number);
+  }
+
+  dataSync(fd: number): void {
+    check('fdatasync', c.fdatasync(fd) as number);
+  }
+
+  allocate(fd: number, mode: number, offset: number, length: number): void {
+    check('fallocate', c.fallocate(fd, mode, offset, length) as number);
+  }
+
+  lockFile(fd: number, exclusive: boolean): boolean {
+    const lock = new Uint8Array(FLOCK_BYTES);
+    new DataView(lock.buffer).setInt16(0, exclusive ? F_WRLCK : F_RDLCK, true);
+    // SAFETY: a whole struct flock; start and length 0 stand for all of the file.
+    if ((c.fcntlLock(fd, F_OFD_SETLK, lock) as number) === 0) return true;
+    const errno = koffi.errno();
+    return errno === os.constants.errno.EAGAIN || errno === os.constants.errno.EACCES ? false : fail('fcntl', errno);
+  }
+
+  // SAFETY of all raw calls: each address comes from a live mapping or from GuestMemory, which checked that the whole range
+  // is guest RAM; RAM is unmapped only after every thread that makes these calls has ended.
+
+  readRaw(fd: number, address: number, length: number): number {
+    return raw(c.readRaw(fd, address, length) as number);
+  }
+
+  writeRaw(fd: number, address: number, length: number): number {
+    return raw(c.writeRaw(fd, address, length) as number);
+  }
+
+  readvRaw(fd: number, iovecs: number, count: number): number {
+    return raw(c.readv(fd, iovecs, count) as number);
+  }
+
+  writevRaw(fd: number, iovecs: number, count: number): number {
+    return raw(c.writev(fd, iovecs, count) as number);
+  }
+
+  readvAtRaw(fd: number, iovecs: number, count: number, offset: number): number {
+    return raw(c.preadv(fd, iovecs, count, offset) as number);
+  }
+
+  writevAtRaw(fd: number, iovecs: number, count: number, offset: number): number {
+    return raw(c.pwritev(fd, iovecs, count, offset) as number);
+  }
+
+  allocateRaw(fd: number, mode: number, offset: number, length: number): number {
+    return raw(c.fallocate(fd, mode, offset, length) as number);
+  }
+
+  dataSyncRaw(fd: number): number {
+    return raw(c.fdatasync(fd) as number);
+  }
+
+  ringEnterRaw(fd: number, submit: number, complete: number, flags: number): number {
+    return raw(c.syscall6(SYS.ioUringEnter, fd, submit, complete, flags, 0, 0) as number);
+  }
+
+  aioSubmitRaw(context: number, count: number, blocks: number): number {
+    return raw(c.syscall6(SYS.ioSubmit, context, count, blocks, 0, 0, 0) as number);
+  }
+
+  aioEventsRaw(context: number, least: number, most: number, events: number): number {
+    return raw(c.syscall6(SYS.ioGetevents, context, least, most, events, 0, 0) as number);
+  }
+
+  epollWaitRaw(epoll: number, events: number, most: number, timeout: number): number {
+    return raw(c.epollWait(epoll, events, most, timeout) as number);
+  }
+
+  epollCreate(): number {
+    return check('epoll_create1', c.epollCreate(O_CLOEXEC) as number);
+  }
+
+  epollAdd(epoll: number, fd: number, events: number, token: number): void {
+    this.#epollControl(epoll, EPOLL_CTL_ADD, fd, events, token);
+  }
+
+  epollModify(epoll: number, fd: number, events: number, token: number): void {
+    this.#epollControl(epoll, EPOLL_CTL_MOD, fd, events, token);
+  }
+
+  epollRemove(epoll: number, fd: number): void {
+    this.#epollControl(epoll, EPOLL_CTL_DEL, fd, 0, 0);
+  }
+
+  #epollControl(epoll: number, operation: number, fd: number, events: number, token: number): void {
+    const event = new Uint8Array(EPOLL_EVENT.size);
+    const view = new DataView(event.buffer);
+    view.setUint32(0, events, true);
+    view.setUint32(EPOLL_EVENT.data, token, true);
+    // SAFETY: a whole struct epoll_event, copied by the kernel.
+    check('epoll_ctl', c.epollCtl(epoll, operation, fd, event) as number);
+  }
+
+  ringSetup(entries: number, parameters: Uint8Array): number {
+    if (parameters.length < RING_PARAMETERS_BYTES) throw new RangeError('io_uring parameters');
+    // SAFETY: a whole struct io_uring_params.
+    return check('io_uring_setup', c.syscallBuffer(SYS.ioUringSetup, entries, parameters) as number);
+  }
+
+  aioSetup(entries: number): number {
+    const context = new Uint8Array(8);
+    // SAFETY: the context is one zeroed 64-bit word, which the kernel fills.
+    check('io_setup', c.syscallBuffer(SYS.ioSetup, entries, context) as number);
+    return Number(new DataView(context.buffer).getBigUint64(0, true));
+  }
+
+  aioDestroy(context: number): void {
+    c.syscall6(SYS.ioDestroy, context, 0, 0, 0, 0, 0);
+  }
+
+  listenUnix(path: string, backlog: number): number {
+    return this.#unixSocket(path, (fd, address) => {
+      check(`bind ${path}`, c.bind(fd, address, address.length) as number);
+      check('listen', c.listen(fd, backlog) as number);
+    });
+  }
+
+  connectUnix(path: string): number {
+    return this.#unixSocket(path, (fd, address) => {
+      check(`connect ${path}`, c.connect(fd, address, address.length) as number);
+    });
+  }
+
+  #unixSocket(path: string, use: (fd: number, address: Uint8Array) => void): number {
+    const name = Buffer.from(path);
+    if (name.length >= UNIX_PATH_BYTES) fail(`socket ${path}`, os.constants.errno.ENAMETOOLONG);
+    // struct sockaddr_un; its last byte stays the path's NUL.
+    const address = new Uint8Array(2 + UNIX_PATH_BYTES);
+    address[0] = AF_UNIX;
+    address.set(name, 2);
+    const fd = check('socket', c.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0) as number);
+    try {
+      use(fd, address);
+      return fd;
+    } catch (error) {
+      this.close(fd);
+      throw error;
+    }
+  }
+
+  acceptUnix(listener: number): number {
+    // SAFETY: no address is asked for.
+    return raw(c.accept4(listener, null, null, SOCK_NONBLOCK | SOCK_CLOEXEC) as number);
+  }
+
+  shutdownSocket(fd: number, how: 0 | 1 | 2): void {
+    c.shutdown(fd, how);
   }
 
   ioctl(fd: number, request: number, value = 0): number {
@@ -167,14 +402,14 @@ export class LinuxKernel implements HostKernel {
   }
 
   map(options: MapOptions): HostMapping {
-    const { length, fd = -1, shared, populate = false, hugepageSize } = options;
+    const { length, fd = -1, offset = 0, shared, populate = false, hugepageSize } = options;
     if (!Number.isSafeInteger(length) || length <= 0) throw new RangeError(`Mapping of ${length} bytes`);
     let flags = shared ? MAP_SHARED : MAP_PRIVATE;
     if (fd < 0) flags |= MAP_ANONYMOUS;
     if (populate) flags |= MAP_POPULATE;
     if (fd < 0 && hugepageSize !== undefined) flags |= MAP_HUGETLB | (Math.log2(hugepageSize) << HUGE_SHIFT);
     // SAFETY: no address is asked for, so the kernel picks a range that nothing else uses.
-    const result = c.mmap(0, length, PROT_READ_WRITE, flags, fd, 0) as number | bigint;
+    const result = c.mmap(0, length, PROT_READ_WRITE, flags, fd, offset) as number | bigint;
     const address = BigInt(result);
     if (address === 0xffff_ffff_ffff_ffffn) fail('mmap');
     return new Mapping({ address, length }, true);
@@ -209,6 +444,11 @@ export class LinuxKernel implements HostKernel {
   signal(eventfd: number): void {
     // SAFETY: eight bytes that live as long as this object. EAGAIN (the counter is full) means that it is signalled.
     c.write(eventfd, this.#one, 8);
+  }
+
+  drainEvent(eventfd: number): boolean {
+    // SAFETY: eight bytes that live as long as this object.
+    return (c.read(eventfd, this.#counter, 8) as number) === 8;
   }
 
   threadId(): number {

@@ -7,13 +7,21 @@ import { HIGH_MEMORY, HIGH_RAM_START, LOW_RAM_END, PLATFORM_AREA_SIZE } from '..
 import type { VmConfig } from '../config/vm-config.js';
 import type { Vm } from '../hypervisor/hypervisor.js';
 import { GuestMemory, type MemoryRange, type MemoryWindow, WINDOW_SIZE } from '../memory/guest-memory.js';
-import { type HostKernel, type HostMapping, SystemError } from '../sys/host-kernel.js';
+import { type HostKernel, type HostMapping, type MappingHandle, SystemError } from '../sys/host-kernel.js';
 import { MachineError } from './machine-error.js';
 
 /** Where RAM of this size lies. @param size bytes */
 export function ramRanges(size: number): MemoryRange[] {
   const low: MemoryRange = { address: 0, size: Math.min(size, LOW_RAM_END) };
   return size > LOW_RAM_END ? [low, { address: HIGH_RAM_START, size: size - LOW_RAM_END }] : [low];
+}
+
+/** Guest RAM as another thread finds it. Structured-cloneable. */
+export type MemoryHandle = readonly { readonly range: MemoryRange; readonly mapping: MappingHandle }[];
+
+/** Guest RAM on a thread that did not allocate it. */
+export function attachMemory(handle: MemoryHandle, kernel: HostKernel): GuestMemory {
+  return new GuestMemory(handle.flatMap(({ range, mapping }) => windows(range, kernel.attach(mapping))));
 }
 
 export class MemoryManager {
@@ -85,6 +93,11 @@ export class MemoryManager {
     });
   }
 
+  /** What another thread needs to see the same RAM. */
+  handle(): MemoryHandle {
+    return this.#mappings.map(({ range, mapping }) => ({ range, mapping: mapping.handle }));
+  }
+
   /** Unmaps it; no thread and no VM uses it any more. */
   close(): void {
     for (const { mapping } of this.#mappings) mapping.unmap();
@@ -99,6 +112,7 @@ function windows(range: MemoryRange, mapping: HostMapping): MemoryWindow[] {
   return Array.from({ length: count }, (_, index) => {
     const offset = index * WINDOW_SIZE;
     const length = Math.min(WINDOW_SIZE, range.size - offset);
-    return { address: range.address + offset, buffer: mapping.view(offset, length) };
+    const hostAddress = Number(mapping.handle.address) + offset;
+    return { address: range.address + offset, buffer: mapping.view(offset, length), hostAddress };
   });
 }

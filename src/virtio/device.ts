@@ -1,0 +1,133 @@
+/**
+ * What a virtio device is: a description, from which main makes its PCI function and state block, and a class that an
+ * I/O worker runs over its queues.
+ *
+ * A class of the second kind keeps nothing that a guest could see: features, queue positions and the configuration are in
+ * the state block (transport-state.ts). It is built when the machine is, gets its queues when the driver is ready, and
+ * gives them back on reset.
+ */
+import type { GuestMemory } from '../memory/guest-memory.js';
+import type { HostKernel } from '../sys/host-kernel.js';
+import type { VirtQueue } from './queue.js';
+
+/** Device types: virtio 1.3, chapter 5. */
+export const VirtioType = {
+  Net: 1,
+  Block: 2,
+  Console: 3,
+  Entropy: 4,
+  Balloon: 5,
+  Vsock: 19,
+  Pmem: 27,
+  /** Not in the specification: the number that Cloud Hypervisor's guests know. */
+  Watchdog: 35,
+} as const;
+
+/** Feature bits of every device (6). As two 32-bit words: bit n of the second is feature 32 + n. */
+export const Feature = {
+  indirect: 28,
+  eventIndex: 29,
+  version1: 32,
+  accessPlatform: 33,
+  packed: 34,
+} as const;
+
+/** Feature bits as their two words. */
+export function featureWords(bits: readonly number[]): [number, number] {
+  const words: [number, number] = [0, 0];
+  for (const bit of bits) words[bit >> 5] |= 1 << (bit & 31);
+  return words;
+}
+
+/** What main needs to make a device's PCI function. Structured-cloneable. */
+export interface VirtioDescription {
+  readonly type: number;
+  /** Class code, subclass and interface of the PCI function: 24 bits. */
+  readonly classCode: number;
+  /** Feature bits beyond those that the transport offers for every device. */
+  readonly features: readonly number[];
+  /** Most descriptors of each queue. */
+  readonly queueSizes: readonly number[];
+  /** The device's configuration space at power-on. */
+  readonly config: Uint8Array;
+  /** Bytes of it that the driver may write: from, up to and without. */
+  readonly writable: readonly (readonly [number, number])[];
+}
+
+/** A queue with its interrupt. */
+export interface DeviceQueue {
+  readonly index: number;
+  readonly ring: VirtQueue;
+  /** Interrupts the driver if it wants to hear of what was pushed since. */
+  signal(): void;
+}
+
+/** What the driver agreed to, once it is ready. */
+export interface Driver {
+  readonly memory: GuestMemory;
+  /** Whether a feature bit was negotiated. */
+  has(feature: number): boolean;
+  /** Those that the driver enabled and this worker serves, by index. */
+  readonly queues: readonly (DeviceQueue | undefined)[];
+}
+
+/** A device at work. All calls come on the worker's thread, none of them throws for what a guest does. */
+export interface VirtioDevice {
+  /** The driver is ready. Kicks may come from now on; each queue gets one at once. */
+  activate(driver: Driver): void;
+  /** A queue may have chains. */
+  kick(queue: DeviceQueue): void;
+  /** The driver resets the device: finishes what is in flight, then touches neither queues nor guest memory again. */
+  deactivate(): void;
+  /** The driver wrote the configuration space. */
+  configWritten?(): void;
+  /** A word from main, such as a new size. */
+  control?(message: unknown): void;
+  /** The end: gives back descriptors and timers. After `deactivate` if it was active. */
+  close(): void;
+}
+
+/** The worker's event loop, as devices use it. */
+export interface EventLoop {
+  /**
+   * Calls `handler` with the ready events (EPOLL bits) whenever there are some.
+   *
+   * @param events EPOLL bits; edge-triggered with EPOLL.EDGE
+   */
+  watch(fd: number, events: number, handler: (ready: number) => void): void;
+  /** Changes what is waited for. */
+  rewatch(fd: number, events: number): void;
+  unwatch(fd: number): void;
+  /** Makes a timer, not started. */
+  timer(handler: () => void): Timer;
+  /** Milliseconds of a clock that never goes back. */
+  now(): number;
+}
+
+export interface Timer {
+  /** Starts it, or starts it anew. @param milliseconds from now */
+  start(milliseconds: number): void;
+  stop(): void;
+}
+
+/** What a device is built with. */
+export interface DeviceContext {
+  /** The device's name, such as `_disk0`. */
+  readonly id: string;
+  readonly kernel: HostKernel;
+  readonly loop: EventLoop;
+  /** The configuration space in the state block, four bytes a word. Written by the driver or by this device. */
+  readonly config: Uint8Array;
+  /** Counters of the device in the state block: DEVICE_COUNTERS words, which it names in its file. */
+  readonly counters: Int32Array;
+  /** Tells the driver that the configuration changed (4.1.5.4). */
+  configChanged(): void;
+  /** Something is beyond repair: DEVICE_NEEDS_RESET, an interrupt, and no more kicks until the driver resets it. */
+  needsReset(reason: string): void;
+  /** A line for the log of main. What a guest can cause is limited in number there. */
+  log(level: 'info' | 'warn', line: string): void;
+  /** Tells main something, such as the balloon's size. */
+  emit(message: unknown): void;
+}
+
+export const DEVICE_COUNTERS = 8;
