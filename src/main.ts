@@ -5,13 +5,14 @@ import { openLog } from './cli/logging.js';
 import { type Command, parseCommandLine } from './cli/parse.js';
 import { readHostFacts } from './config/host-facts.js';
 
-/** The script of a vCPU thread: a bundle of its own beside this one, see tools/build.mjs. */
-const VCPU_WORKER = new URL('vcpu-worker.js', `file://${__filename}`);
+/** The scripts of the threads: bundles of their own beside this one, see tools/build.mjs. */
+const script = (name: string) => new URL(name, `file://${__filename}`);
+const SCRIPTS = { vcpu: script('vcpu-worker.js'), io: script('io-worker.js') };
 
 async function runMachine(command: Extract<Command, { kind: 'run' }>): Promise<void> {
   const log = openLog(command.process);
   try {
-    const container = machineContainer(command.config, command.process, log, VCPU_WORKER);
+    const container = machineContainer(command.config, command.process, log, SCRIPTS);
     const machine = container.get(MACHINE);
     const stop = (signal: NodeJS.Signals) => machine.stop(signal);
     process.on('SIGTERM', stop).on('SIGINT', stop).on('SIGHUP', stop);

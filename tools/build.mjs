@@ -26,6 +26,7 @@ const product = {
   'dist/vmm.js': 'src/launch.ts',
   'dist/main.js': 'src/main.ts',
   'dist/vcpu-worker.js': 'src/threads/vcpu-worker.ts',
+  'dist/io-worker.js': 'src/threads/io-worker.ts',
 };
 const tools = {
   'dist/tools/start.js': 'tools/start.ts',

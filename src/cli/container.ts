@@ -10,6 +10,7 @@ import { openKvm } from '../hypervisor/kvm/kvm.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import { LinuxKernel } from '../sys/linux-kernel.js';
 import type { Logger } from '../vmm/logger.js';
+import { openTaps } from '../vmm/taps.js';
 import { Machine } from '../vmm/machine.js';
 
 const HOST_KERNEL: ServiceIdentifier<HostKernel> = Symbol('HostKernel');
@@ -17,12 +18,17 @@ export const HYPERVISOR: ServiceIdentifier<Hypervisor> = Symbol('Hypervisor');
 const LOGGER: ServiceIdentifier<Logger> = Symbol('Logger');
 export const MACHINE: ServiceIdentifier<Machine> = Symbol('Machine');
 
-/** @param vcpuWorker the script that a vCPU thread runs */
+/** The scripts that threads run: bundles of their own, see tools/build.mjs. */
+export interface WorkerScripts {
+  readonly vcpu: URL;
+  readonly io: URL;
+}
+
 export function machineContainer(
   config: VmConfig,
   options: ProcessOptions,
   logger: Logger,
-  vcpuWorker: URL,
+  scripts: WorkerScripts,
 ): Container {
   const container = new Container({ defaultScope: 'Singleton' });
   container.bind(LOGGER).toConstantValue(logger);
@@ -35,7 +41,9 @@ export function machineContainer(
         hypervisor: context.get(HYPERVISOR),
         config,
         logger: context.get(LOGGER),
-        vcpuWorker,
+        vcpuWorker: scripts.vcpu,
+        ioWorker: scripts.io,
+        openTaps: (net) => openTaps(context.get(HOST_KERNEL), net),
       }),
   );
   return container;

@@ -5,6 +5,15 @@
 import { formatSize } from '../config/host-facts.js';
 import { KINDS } from '../config/option-syntax.js';
 import type { SubOption } from '../config/option-syntax.js';
+import {
+  balloonSchema,
+  diskSchema,
+  netSchema,
+  platformSchema,
+  pmemSchema,
+  rngSchema,
+  vsockSchema,
+} from '../config/device-config.js';
 import { HYPERVISORS, cpusSchema, memorySchema, vmConfigSchema } from '../config/vm-config.js';
 import type { CpusConfig, MemoryConfig } from '../config/vm-config.js';
 
@@ -26,6 +35,92 @@ export const MEMORY_SUB_OPTIONS: readonly SubOption<keyof MemoryConfig>[] = [
   { name: 'mergeable', field: 'mergeable', kind: KINDS.toggle },
 ];
 
+/** What every PCI device may be given. */
+const PCI_SUB_OPTIONS: readonly SubOption[] = [
+  { name: 'id', field: 'id', kind: KINDS.text },
+  { name: 'pci_segment', field: 'pci_segment', kind: KINDS.number },
+  { name: 'pci_device_id', field: 'pci_device_id', kind: KINDS.number },
+  { name: 'iommu', field: 'iommu', kind: KINDS.toggle },
+];
+
+/** Token buckets: flat on the command line, `rate_limiter_config` in the configuration. */
+export const LIMIT_SUB_OPTIONS: readonly SubOption[] = [
+  { name: 'bw_size', field: 'bw_size', kind: KINDS.size },
+  { name: 'bw_one_time_burst', field: 'bw_one_time_burst', kind: KINDS.size },
+  { name: 'bw_refill_time', field: 'bw_refill_time', kind: KINDS.number },
+  { name: 'ops_size', field: 'ops_size', kind: KINDS.number },
+  { name: 'ops_one_time_burst', field: 'ops_one_time_burst', kind: KINDS.number },
+  { name: 'ops_refill_time', field: 'ops_refill_time', kind: KINDS.number },
+];
+
+const toggle = (name: string): SubOption => ({ name, field: name, kind: KINDS.toggle });
+const number = (name: string): SubOption => ({ name, field: name, kind: KINDS.number });
+const text = (name: string, field = name): SubOption => ({ name, field, kind: KINDS.text });
+
+const DISK_SUB_OPTIONS: readonly SubOption[] = [
+  ...[text('path'), toggle('readonly'), toggle('direct'), number('num_queues'), number('queue_size'), text('serial')],
+  ...LIMIT_SUB_OPTIONS,
+  { name: 'queue_affinity', field: 'queue_affinity', kind: KINDS.queueAffinity },
+  ...[toggle('backing_files'), toggle('sparse'), text('image_type')],
+  ...[toggle('_disable_io_uring'), toggle('_disable_aio')],
+  ...PCI_SUB_OPTIONS,
+];
+
+const NET_SUB_OPTIONS: readonly SubOption[] = [
+  ...[text('tap'), text('ip'), text('mask'), text('mac'), text('host_mac'), number('mtu')],
+  { name: 'fd', field: 'fds', kind: KINDS.numbers },
+  ...[number('num_queues'), number('queue_size'), toggle('vhost')],
+  ...[toggle('offload_tso'), toggle('offload_ufo'), toggle('offload_csum')],
+  ...LIMIT_SUB_OPTIONS,
+  { name: 'queue_affinity', field: 'queue_affinity', kind: KINDS.queueAffinity },
+  ...PCI_SUB_OPTIONS,
+];
+
+/** An option of a device: its place in the configuration, and whether there may be several. */
+export interface DeviceOption {
+  readonly name: string;
+  readonly field: string;
+  readonly several: boolean;
+  readonly subOptions: readonly SubOption[];
+  readonly shape: Readonly<Record<string, { description?: string | undefined }>>;
+}
+
+const size = (name: string): SubOption => ({ name, field: name, kind: KINDS.size });
+
+export const DEVICE_OPTIONS: readonly DeviceOption[] = [
+  {
+    name: 'platform',
+    field: 'platform',
+    several: false,
+    subOptions: [number('num_pci_segments')],
+    shape: platformSchema.shape,
+  },
+  { name: 'disk', field: 'disks', several: true, subOptions: DISK_SUB_OPTIONS, shape: diskSchema.shape },
+  { name: 'net', field: 'net', several: true, subOptions: NET_SUB_OPTIONS, shape: netSchema.shape },
+  { name: 'rng', field: 'rng', several: false, subOptions: [text('src'), ...PCI_SUB_OPTIONS], shape: rngSchema.shape },
+  {
+    name: 'balloon',
+    field: 'balloon',
+    several: false,
+    subOptions: [size('size'), toggle('deflate_on_oom'), toggle('free_page_reporting'), ...PCI_SUB_OPTIONS],
+    shape: balloonSchema.shape,
+  },
+  {
+    name: 'pmem',
+    field: 'pmem',
+    several: true,
+    subOptions: [text('file'), size('size'), toggle('discard_writes'), ...PCI_SUB_OPTIONS],
+    shape: pmemSchema.shape,
+  },
+  {
+    name: 'vsock',
+    field: 'vsock',
+    several: false,
+    subOptions: [number('cid'), text('socket'), ...PCI_SUB_OPTIONS],
+    shape: vsockSchema.shape,
+  },
+];
+
 /** Where a character device of the guest leads: `name`, or `name=PATH` when there is a `field` for the path. */
 export interface ModeChoice {
   readonly name: string;
@@ -43,7 +138,14 @@ export const SERIAL_MODES: readonly ModeChoice[] = [
   { name: 'socket', mode: 'Socket', field: 'socket', help: 'a Unix socket that one client at a time connects to' },
 ];
 
-export const CONSOLE_MODES: readonly ModeChoice[] = [{ name: 'off', mode: 'Off', help: 'no console (default)' }];
+export const CONSOLE_MODES: readonly ModeChoice[] = [
+  { name: 'off', mode: 'Off', help: 'no console (default with --serial tty)' },
+  { name: 'null', mode: 'Null', help: 'a console whose output is dropped' },
+  { name: 'tty', mode: 'Tty', help: 'this terminal (default otherwise)' },
+  { name: 'pty', mode: 'Pty', help: 'a new pseudo-terminal' },
+  { name: 'file', mode: 'File', field: 'file', help: 'output to a file' },
+  { name: 'socket', mode: 'Socket', field: 'socket', help: 'a Unix socket that one client at a time connects to' },
+];
 
 /** How a mode is written on the command line. */
 export function modeSyntax({ name, field }: ModeChoice): string {
@@ -54,13 +156,41 @@ export function modeSyntax({ name, field }: ModeChoice): string {
 export interface Flag {
   readonly name: string;
   readonly alias?: string;
-  readonly group: 'Payload:' | 'Machine:' | 'Process:';
-  /** value: exactly one value, given once. switch: no value. count: no value, may be repeated. */
-  readonly takes: 'value' | 'switch' | 'count';
+  readonly group: 'Payload:' | 'Machine:' | 'Devices:' | 'Process:';
+  /** value: exactly one value, given once. list: any number of values. switch: no value. count: no value, may be repeated. */
+  readonly takes: 'value' | 'list' | 'switch' | 'count';
   readonly help: string;
 }
 
 const describe = (schema: { description?: string | undefined }): string => schema.description ?? '';
+
+const LIMIT_HELP: Readonly<Record<string, string | undefined>> = {
+  bw_size: 'Bytes that may pass in each refill time',
+  bw_one_time_burst: 'Bytes that may pass at first beyond those',
+  bw_refill_time: 'Milliseconds',
+  ops_size: 'Operations that may pass in each refill time',
+  ops_one_time_burst: 'Operations that may pass at first beyond those',
+  ops_refill_time: 'Milliseconds',
+};
+
+function formatDefault(value: unknown): string {
+  return typeof value === 'string' ? value : formatSize(Number(value));
+}
+
+/** What a device has where its options are left out. */
+function deviceDefaults({ field }: DeviceOption): Readonly<Record<string, unknown>> {
+  const examples: Readonly<Record<string, () => Readonly<Record<string, unknown>>>> = {
+    platform: () => platformSchema.parse({}),
+    disks: () => diskSchema.parse({ path: 'any' }),
+    net: () => netSchema.parse({}),
+    rng: () => rngSchema.parse({}),
+    balloon: () => balloonSchema.parse({}),
+    pmem: () => pmemSchema.parse({ file: 'any' }),
+    vsock: () => vsockSchema.parse({ cid: 3, socket: 'any' }),
+  };
+  const { path, file, cid, socket, ...rest } = examples[field]();
+  return rest;
+}
 
 /** The shape that a list of sub-options fills: their descriptions and, as an empty input gives them, the defaults. */
 function listHelp(
@@ -71,9 +201,9 @@ function listHelp(
 ): string {
   const lines = subOptions.map(({ name, field, kind }) => {
     const value = defaults[field];
-    const shown = typeof value === 'boolean' ? (value ? 'on' : 'off') : formatSize(Number(value));
+    const shown = typeof value === 'boolean' ? (value ? 'on' : 'off') : formatDefault(value);
     const suffix = value === undefined || field === 'max_vcpus' ? '' : ` [${shown}]`;
-    return `${name}=${kind.placeholder}: ${describe(shape[field])}${suffix}`;
+    return `${name}=${kind.placeholder}: ${LIMIT_HELP[field] ?? describe(shape[field])}${suffix}`;
   });
   return [`${title}, a list of:`, ...lines].join('\n');
 }
@@ -82,7 +212,7 @@ function modeHelp(title: string, modes: readonly ModeChoice[]): string {
   return [`${title}, one of:`, ...modes.map((mode) => `${modeSyntax(mode)}: ${mode.help}`)].join('\n');
 }
 
-const { payload, cpus, memory, serial, console, pvpanic } = vmConfigSchema.shape;
+const { payload, cpus, memory, serial, console, pvpanic, watchdog } = vmConfigSchema.shape;
 const defaults = vmConfigSchema.parse({ payload: { kernel: 'any' } });
 
 /** Options of `vmm` itself, in the order of --help. */
@@ -104,7 +234,18 @@ export const RUN_FLAGS: readonly Flag[] = [
   },
   { name: 'serial', group: 'Machine:', takes: 'value', help: modeHelp(describe(serial), SERIAL_MODES) },
   { name: 'console', group: 'Machine:', takes: 'value', help: modeHelp(describe(console), CONSOLE_MODES) },
-  { name: 'pvpanic', group: 'Machine:', takes: 'switch', help: describe(pvpanic) },
+  ...DEVICE_OPTIONS.map((option): Flag => {
+    const title = describe((vmConfigSchema.shape as Record<string, { description?: string }>)[option.field]);
+    const shown = option.subOptions.filter(({ name }) => !name.startsWith('_'));
+    return {
+      name: option.name,
+      group: option.name === 'platform' ? 'Machine:' : 'Devices:',
+      takes: option.several ? 'list' : 'value',
+      help: listHelp(title, shown, option.shape, deviceDefaults(option)),
+    };
+  }),
+  { name: 'watchdog', group: 'Devices:', takes: 'switch', help: describe(watchdog) },
+  { name: 'pvpanic', group: 'Devices:', takes: 'switch', help: describe(pvpanic) },
   {
     name: 'hypervisor',
     group: 'Process:',

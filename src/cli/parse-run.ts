@@ -8,8 +8,16 @@ import { OptionError, parseSubOptions, splitList, unquote } from '../config/opti
 import type { ParsedList, SubOption } from '../config/option-syntax.js';
 import { HYPERVISORS, vmConfigSchema } from '../config/vm-config.js';
 import type { ProcessOptions, VmConfig } from '../config/vm-config.js';
-import { CONSOLE_MODES, CPUS_SUB_OPTIONS, MEMORY_SUB_OPTIONS, SERIAL_MODES, modeSyntax } from './options.js';
-import type { ModeChoice } from './options.js';
+import {
+  CONSOLE_MODES,
+  CPUS_SUB_OPTIONS,
+  DEVICE_OPTIONS,
+  LIMIT_SUB_OPTIONS,
+  MEMORY_SUB_OPTIONS,
+  SERIAL_MODES,
+  modeSyntax,
+} from './options.js';
+import type { DeviceOption, ModeChoice } from './options.js';
 
 export interface RunCommand {
   readonly kind: 'run';
@@ -49,6 +57,35 @@ function readList(found: Arguments, name: string, subOptions: readonly SubOption
   return text === undefined ? undefined : parseSubOptions(`--${name}`, text, subOptions);
 }
 
+/** A device's options as the command line gave them, in order. */
+interface FoundDevice {
+  readonly text: string;
+  readonly list: ParsedList;
+}
+
+function readDevices(found: Arguments, { name, several, subOptions }: DeviceOption): FoundDevice[] {
+  const value = found[name];
+  const texts = several ? ((value ?? []) as string[]) : [valueOf(found, name)].filter((text) => text !== undefined);
+  return texts.map((text) => {
+    const list = parseSubOptions(`--${name}`, text, subOptions);
+    return { text, list: { fields: nestLimits(list.fields), typed: list.typed } };
+  });
+}
+
+/** `bw_size=` and its kin as `rate_limiter_config`. As in the API, a bucket counts once it has a size and a time. */
+function nestLimits(fields: Record<string, unknown>): Record<string, unknown> {
+  const rest = { ...fields };
+  for (const { field } of LIMIT_SUB_OPTIONS) Reflect.deleteProperty(rest, field);
+  const bucket = (prefix: string) => {
+    const [size, refill, burst] = ['size', 'refill_time', 'one_time_burst'].map((name) => fields[`${prefix}_${name}`]);
+    if (size === undefined || refill === undefined || size === 0 || refill === 0) return undefined;
+    return { size, refill_time: refill, ...(burst === undefined ? {} : { one_time_burst: burst }) };
+  };
+  const [bandwidth, ops] = [bucket('bw'), bucket('ops')];
+  if (bandwidth === undefined && ops === undefined) return rest;
+  return { ...rest, rate_limiter_config: { ...(bandwidth && { bandwidth }), ...(ops && { ops }) } };
+}
+
 function readProcessOptions(found: Arguments): ProcessOptions {
   const name = valueOf(found, 'hypervisor');
   const hypervisor = HYPERVISORS.find((candidate) => candidate === name);
@@ -66,6 +103,19 @@ function readProcessOptions(found: Arguments): ProcessOptions {
   };
 }
 
+function refuseDevice(
+  { name, several }: DeviceOption,
+  found: readonly FoundDevice[],
+  path: readonly PropertyKey[],
+  accepted: string,
+): OptionError {
+  const device = found[several ? Number(path[1]) : 0] as FoundDevice | undefined;
+  const field = String(path[several ? 2 : 1] ?? '');
+  const typed = device?.list.typed.get(field) ?? device?.text ?? '';
+  const missing = device !== undefined && !device.list.typed.has(field) && device.list.fields[field] === undefined;
+  return new OptionError(`--${name} ${typed}`.trimEnd(), missing ? `${field}=, ${accepted}` : accepted);
+}
+
 /** @throws OptionError */
 export function readRun(found: Arguments, host: HostFacts): RunCommand {
   const process = readProcessOptions(found);
@@ -76,18 +126,31 @@ export function readRun(found: Arguments, host: HostFacts): RunCommand {
   const serial = valueOf(found, 'serial');
   const console = valueOf(found, 'console');
   const boot = cpus?.fields['boot_vcpus'] ?? 1;
+  const serialConfig = serial === undefined ? undefined : readMode('serial', serial, SERIAL_MODES);
+  const devices = new Map(DEVICE_OPTIONS.map((option) => [option.field, readDevices(found, option)]));
+  const deviceFields = DEVICE_OPTIONS.map(({ field, several }) => {
+    const all = devices.get(field)!.map(({ list }) => list.fields);
+    return [field, several ? all : all[0]] as const;
+  });
 
   const checked = vmConfigSchema.safeParse({
     payload: { kernel, initramfs: valueOf(found, 'initramfs'), cmdline: valueOf(found, 'cmdline') },
     cpus: { boot_vcpus: boot, max_vcpus: boot, ...cpus?.fields },
     memory: memory?.fields,
-    serial: serial === undefined ? undefined : readMode('serial', serial, SERIAL_MODES),
-    console: console === undefined ? undefined : readMode('console', console, CONSOLE_MODES),
+    serial: serialConfig,
+    console:
+      console === undefined
+        ? { mode: serialConfig?.['mode'] === 'Tty' ? 'Off' : 'Tty' }
+        : readMode('console', console, CONSOLE_MODES),
+    ...Object.fromEntries(deviceFields),
+    watchdog: found['watchdog'] === true,
     pvpanic: found['pvpanic'] === true,
   });
 
   const refuse = (path: readonly PropertyKey[], accepted: string): never => {
     const [section = '', field = ''] = path.map(String);
+    const option = DEVICE_OPTIONS.find((candidate) => candidate.field === section);
+    if (option !== undefined) throw refuseDevice(option, devices.get(section)!, path, accepted);
     const name = section === 'payload' ? field : section;
     const typed = (section === 'cpus' ? cpus : memory)?.typed.get(field);
     throw new OptionError(

@@ -23,14 +23,16 @@ const HELP_WIDTH = 100;
 
 function declare(parser: Argv, flags: readonly Flag[]): void {
   for (const { name, alias, group, takes, help } of flags) {
-    const type = takes === 'value' ? 'string' : takes === 'switch' ? 'boolean' : 'count';
-    parser.option(name, { alias: alias ?? [], group, description: help, type, requiresArg: takes === 'value' });
+    const valued = takes === 'value' || takes === 'list';
+    const type = valued ? 'string' : takes === 'switch' ? 'boolean' : 'count';
+    const array = takes === 'list';
+    parser.option(name, { alias: alias ?? [], group, description: help, type, array, requiresArg: valued });
   }
 }
 
 /** Refuses `-v5` and `--pvpanic=x`, which yargs would take for `-v` and `--no-pvpanic`. */
 function refuseValuesOfSwitches(argv: readonly string[]): void {
-  const switches = [...RUN_FLAGS, ...DOCTOR_FLAGS].filter(({ takes }) => takes !== 'value');
+  const switches = [...RUN_FLAGS, ...DOCTOR_FLAGS].filter(({ takes }) => takes === 'switch' || takes === 'count');
   for (const argument of argv) {
     const long = switches.find(
       ({ name, alias = name }) => argument.startsWith(`--${name}=`) || argument.startsWith(`--${alias}=`),

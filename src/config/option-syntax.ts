@@ -120,6 +120,11 @@ function parseAffinity(text: string): { vcpu: number; host_cpus: number[] }[] | 
   return affinity;
 }
 
+/** Reads `[queue@[cpus],...]`. */
+function parseQueueAffinity(text: string): { queue_index: number; host_cpus: number[] }[] | undefined {
+  return parseAffinity(text)?.map(({ vcpu, host_cpus }) => ({ queue_index: vcpu, host_cpus }));
+}
+
 function parseTopology(text: string): object | undefined {
   const parts = text.split(':').map(parseNumber);
   if (parts.length !== 4 || parts.includes(undefined)) return undefined;
@@ -152,6 +157,16 @@ export const KINDS = {
     placeholder: '[V@[CPUS],..]',
     accepted: 'a list such as [0@[0,2-4],1@[1]]: vCPU@[host CPUs]',
     parse: parseAffinity,
+  },
+  queueAffinity: {
+    placeholder: '[Q@[CPUS],..]',
+    accepted: 'a list such as [0@[0,2-4],1@[1]]: queue@[host CPUs]',
+    parse: parseQueueAffinity,
+  },
+  numbers: {
+    placeholder: '[N,..]',
+    accepted: 'a list of whole numbers such as [3,4]',
+    parse: parseIntegerList,
   },
 } as const satisfies Record<string, ValueKind>;
 

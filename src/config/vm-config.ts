@@ -4,10 +4,19 @@
  * Names are those of the REST API. The error text of every check completes the sentence "accepted is ...", and its path
  * names the field, so that each front end can name the field in its own words (an option, a JSON path). What depends on
  * the host (its CPUs, its huge pages) is checked in host-facts.ts.
- *
- * Not here yet: every device but the serial port; a console other than 'Off'.
  */
 import * as z from 'zod';
+import {
+  balloonSchema,
+  consoleSchema,
+  diskSchema,
+  netSchema,
+  type PciPlacement,
+  platformSchema,
+  pmemSchema,
+  rngSchema,
+  vsockSchema,
+} from './device-config.js';
 
 /** An xAPIC id has 8 bits: 255 is the broadcast id and the I/O APIC takes one (Intel SDM vol. 3, 12.6.1). */
 export const MAX_VCPUS = 254;
@@ -129,15 +138,68 @@ const serialSchema = z
     }
   });
 
-const consoleSchema = z.strictObject({ mode: z.literal('Off', { error: 'off' }) });
-
-export const vmConfigSchema = z.strictObject({
+const vmFields = z.strictObject({
   payload: payloadSchema,
   cpus: cpusSchema.prefault({ boot_vcpus: 1, max_vcpus: 1 }).describe('Virtual CPUs'),
   memory: memorySchema.prefault({}).describe('Guest memory'),
   serial: serialSchema.prefault({ mode: 'Null' }).describe('Serial port (16550A)'),
   console: consoleSchema.prefault({ mode: 'Off' }).describe('Paravirtual console'),
+  platform: platformSchema.prefault({}).describe('Platform'),
+  disks: z.array(diskSchema).default([]).describe('Disk; may be repeated'),
+  net: z.array(netSchema).default([]).describe('Network interface; may be repeated'),
+  rng: rngSchema.prefault({}).describe('Entropy source, which every machine has'),
+  balloon: balloonSchema.optional().describe('Memory balloon'),
+  pmem: z.array(pmemSchema).default([]).describe('Persistent memory; may be repeated'),
+  vsock: vsockSchema.optional().describe('Sockets between guest and host'),
+  watchdog: z.boolean().default(false).describe('Add a watchdog, which resets a guest that stops feeding it'),
   pvpanic: z.boolean().default(false).describe('Add the device through which a guest reports its panic'),
+});
+
+/** Every device of a configuration that has a PCI function, with its path in the configuration. */
+export function pciDevices(config: z.infer<typeof vmFields>): { path: PropertyKey[]; device: PciPlacement }[] {
+  const { disks, net, rng, balloon, pmem, vsock } = config;
+  const several = (name: string, list: readonly PciPlacement[]) =>
+    list.map((device, index) => ({ path: [name, index], device }));
+  return [
+    ...several('disks', disks),
+    ...several('net', net),
+    { path: ['rng'], device: rng },
+    ...several('pmem', pmem),
+    ...(vsock === undefined ? [] : [{ path: ['vsock'], device: vsock }]),
+    ...(balloon === undefined ? [] : [{ path: ['balloon'], device: balloon }]),
+  ];
+}
+
+export const vmConfigSchema = vmFields.check(({ value, issues }) => {
+  const refuse = (at: PropertyKey[], message: string): void => {
+    issues.push({ code: 'custom', input: value, path: at, message });
+  };
+  const { serial, console, cpus, platform, balloon, memory } = value;
+  if (serial.mode === 'Tty' && console.mode === 'Tty')
+    refuse(['console', 'mode'], 'another place than --serial tty has');
+  const ids = new Set<string>();
+  const slots = new Set<string>();
+  for (const { path: at, device } of pciDevices(value)) {
+    const { id, pci_segment: segment, pci_device_id: slot } = device;
+    if (segment >= platform.num_pci_segments) {
+      refuse([...at, 'pci_segment'], `a segment below num_pci_segments=${platform.num_pci_segments}`);
+    }
+    if (segment === 0 && slot === 0) refuse([...at, 'pci_device_id'], 'a slot from 1 to 31: 0 is the host bridge');
+    if (slot !== undefined && slots.has(`${segment}:${slot}`)) refuse([...at, 'pci_device_id'], 'a slot that is free');
+    if (slot !== undefined) slots.add(`${segment}:${slot}`);
+    if (id !== undefined && ids.has(id)) refuse([...at, 'id'], 'a name that no other device has');
+    if (id !== undefined) ids.add(id);
+  }
+  value.disks.forEach(({ num_queues: queues }, index) => {
+    if (queues > cpus.boot_vcpus) refuse(['disks', index, 'num_queues'], `up to ${cpus.boot_vcpus}, one for each vCPU`);
+  });
+  value.net.forEach(({ num_queues: queues }, index) => {
+    if (queues / 2 > cpus.boot_vcpus) {
+      refuse(['net', index, 'num_queues'], `up to ${cpus.boot_vcpus * 2}, two for each vCPU`);
+    }
+  });
+  if (balloon !== undefined && balloon.size >= memory.size)
+    refuse(['balloon', 'size'], 'less than the guest has memory');
 });
 
 /** Sizes are bytes. */

@@ -109,11 +109,39 @@ export interface VmOptions {
   readonly identityMapAddress: number;
 }
 
+/** What another thread needs to reach a VM that main created. Structured-cloneable. */
+export interface VmHandle {
+  readonly fd: number;
+  /** The hypervisor's table of interrupt routes, which it takes only as a whole. */
+  readonly routes: SharedArrayBuffer;
+}
+
+/** The VM as the threads that serve its devices use it. */
+export interface VmSignals {
+  /**
+   * Delivers a message-signalled interrupt; allocates nothing and never throws.
+   *
+   * @param requester the sender's PCI segment and address: segment in bits 31 to 16, bus, device and function below
+   */
+  signalMsi(addressLow: number, addressHigh: number, data: number, requester: number): void;
+  /** From now on a guest's write to this physical address signals the eventfd and does not leave the hypervisor. */
+  addDoorbell(address: number, eventfd: number): void;
+  removeDoorbell(address: number, eventfd: number): void;
+  /** Lets an eventfd raise the MSI-X vector that {@link setMsiRoute} describes. @param route from `Vm.allocateMsiRoute` */
+  connectMsi(route: number, eventfd: number): void;
+  disconnectMsi(route: number, eventfd: number): void;
+  setMsiRoute(route: number, addressLow: number, addressHigh: number, data: number, requester: number): void;
+}
+
 export interface Vm {
+  readonly handle: VmHandle;
+  readonly signals: VmSignals;
   addMemory(slot: MemorySlot): void;
   createVcpu(id: number): Vcpu;
   /** @param pin the IOAPIC's input */
   createInterrupt(pin: number): InterruptHandle;
+  /** A route for {@link VmSignals.connectMsi}: for interrupts that the host's kernel raises by itself (vhost). */
+  allocateMsiRoute(): number;
   /** Frequency of the guest's time-stamp counter in kHz, where the hypervisor tells it. */
   tscKhz(): number | undefined;
   /** Closes the VM. Its vCPUs are closed first, by their owner. */

@@ -107,6 +107,8 @@ export interface HostKernel {
   aioSubmitRaw(context: number, count: number, blocks: number): number;
   /** io_getevents without waiting for more than `least`. */
   aioEventsRaw(context: number, least: number, most: number, events: number): number;
+  /** Gives pages of guest memory back to the host; they read as zeros then. @param shared backed by a shared file */
+  discardRaw(address: number, length: number, shared: boolean): number;
   /** @param events address of at least `most` struct epoll_event @param timeout milliseconds, -1 for ever */
   epollWaitRaw(epoll: number, events: number, most: number, timeout: number): number;
 
@@ -137,6 +139,9 @@ export interface HostKernel {
   ioctlBuffer(fd: number, request: number, argument: Uint8Array): number;
   /** As {@link ioctl} for run loops: never throws and allocates nothing; a failure is the negated errno. */
   ioctlRaw(fd: number, request: number, value: number): number;
+
+  /** As {@link ioctlBuffer} for data paths: never throws; a failure is the negated errno. */
+  ioctlBufferRaw(fd: number, request: number, argument: Uint8Array): number;
 
   map(options: MapOptions): HostMapping;
   /** A mapping that another thread made. Its `unmap` is that thread's business. */

@@ -112,6 +112,8 @@ const MFD_HUGETLB = 0x4;
 /** log2 of the page size sits from this bit on, in mmap's and memfd_create's flags alike. */
 const HUGE_SHIFT = 26;
 const ADVICE: Record<MemoryAdvice, number> = { mergeable: 12, hugepage: 14, nohugepage: 15 };
+const MADV_DONTNEED = 4;
+const MADV_REMOVE = 9;
 const SIG_BLOCK = 0;
 const RLIMIT = { nofile: 7, memlock: 8 };
 /** Larger views abort Node 20. */
@@ -300,6 +302,10 @@ export class LinuxKernel implements HostKernel {
     return raw(c.syscall6(SYS.ioGetevents, context, least, most, events, 0, 0) as number);
   }
 
+  discardRaw(address: number, length: number, shared: boolean): number {
+    return raw(c.madvise(address, length, shared ? MADV_REMOVE : MADV_DONTNEED) as number);
+  }
+
   epollWaitRaw(epoll: number, events: number, most: number, timeout: number): number {
     return raw(c.epollWait(epoll, events, most, timeout) as number);
   }
@@ -399,6 +405,11 @@ export class LinuxKernel implements HostKernel {
     // SAFETY: as in `ioctl`.
     const result = c.ioctlValue(fd, request, value) as number;
     return result < 0 ? -koffi.errno() : result;
+  }
+
+  ioctlBufferRaw(fd: number, request: number, argument: Uint8Array): number {
+    // SAFETY: as in `ioctlBuffer`.
+    return raw(c.ioctlBuffer(fd, request, argument) as number);
   }
 
   map(options: MapOptions): HostMapping {

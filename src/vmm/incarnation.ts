@@ -13,21 +13,29 @@ import type { VmConfig } from '../config/vm-config.js';
 import { GedEvent } from '../devices/ged.js';
 import type { Vcpu, Vm } from '../hypervisor/hypervisor.js';
 import type { CpuidEntry } from '../hypervisor/x86-state.js';
+import { divideSegments, type SegmentWindows } from '../pci/segments.js';
+import type { HostKernel } from '../sys/host-kernel.js';
+import { type DeviceCounters, DeviceManager } from './device-manager.js';
 import { CpuManager, type CpuManagerEvents } from './cpu-manager.js';
 import { MachineError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
 import { MemoryManager } from './memory-manager.js';
 import { attachPlatform, createPlatform, type Platform, type PlatformHandle } from './platform.js';
+import type { HostResources } from './host-resources.js';
+import { type IoEvents, IoManager } from './io-manager.js';
 import type { SerialBackend } from './serial-backend.js';
-import { SerialPump } from './serial-pump.js';
+import { type BytePort, SerialPump } from './serial-pump.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
 const MMIO64_ALIGNMENT = 128 * 2 ** 20;
 
 export class Incarnation {
   readonly serial?: SerialPump;
+  readonly console?: SerialPump;
   readonly #memory: MemoryManager;
   readonly #vm: Vm;
+  readonly #devices: DeviceManager;
+  readonly #io: IoManager;
   readonly #cpus: CpuManager;
   readonly #handle: PlatformHandle;
   readonly #platform: Platform;
@@ -35,8 +43,10 @@ export class Incarnation {
   /** @throws MachineError, BootError, HypervisorError or SystemError; nothing is left behind then */
   constructor(
     private readonly parts: MachineParts,
-    backend: SerialBackend | undefined,
+    resources: HostResources,
+    backends: Backends,
     events: CpuManagerEvents,
+    io: IoEvents,
   ) {
     const { kernel, hypervisor, config } = parts;
     const supported = hypervisor.supportedCpuid();
@@ -54,17 +64,31 @@ export class Incarnation {
       const ranges = this.#memory.memory.ranges();
       const { ged: gedAddress, start: mmio64End } = layout.platformArea(physicalBits);
       const { serial, pvpanic } = config;
-      this.#handle = createPlatform(this.#vm, {
+      const segments = this.#segments(mmio64End);
+      this.#devices = new DeviceManager(kernel, this.#vm, {
+        hypervisor: hypervisor.name,
+        config,
+        resources,
+        segments,
+        memory: this.#memory.handle(),
+        memorySlot: this.#memory.slots,
+      });
+      undo.push(() => this.#devices.close());
+      this.#io = new IoManager(kernel, this.#devices.plan, parts.ioWorker, io);
+      this.#handle = createPlatform(this.#vm, this.#devices.handles, {
+        segments,
         serial: serial.mode !== 'Off',
         pvpanic,
         gedAddress,
         lowRam: ranges[0].size,
         highRam: ranges[1]?.size ?? 0,
       });
-      this.#platform = attachPlatform(this.#handle, kernel, events.onEvent.bind(events));
-      if (this.#platform.serial !== undefined) this.serial = new SerialPump(this.#platform.serial, backend);
+      this.#platform = attachPlatform(this.#handle, kernel, this.#vm.signals, events.onEvent.bind(events));
+      if (this.#platform.serial !== undefined) this.serial = new SerialPump(this.#platform.serial, backends.serial);
+      const port = this.#devices.console;
+      if (port !== undefined) this.console = new SerialPump(consolePort(port, kernel), backends.console);
 
-      const rsdp = this.#writeTables(topology, physicalBits, mmio64End);
+      const rsdp = this.#writeTables(topology, physicalBits, segments);
       const { kernel: image, initramfs, cmdline = '' } = config.payload;
       const entry = loadPayload({ kernel: image, initramfs, cmdline, rsdp }, this.#memory.memory);
 
@@ -92,6 +116,7 @@ export class Incarnation {
 
   start(): void {
     const affinity = new Map((this.parts.config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
+    this.#io.start();
     this.#cpus.start(this.#handle, affinity);
   }
 
@@ -99,32 +124,50 @@ export class Incarnation {
     this.#platform.ged.notify(GedEvent.PowerButton);
   }
 
+  /** Tells a device's workers something. */
+  control(device: string, message: unknown): void {
+    this.#io.control(device, message);
+  }
+
+  /** What the queues of each device have done so far. */
+  deviceCounters(): DeviceCounters[] {
+    return this.#devices.counters();
+  }
+
   /** Stops the vCPUs and takes everything down. @returns the exits that were taken, by kind */
   async close(): Promise<Record<string, number>> {
     await this.#cpus.stop();
+    await this.#io.stop();
     this.serial?.close();
+    this.console?.close();
     const exits = this.#cpus.exits();
     const pointers = this.#cpus.instructionPointers().map((rip) => `0x${rip.toString(16)}`);
     this.parts.logger.debug(`vCPUs stopped at RIP ${pointers.join(', ')}`);
     this.#cpus.close();
     this.#vm.close();
+    this.#devices.close();
     this.#memory.close();
     return exits;
   }
 
-  /** @returns the RSDP's address */
-  #writeTables(topology: Topology, physicalBits: number, mmio64End: number): number {
-    const { config } = this.parts;
-    const { memory } = this.#memory;
-    const apicIds = Array.from({ length: config.cpus.max_vcpus }, (_, id) => apicId(id, topology));
-    const last = memory.ranges().at(-1)!;
+  #segments(mmio64End: number): SegmentWindows[] {
+    const last = this.#memory.memory.ranges().at(-1)!;
     const ramEnd = Math.max(last.address + last.size, layout.HIGH_RAM_START);
     const mmio64 = { start: Math.ceil(ramEnd / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end: mmio64End };
     const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
+    const { num_pci_segments: count } = this.parts.config.platform;
+    return divideSegments(count, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, mmio64);
+  }
+
+  /** @returns the RSDP's address */
+  #writeTables(topology: Topology, physicalBits: number, segments: readonly SegmentWindows[]): number {
+    const { config } = this.parts;
+    const { memory } = this.#memory;
+    const apicIds = Array.from({ length: config.cpus.max_vcpus }, (_, id) => apicId(id, topology));
     const acpi = buildAcpiTables({
       apicIds,
       bootVcpus: config.cpus.boot_vcpus,
-      pciSegments: [{ ecam: layout.ECAM_START, mmio32, mmio64 }],
+      pciSegments: segments,
       gedAddress: layout.platformArea(physicalBits).ged,
       pvpanic: config.pvpanic,
     });
@@ -136,6 +179,28 @@ export class Incarnation {
     memory.write(layout.RESET_VECTOR, RESET_CODE);
     return acpi.rsdp;
   }
+}
+
+/** Host ends of the character devices; none: output is dropped. */
+export interface Backends {
+  readonly serial: SerialBackend | undefined;
+  readonly console: SerialBackend | undefined;
+}
+
+/** The console device's rings as main's pump uses them; its worker is woken for what it may go on with. */
+function consolePort({ pipe, wake }: NonNullable<DeviceManager['console']>, kernel: HostKernel): BytePort {
+  return {
+    drainTransmit: (into) => {
+      const count = pipe.output.read(into, 0, into.length);
+      if (count > 0) kernel.signal(wake);
+      return count;
+    },
+    receive: (bytes) => {
+      const count = pipe.input.write(bytes, 0, bytes.length);
+      if (count > 0) kernel.signal(wake);
+      return count;
+    },
+  };
 }
 
 /** CPUID 0x8000_0008 EAX bits 7 to 0: physical address bits. */

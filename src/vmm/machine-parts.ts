@@ -1,6 +1,7 @@
 import type { VmConfig } from '../config/vm-config.js';
 import type { Hypervisor } from '../hypervisor/hypervisor.js';
 import type { HostKernel } from '../sys/host-kernel.js';
+import type { TapOpener } from './host-resources.js';
 import type { Logger } from './logger.js';
 
 /** What a machine is made with; the composition root puts it together. */
@@ -11,4 +12,7 @@ export interface MachineParts {
   readonly logger: Logger;
   /** The script that a vCPU thread runs. */
   readonly vcpuWorker: URL;
+  /** The script that an I/O worker runs. */
+  readonly ioWorker: URL;
+  readonly openTaps: TapOpener;
 }

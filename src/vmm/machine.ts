@@ -5,7 +5,10 @@
  * configuration; the process, the terminal and the log stay.
  */
 import type { PlatformEvent } from './platform.js';
-import { Incarnation } from './incarnation.js';
+import type { VmConfig } from '../config/vm-config.js';
+import type { CpuManagerEvents } from './cpu-manager.js';
+import { HostResources } from './host-resources.js';
+import { type Backends, Incarnation } from './incarnation.js';
 import { MachineError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
 import { openSerialBackend, type SerialBackend } from './serial-backend.js';
@@ -17,6 +20,12 @@ type End =
   | { readonly kind: 'power-off' }
   | { readonly kind: 'stopped' }
   | { readonly kind: 'failed'; readonly error: Error };
+
+/** What devices tell main. */
+type DeviceMessage =
+  | { readonly kind: 'console-output' | 'console-room' | 'watchdog-expired' }
+  | { readonly kind: 'balloon-actual' | 'resized'; readonly size: number }
+  | { readonly kind: 'resize-failed'; readonly reason: string };
 
 /** Bits of the pvpanic event (QEMU's docs/specs/pvpanic.rst). */
 const PANICKED = 1;
@@ -34,22 +43,34 @@ export class Machine {
    * @throws MachineError, BootError, HypervisorError or SystemError when it cannot be built or cannot go on
    */
   async run(): Promise<void> {
-    const { config, kernel, logger } = this.parts;
-    const backend = await openSerialBackend(
-      config.serial,
-      kernel,
-      () => this.stop('the escape key, or the end of standard output'),
-      (line) => logger.warn(line),
-    );
+    const { config, kernel, logger, openTaps } = this.parts;
+    const resources = HostResources.open(kernel, config, openTaps);
+    const opened: SerialBackend[] = [];
+    const open = async (place: VmConfig['serial'], name: string) => {
+      const quit = () => this.stop('the escape key, or the end of standard output');
+      const backend = await openSerialBackend(place, kernel, quit, (line) => logger.warn(`${name}: ${line}`));
+      if (backend !== undefined) opened.push(backend);
+      return backend;
+    };
+    const onResize = () => this.#resizeConsole();
     try {
+      const backends = { serial: await open(config.serial, 'serial'), console: await open(config.console, 'console') };
+      if (config.console.mode === 'Tty') process.stdout.on('resize', onResize);
       let end: End;
       do {
-        end = this.#stopping ? { kind: 'stopped' } : await this.#runOnce(backend);
+        end = this.#stopping ? { kind: 'stopped' } : await this.#runOnce(resources, backends);
       } while (end.kind === 'reset');
       if (end.kind === 'failed') throw end.error;
     } finally {
-      await backend?.close();
+      process.stdout.off('resize', onResize);
+      for (const backend of opened) await backend.close();
+      resources.close();
     }
+  }
+
+  #resizeConsole(): void {
+    const { columns, rows } = process.stdout;
+    if (columns > 0 && rows > 0) this.#current?.control('__console', { columns, rows });
   }
 
   /** Ends the machine as if its plug were pulled. @param reason for the log */
@@ -64,24 +85,58 @@ export class Machine {
     this.#current?.powerButton();
   }
 
-  async #runOnce(backend: SerialBackend | undefined): Promise<End> {
+  async #runOnce(resources: HostResources, backends: Backends): Promise<End> {
     const { logger } = this.parts;
     const ended = new Promise<End>((resolve) => (this.#finish = resolve));
-    const incarnation = new Incarnation(this.parts, backend, {
+    const cpuEvents: CpuManagerEvents = {
       onEvent: (event) => this.#onEvent(event),
       onEnd: (vcpu, end, rip) => this.#onVcpuEnd(vcpu, end, rip),
       onCrash: (vcpu, error) => {
         this.#finish({ kind: 'failed', error: new MachineError(`The thread of vCPU ${vcpu} broke`, { cause: error }) });
       },
+    };
+    const incarnation = new Incarnation(this.parts, resources, backends, cpuEvents, {
+      onLog: (level, line) => logger[level](line),
+      onDevice: (device, message) => this.#onDevice(device, message as DeviceMessage),
+      onCrash: (worker, error) => {
+        this.#finish({ kind: 'failed', error: new MachineError(`The I/O worker ${worker} broke`, { cause: error }) });
+      },
     });
     this.#current = incarnation;
     try {
       incarnation.start();
+      this.#resizeConsole();
       return await ended;
     } finally {
       this.#current = undefined;
       const exits = await incarnation.close();
       logger.info(`Exits: ${JSON.stringify(exits)}`);
+      logger.info(`Devices: ${JSON.stringify(incarnation.deviceCounters())}`);
+    }
+  }
+
+  #onDevice(device: string, message: DeviceMessage): void {
+    const { logger } = this.parts;
+    switch (message.kind) {
+      case 'console-output':
+        this.#current?.console?.output();
+        break;
+      case 'console-room':
+        this.#current?.console?.input();
+        break;
+      case 'watchdog-expired':
+        logger.warn('The guest stopped feeding its watchdog: the machine resets');
+        this.#finish({ kind: 'reset' });
+        break;
+      case 'balloon-actual':
+        logger.info(`${device}: The guest has given back ${message.size} bytes`);
+        break;
+      case 'resized':
+        logger.info(`${device}: ${message.size} bytes from now on`);
+        break;
+      case 'resize-failed':
+        logger.warn(`${device}: ${message.reason}`);
+        break;
     }
   }
 

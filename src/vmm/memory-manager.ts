@@ -93,6 +93,11 @@ export class MemoryManager {
     });
   }
 
+  /** Slots that RAM takes. */
+  get slots(): number {
+    return this.#mappings.length;
+  }
+
   /** What another thread needs to see the same RAM. */
   handle(): MemoryHandle {
     return this.#mappings.map(({ range, mapping }) => ({ range, mapping: mapping.handle }));

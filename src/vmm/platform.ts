@@ -10,7 +10,7 @@ import { I8042, I8042_PORTS } from '../devices/i8042.js';
 import { Pvpanic } from '../devices/pvpanic.js';
 import { RtcCmos, rtcLayout } from '../devices/rtc-cmos.js';
 import { Serial16550, serialLayout } from '../devices/serial-16550.js';
-import type { InterruptHandle, Vm } from '../hypervisor/hypervisor.js';
+import type { InterruptHandle, Vm, VmHandle, VmSignals } from '../hypervisor/hypervisor.js';
 import {
   HostBridge,
   PCI_CONFIG_PORTS,
@@ -19,8 +19,11 @@ import {
   pciPortsLayout,
   PciSegment,
 } from '../pci/config-space.js';
+import { type PciFunction, PciWindow } from '../pci/function.js';
+import type { SegmentWindows } from '../pci/segments.js';
 import { StateBlock, type StateLayout } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
+import { VirtioPciDevice, type VirtioPciHandle } from '../virtio/pci-transport.js';
 
 /** Something that a device has to tell main. */
 export type PlatformEvent =
@@ -39,6 +42,7 @@ export interface PlatformOptions {
   /** Bytes of RAM below and above the 32-bit hole. */
   readonly lowRam: number;
   readonly highRam: number;
+  readonly segments: readonly SegmentWindows[];
 }
 
 /** What a thread needs to build its view of the devices. Structured-cloneable. */
@@ -51,6 +55,8 @@ export interface PlatformHandle {
   readonly ged: SharedArrayBuffer;
   readonly gedInterrupt: InterruptHandle;
   readonly pciPorts: SharedArrayBuffer;
+  readonly vm: VmHandle;
+  readonly virtio: readonly VirtioPciHandle[];
   /** When the machine was switched on, nanoseconds of the monotonic clock. */
   readonly started: number;
 }
@@ -64,7 +70,7 @@ export interface Platform {
 }
 
 /** The devices at power-on. */
-export function createPlatform(vm: Vm, options: PlatformOptions): PlatformHandle {
+export function createPlatform(vm: Vm, virtio: readonly VirtioPciHandle[], options: PlatformOptions): PlatformHandle {
   const blank = (blockLayout: StateLayout) => new StateBlock(blockLayout).buffer;
   const rtc = new StateBlock(rtcLayout);
   new RtcCmos(rtc, Date.now).powerOn(options.lowRam, options.highRam);
@@ -77,6 +83,8 @@ export function createPlatform(vm: Vm, options: PlatformOptions): PlatformHandle
     ged: blank(gedLayout),
     gedInterrupt: vm.createInterrupt(layout.IRQ_GED),
     pciPorts: blank(pciPortsLayout),
+    vm: vm.handle,
+    virtio,
     started: monotonicClock()(),
   };
 }
@@ -85,6 +93,7 @@ export function createPlatform(vm: Vm, options: PlatformOptions): PlatformHandle
 export function attachPlatform(
   handle: PlatformHandle,
   kernel: HostKernel,
+  signals: VmSignals,
   emit: (event: PlatformEvent) => void,
 ): Platform {
   const { options } = handle;
@@ -115,14 +124,25 @@ export function attachPlatform(
   const ged = new Ged(new StateBlock(gedLayout, handle.ged), line(handle.gedInterrupt));
   memory.insert(options.gedAddress, 1, ged);
 
-  const segment = new PciSegment();
-  segment.insert(0, new HostBridge());
+  const segments = options.segments.map(() => new PciSegment());
+  segments[0].insert(0, new HostBridge());
+  const functions: PciFunction[][] = segments.map(() => []);
+  for (const device of handle.virtio) {
+    const { pci } = new VirtioPciDevice(device, kernel, signals);
+    segments[device.segment].insert(device.slot, pci);
+    functions[device.segment].push(pci);
+  }
   ports.insert(
     layout.PORT_PCI_CONFIG,
     PCI_CONFIG_PORTS,
-    new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), segment),
+    new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), segments[0]),
   );
-  memory.insert(layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, new PciEcam(segment));
+  options.segments.forEach(({ ecam, mmio32, mmio64 }, index) => {
+    memory.insert(ecam, layout.ECAM_SEGMENT_SIZE, new PciEcam(segments[index]));
+    for (const { start, end } of [mmio32, mmio64]) {
+      memory.insert(start, end - start, new PciWindow(start, functions[index]));
+    }
+  });
   return { ports, memory, serial, ged };
 }
 

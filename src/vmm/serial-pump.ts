@@ -1,8 +1,15 @@
 /** Moves bytes between the serial device and its host end, on main, with backpressure both ways. */
-import type { Serial16550 } from '../devices/serial-16550.js';
 import type { SerialBackend } from './serial-backend.js';
 
 const CHUNK = 4096;
+
+/** A character device's end for main. */
+export interface BytePort {
+  /** Bytes from the guest. @returns how many */
+  drainTransmit(into: Uint8Array): number;
+  /** Bytes for the guest. @returns how many it had room for */
+  receive(bytes: Uint8Array): number;
+}
 
 export class SerialPump {
   readonly #chunk = new Uint8Array(CHUNK);
@@ -12,7 +19,7 @@ export class SerialPump {
 
   /** @param backend none: output is thrown away and no input comes */
   constructor(
-    private readonly device: Serial16550,
+    private readonly device: BytePort,
     private readonly backend: SerialBackend | undefined,
   ) {
     if (backend === undefined) return;

@@ -21,6 +21,8 @@ export const KVM_GET_IRQCHIP = 0xc208ae62;
 export const KVM_SET_IRQCHIP = 0x8208ae63;
 export const KVM_SET_GSI_ROUTING = 0x4008ae6a;
 export const KVM_IRQFD = 0x4020ae76;
+export const KVM_IOEVENTFD = 0x4040ae79;
+export const KVM_SIGNAL_MSI = 0x4020aea5;
 export const KVM_CREATE_PIT2 = 0x4040ae77;
 export const KVM_RUN = 0xae80;
 export const KVM_GET_REGS = 0x8090ae81;
@@ -46,6 +48,7 @@ export const KVM_CAP = {
   MP_STATE: 14,
   IRQ_ROUTING: 25,
   IRQFD: 32,
+  SIGNAL_MSI: 77,
   PIT2: 33,
   IOEVENTFD: 36,
   SET_IDENTITY_MAP_ADDR: 37,
@@ -121,6 +124,13 @@ export const FPU_MXCSR_OFFSET = 408;
 export const LAPIC_SIZE = 1024;
 export const USER_MEMORY_REGION_SIZE = 32;
 export const IRQFD_SIZE = 32;
+export const KVM_IRQFD_FLAG_DEASSIGN = 1;
+/** struct kvm_ioeventfd: datamatch at 0, addr at 8, len at 16, fd at 20, flags at 24. */
+export const IOEVENTFD_SIZE = 64;
+export const KVM_IOEVENTFD_FLAG_DEASSIGN = 4;
+/** struct kvm_msi: address_lo at 0, address_hi at 4, data at 8, flags at 12, devid at 16. */
+export const MSI_SIZE = 32;
+export const KVM_IRQ_ROUTING_MSI = 2;
 export const PIT_CONFIG_SIZE = 64;
 /** struct kvm_irq_routing's header, and struct kvm_irq_routing_entry. */
 export const IRQ_ROUTING_HEADER_SIZE = 8;

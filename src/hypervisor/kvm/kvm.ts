@@ -4,6 +4,7 @@
  * The in-kernel PIC, IOAPIC and PIT are used, not the split irqchip: a guest without ACPI finds its interrupts through the
  * MP table and the PIC, which the split irqchip does not have, and IOAPIC accesses cost no exit to user space.
  */
+import { StateBlock } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { SystemError } from '../../sys/host-kernel.js';
 import {
@@ -14,10 +15,14 @@ import {
   type Vcpu,
   type VcpuHandle,
   type Vm,
+  type VmHandle,
   type VmOptions,
+  type VmSignals,
 } from '../hypervisor.js';
 import type { CpuidEntry } from '../x86-state.js';
 import * as abi from './abi.js';
+import { IOAPIC_PINS, kvmRoutesLayout, MAX_ROUTES, setRouting, wirePins } from './routes.js';
+import { attachKvmSignals } from './signals.js';
 import { KvmVcpu } from './vcpu.js';
 
 export const KVM_DEVICE = '/dev/kvm';
@@ -31,6 +36,8 @@ export const REQUIRED_CAPABILITIES: readonly abi.KvmCapability[] = [
   'MP_STATE',
   'IRQ_ROUTING',
   'IRQFD',
+  'SIGNAL_MSI',
+  'IOEVENTFD',
   'PIT2',
   'SET_IDENTITY_MAP_ADDR',
   'IMMEDIATE_EXIT',
@@ -38,8 +45,6 @@ export const REQUIRED_CAPABILITIES: readonly abi.KvmCapability[] = [
 
 /** KVM_GET_SUPPORTED_CPUID answers E2BIG when the table is too small; hosts of today give fewer than 128 entries. */
 const MAX_CPUID_ENTRIES = 256;
-const PIC_PINS = 16;
-const IOAPIC_PINS = 24;
 
 /** @throws HypervisorError with a line for the user when the device cannot be used */
 export function openKvm(kernel: HostKernel): KvmHypervisor {
@@ -154,13 +159,22 @@ export class KvmHypervisor implements Hypervisor {
 }
 
 class KvmVm implements Vm {
+  readonly signals: VmSignals;
   readonly #eventfds: number[] = [];
+  readonly #routes = new StateBlock(kvmRoutesLayout);
+  #nextRoute = IOAPIC_PINS;
 
   constructor(
     private readonly kernel: HostKernel,
     private readonly fd: number,
     private readonly runSize: number,
-  ) {}
+  ) {
+    this.signals = attachKvmSignals(kernel, this.handle);
+  }
+
+  get handle(): VmHandle {
+    return { fd: this.fd, routes: this.#routes.buffer };
+  }
 
   initialize(options: VmOptions): void {
     // Intel hosts without unrestricted guest need three pages and one page of guest addresses: api.rst, 4.35 and 4.41.
@@ -171,7 +185,8 @@ class KvmVm implements Vm {
     const pit = new Uint8Array(abi.PIT_CONFIG_SIZE);
     new DataView(pit.buffer).setUint32(0, abi.KVM_PIT_SPEAKER_DUMMY, true);
     this.kernel.ioctlBuffer(this.fd, abi.KVM_CREATE_PIT2, pit);
-    this.#setRouting();
+    wirePins(this.#routes);
+    setRouting(this.kernel, this.fd, this.#routes);
     this.#maskPics();
   }
 
@@ -187,31 +202,6 @@ class KvmVm implements Vm {
       state[abi.PIC_IMR_OFFSET] = 0xff;
       this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_IRQCHIP, state);
     }
-  }
-
-  /** A PC's wiring: GSIs 0 to 15 reach the PICs; all reach the IOAPIC's pin of their number, but timer GSI 0 pin 2. */
-  #setRouting(): void {
-    const entries: { gsi: number; chip: number; pin: number }[] = [];
-    for (let gsi = 0; gsi < PIC_PINS; gsi++) {
-      if (gsi === 2) continue; // the cascade
-      const chip = gsi < 8 ? abi.KVM_IRQCHIP_PIC_MASTER : abi.KVM_IRQCHIP_PIC_SLAVE;
-      entries.push({ gsi, chip, pin: gsi & 7 });
-    }
-    for (let gsi = 0; gsi < IOAPIC_PINS; gsi++) {
-      if (gsi === 2) continue;
-      entries.push({ gsi, chip: abi.KVM_IRQCHIP_IOAPIC, pin: gsi === 0 ? 2 : gsi });
-    }
-    const buffer = new Uint8Array(abi.IRQ_ROUTING_HEADER_SIZE + entries.length * abi.IRQ_ROUTING_ENTRY_SIZE);
-    const view = new DataView(buffer.buffer);
-    view.setUint32(0, entries.length, true);
-    entries.forEach(({ gsi, chip, pin }, index) => {
-      const at = abi.IRQ_ROUTING_HEADER_SIZE + index * abi.IRQ_ROUTING_ENTRY_SIZE;
-      view.setUint32(at, gsi, true);
-      view.setUint32(at + 4, abi.KVM_IRQ_ROUTING_IRQCHIP, true);
-      view.setUint32(at + 16, chip, true);
-      view.setUint32(at + 20, pin, true);
-    });
-    this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_GSI_ROUTING, buffer);
   }
 
   addMemory({ slot, guestAddress, mapping }: MemorySlot): void {
@@ -239,6 +229,11 @@ class KvmVm implements Vm {
     view.setUint32(4, pin, true);
     this.kernel.ioctlBuffer(this.fd, abi.KVM_IRQFD, irqfd);
     return { eventfd };
+  }
+
+  allocateMsiRoute(): number {
+    if (this.#nextRoute === MAX_ROUTES) throw new HypervisorError(`More than ${MAX_ROUTES} interrupt routes`);
+    return this.#nextRoute++;
   }
 
   tscKhz(): number | undefined {

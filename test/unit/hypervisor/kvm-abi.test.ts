@@ -21,6 +21,8 @@ const STRUCTURES: Readonly<Record<string, string>> = {
   LAPIC_SIZE: 'sizeof(struct kvm_lapic_state)',
   USER_MEMORY_REGION_SIZE: 'sizeof(struct kvm_userspace_memory_region)',
   IRQFD_SIZE: 'sizeof(struct kvm_irqfd)',
+  IOEVENTFD_SIZE: 'sizeof(struct kvm_ioeventfd)',
+  MSI_SIZE: 'sizeof(struct kvm_msi)',
   PIT_CONFIG_SIZE: 'sizeof(struct kvm_pit_config)',
   IRQCHIP_SIZE: 'sizeof(struct kvm_irqchip)',
   PIC_IMR_OFFSET: 'offsetof(struct kvm_irqchip, chip.pic.imr)',

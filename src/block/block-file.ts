@@ -1,0 +1,69 @@
+/** A host file or block device that holds an image. */
+import fs from 'node:fs';
+import { type HostKernel, SystemError } from '../sys/host-kernel.js';
+import type { BlockFile } from './disk-image.js';
+
+/** linux/fs.h */
+const BLKGETSIZE64 = 0x8008_1272;
+const FALLOC_FL_KEEP_SIZE = 1;
+const FALLOC_FL_PUNCH_HOLE = 2;
+/** Zeros are written in pieces of this size where holes cannot be made. Bytes. */
+const ZEROS = new Uint8Array(65536);
+
+export class HostBlockFile implements BlockFile {
+  readonly #device: boolean;
+
+  /** @param fd becomes this object's */
+  constructor(
+    private readonly kernel: HostKernel,
+    readonly path: string,
+    readonly fd: number,
+  ) {
+    this.#device = fs.fstatSync(fd).isBlockDevice();
+  }
+
+  size(): number {
+    if (!this.#device) return fs.fstatSync(this.fd).size;
+    const size = new Uint8Array(8);
+    this.kernel.ioctlBuffer(this.fd, BLKGETSIZE64, size);
+    return Number(new DataView(size.buffer).getBigUint64(0, true));
+  }
+
+  read(offset: number, into: Uint8Array): void {
+    for (let at = 0; at < into.length;) {
+      const count = this.kernel.readAt(this.fd, into.subarray(at), offset + at);
+      if (count === 0) {
+        into.fill(0, at);
+        return;
+      }
+      at += count;
+    }
+  }
+
+  write(offset: number, bytes: Uint8Array): void {
+    for (let at = 0; at < bytes.length;) at += this.kernel.writeAt(this.fd, bytes.subarray(at), offset + at);
+  }
+
+  truncate(size: number): void {
+    this.kernel.truncate(this.fd, size);
+  }
+
+  punchHole(offset: number, length: number): void {
+    try {
+      this.kernel.allocate(this.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+    } catch (error) {
+      if (!(error instanceof SystemError) || error.code !== 'EOPNOTSUPP') throw error;
+      for (let at = 0; at < length; at += ZEROS.length) {
+        this.write(offset + at, ZEROS.subarray(0, Math.min(ZEROS.length, length - at)));
+      }
+    }
+  }
+
+  sync(): void {
+    this.kernel.dataSync(this.fd);
+  }
+
+  close(): void {
+    this.kernel.close(this.fd);
+  }
+}

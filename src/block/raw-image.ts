@@ -1,0 +1,67 @@
+/** A raw image: the guest's bytes are the file's. */
+import { type BlockFile, type DiskImage, type Extent, ExtentKind, ImageError } from './disk-image.js';
+
+export const SECTOR = 512;
+
+export class RawImage implements DiskImage {
+  readonly extent: Extent;
+  #size: number;
+
+  constructor(
+    private readonly file: BlockFile,
+    private readonly sparse: boolean,
+  ) {
+    this.#size = Math.floor(file.size() / SECTOR) * SECTOR;
+    this.extent = {
+      kind: ExtentKind.File,
+      fd: file.fd,
+      hostOffset: 0,
+      length: 0,
+      bytes: new Uint8Array(0),
+      bytesOffset: 0,
+    };
+  }
+
+  get size(): number {
+    return this.#size;
+  }
+
+  mapRead(offset: number, length: number): void {
+    this.extent.hostOffset = offset;
+    this.extent.length = length;
+  }
+
+  mapWrite(offset: number, length: number): void {
+    this.mapRead(offset, length);
+  }
+
+  discard(offset: number, length: number): void {
+    if (this.sparse) this.file.punchHole(offset, length);
+  }
+
+  writeZeroes(offset: number, length: number, unmap: boolean): void {
+    if (unmap && this.sparse) {
+      this.file.punchHole(offset, length);
+      return;
+    }
+    const zeros = new Uint8Array(Math.min(length, 2 ** 20));
+    for (let at = 0; at < length; at += zeros.length) {
+      this.file.write(offset + at, zeros.subarray(0, Math.min(zeros.length, length - at)));
+    }
+  }
+
+  flush(): void {
+    this.file.sync();
+  }
+
+  resize(size: number): void {
+    if (size % SECTOR !== 0)
+      throw new ImageError(`${this.file.path}: A size of ${size} bytes is no multiple of ${SECTOR}`);
+    this.file.truncate(size);
+    this.#size = size;
+  }
+
+  close(): void {
+    this.file.close();
+  }
+}

@@ -1,0 +1,82 @@
+/** Interrupts and doorbells of a KVM VM, on any thread. */
+import { StateBlock } from '../../state/state-block.js';
+import type { HostKernel } from '../../sys/host-kernel.js';
+import type { VmHandle, VmSignals } from '../hypervisor.js';
+import * as abi from './abi.js';
+import { kvmRoutesLayout, routeMsi, setRouting } from './routes.js';
+
+export function attachKvmSignals(kernel: HostKernel, handle: VmHandle): VmSignals {
+  return new KvmSignals(kernel, handle);
+}
+
+class KvmSignals implements VmSignals {
+  readonly #fd: number;
+  readonly #routes;
+  readonly #msi: Uint32Array;
+  readonly #msiBytes: Uint8Array;
+
+  constructor(
+    private readonly kernel: HostKernel,
+    handle: VmHandle,
+  ) {
+    this.#fd = handle.fd;
+    this.#routes = new StateBlock(kvmRoutesLayout, handle.routes);
+    this.#msiBytes = new Uint8Array(abi.MSI_SIZE);
+    this.#msi = new Uint32Array(this.#msiBytes.buffer);
+  }
+
+  // The requester matters to an Arm ITS alone: KVM_MSI_VALID_DEVID is an error on x86.
+  signalMsi(addressLow: number, addressHigh: number, data: number, _requester: number): void {
+    const message = this.#msi;
+    message[0] = addressLow;
+    message[1] = addressHigh;
+    message[2] = data;
+    // 0: the guest has the interrupt blocked; negative: it wrote an address that is no interrupt controller's.
+    this.kernel.ioctlBufferRaw(this.#fd, abi.KVM_SIGNAL_MSI, this.#msiBytes);
+  }
+
+  addDoorbell(address: number, eventfd: number): void {
+    this.#ioeventfd(address, eventfd, 0);
+  }
+
+  removeDoorbell(address: number, eventfd: number): void {
+    this.#ioeventfd(address, eventfd, abi.KVM_IOEVENTFD_FLAG_DEASSIGN);
+  }
+
+  #ioeventfd(address: number, eventfd: number, flags: number): void {
+    const argument = new Uint8Array(abi.IOEVENTFD_SIZE);
+    const view = new DataView(argument.buffer);
+    view.setBigUint64(8, BigInt(address), true);
+    // Length 0: a write of any size (KVM_CAP_IOEVENTFD_ANY_LENGTH); each queue has an address of its own.
+    view.setUint32(20, eventfd, true);
+    view.setUint32(24, flags, true);
+    this.kernel.ioctlBuffer(this.#fd, abi.KVM_IOEVENTFD, argument);
+  }
+
+  connectMsi(route: number, eventfd: number): void {
+    this.#irqfd(route, eventfd, 0);
+  }
+
+  disconnectMsi(route: number, eventfd: number): void {
+    this.#irqfd(route, eventfd, abi.KVM_IRQFD_FLAG_DEASSIGN);
+  }
+
+  #irqfd(gsi: number, eventfd: number, flags: number): void {
+    const argument = new Uint8Array(abi.IRQFD_SIZE);
+    const view = new DataView(argument.buffer);
+    view.setUint32(0, eventfd, true);
+    view.setUint32(4, gsi, true);
+    view.setUint32(8, flags, true);
+    this.kernel.ioctlBuffer(this.#fd, abi.KVM_IRQFD, argument);
+  }
+
+  setMsiRoute(route: number, addressLow: number, addressHigh: number, data: number, _requester: number): void {
+    this.#routes.lock();
+    try {
+      routeMsi(this.#routes, route, addressLow, addressHigh, data);
+      setRouting(this.kernel, this.#fd, this.#routes);
+    } finally {
+      this.#routes.unlock();
+    }
+  }
+}

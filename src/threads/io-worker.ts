@@ -1,0 +1,108 @@
+/** The composition root of an I/O worker: it builds its devices and serves their queues until main ends it. */
+import fs from 'node:fs';
+import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
+import { BlockDevice } from '../block/block-device.js';
+import { openEngine } from '../block/engine.js';
+import { openImage } from '../block/open-image.js';
+import type { HypervisorName, VmHandle, VmSignals } from '../hypervisor/hypervisor.js';
+import { attachKvmSignals } from '../hypervisor/kvm/signals.js';
+import { EPOLL } from '../sys/host-kernel.js';
+import { LinuxKernel } from '../sys/linux-kernel.js';
+import { BalloonDevice } from '../virtio/balloon.js';
+import { BytePipe } from '../virtio/byte-pipe.js';
+import { ConsoleDevice } from '../virtio/console.js';
+import type { DeviceContext, VirtioDevice } from '../virtio/device.js';
+import { EntropyDevice } from '../virtio/entropy.js';
+import { EpollLoop } from '../virtio/epoll-loop.js';
+import { PmemDevice } from '../virtio/pmem.js';
+import { RateLimiter, type LimiterOptions } from '../virtio/rate-limiter.js';
+import { VirtioRunner } from '../virtio/runner.js';
+import { WatchdogDevice } from '../virtio/watchdog.js';
+import type { BackendSpec, IoCommand, IoMessage, IoWorkerData, ServedDevice } from '../vmm/device-specs.js';
+import { attachMemory } from '../vmm/memory-manager.js';
+
+/** Transfers under way for each disk. */
+const ENGINE_DEPTH = 128;
+/** Lines that a guest's mistakes may add to the log, for each worker. */
+const LOG_LIMIT = 200;
+
+function attachSignals(hypervisor: HypervisorName, vm: VmHandle): VmSignals {
+  if (hypervisor === 'kvm') return attachKvmSignals(kernel, vm);
+  throw new Error(`No ${hypervisor} on this thread`);
+}
+
+const data = workerData as IoWorkerData;
+const kernel = new LinuxKernel();
+fs.writeFileSync(`/proc/self/task/${kernel.threadId()}/comm`, data.name);
+if (data.affinity !== undefined) kernel.setAffinity(data.affinity);
+const post = (message: IoMessage) => parentPort!.postMessage(message);
+const loop = new EpollLoop(kernel);
+const memory = attachMemory(data.memory, kernel);
+const command = new Int32Array(data.command);
+
+let lines = 0;
+function log(level: 'info' | 'warn', line: string): void {
+  if (++lines < LOG_LIMIT) post({ kind: 'log', level, line });
+  else if (lines === LOG_LIMIT) post({ kind: 'log', level, line: `${data.name}: no further lines of this kind` });
+}
+
+function limiter(options: LimiterOptions | undefined): RateLimiter | undefined {
+  return options === undefined ? undefined : new RateLimiter(options, () => loop.now());
+}
+
+function build(spec: BackendSpec, context: DeviceContext): VirtioDevice {
+  switch (spec.kind) {
+    case 'block': {
+      const image = openImage(kernel, spec);
+      const engine = openEngine(kernel, spec.direct, ENGINE_DEPTH, spec.engine);
+      const { readonly, serial, format } = spec;
+      return new BlockDevice(context, {
+        readonly,
+        serial,
+        image,
+        engine,
+        raw: format === 'raw',
+        limiter: limiter(spec.limits),
+      });
+    }
+    case 'console':
+      return new ConsoleDevice(context, { pipe: new BytePipe(spec.pipe), wake: spec.wake });
+    case 'entropy':
+      return new EntropyDevice(context, { source: spec.source });
+    case 'balloon':
+      return new BalloonDevice(context, {
+        discard: (address, length) => {
+          const host = memory.hostAddress(address, length);
+          if (host >= 0) kernel.discardRaw(host, length, data.sharedMemory);
+        },
+      });
+    case 'pmem':
+      return new PmemDevice(context, { fd: spec.fd });
+    case 'watchdog':
+      return new WatchdogDevice(context, { expired: () => context.emit({ kind: 'watchdog-expired' }) });
+    default:
+      throw new Error(`No device ${spec.kind}`);
+  }
+}
+
+const runners = new Map<string, VirtioRunner>();
+function add({ handle, queues, backend }: ServedDevice): void {
+  const emit = (device: string, message: unknown) => post({ kind: 'device', device, message });
+  const signals = attachSignals(data.hypervisor, data.vm);
+  const services = { kernel, loop, memory, signals, log, emit };
+  runners.set(handle.id, new VirtioRunner(handle, queues, services, (context) => build(backend, context)));
+}
+
+for (const device of data.devices) add(device);
+loop.watch(data.wake, EPOLL.IN | EPOLL.EDGE, () => {
+  for (let received = receiveMessageOnPort(parentPort!); received !== undefined;) {
+    const { device, message } = received.message as IoCommand;
+    runners.get(device)?.control(message);
+    received = receiveMessageOnPort(parentPort!);
+  }
+  for (const runner of runners.values()) runner.update();
+});
+while (Atomics.load(command, 0) === 0) loop.turn(-1);
+for (const runner of runners.values()) runner.close();
+loop.unwatch(data.wake);
+loop.close();

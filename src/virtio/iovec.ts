@@ -1,0 +1,68 @@
+/** Arrays of struct iovec in memory that system calls can be pointed at. */
+import type { HostKernel, HostMapping } from '../sys/host-kernel.js';
+import type { Chain } from './queue.js';
+
+export const IOVEC_BYTES = 16;
+
+export class IovecArray {
+  readonly #mapping: HostMapping;
+  readonly #words: Uint32Array;
+  readonly #address: number;
+
+  constructor(kernel: HostKernel, count: number) {
+    const length = count * IOVEC_BYTES;
+    // Pages that are never used are never there.
+    this.#mapping = kernel.map({ length, shared: false });
+    this.#words = new Uint32Array(this.#mapping.view(0, length));
+    this.#address = Number(this.#mapping.handle.address);
+  }
+
+  /** Host address of an element. */
+  address(index: number): number {
+    return this.#address + index * IOVEC_BYTES;
+  }
+
+  set(index: number, host: number, length: number): void {
+    const at = index * 4;
+    this.#words[at] = host % 2 ** 32;
+    this.#words[at + 1] = host / 2 ** 32;
+    this.#words[at + 2] = length;
+    this.#words[at + 3] = 0;
+  }
+
+  host(index: number): number {
+    return this.#words[index * 4] + this.#words[index * 4 + 1] * 2 ** 32;
+  }
+
+  length(index: number): number {
+    return this.#words[index * 4 + 2];
+  }
+
+  /**
+   * Describes a stretch of a chain's buffers from `first` on.
+   *
+   * @param offset bytes to skip, counted from the buffer `from`
+   * @returns elements written
+   */
+  describe(first: number, chain: Chain, from: number, offset: number, bytes: number): number {
+    let skip = offset;
+    let left = bytes;
+    let at = first;
+    for (let index = from; left > 0; index++) {
+      const size = chain.length[index];
+      if (skip >= size) {
+        skip -= size;
+        continue;
+      }
+      const count = Math.min(size - skip, left);
+      this.set(at++, chain.host[index] + skip, count);
+      left -= count;
+      skip = 0;
+    }
+    return at - first;
+  }
+
+  close(): void {
+    this.#mapping.unmap();
+  }
+}

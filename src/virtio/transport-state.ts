@@ -1,0 +1,90 @@
+/** The state block of a virtio device behind PCI: everything that its driver can see or set. */
+import { FUNCTION_WORDS } from '../pci/function.js';
+import { type MsixPlace, msixWords } from '../pci/msix.js';
+import { StateBlock, type StateLayout, stateLayout } from '../state/state-block.js';
+import { DEVICE_COUNTERS } from './device.js';
+import { QUEUE_WORDS } from './queue.js';
+
+type Fields =
+  | 'function'
+  | 'msixControl'
+  | 'msixTable'
+  | 'msixPending'
+  | 'connected'
+  | 'configAccess'
+  | 'doorbells'
+  | 'configWrites'
+  | 'status'
+  | 'resets'
+  | 'resetting'
+  | 'generation'
+  | 'isr'
+  | 'featureSelect'
+  | 'driverFeatureSelect'
+  | 'driverFeatures'
+  | 'configVector'
+  | 'queueSelect'
+  | 'queues'
+  | 'config'
+  | 'counters';
+
+export type TransportLayout = StateLayout<Fields>;
+
+/** Bits of the device status (2.1). */
+export const Status = {
+  acknowledge: 1,
+  driver: 2,
+  driverOk: 4,
+  featuresOk: 8,
+  needsReset: 64,
+  failed: 128,
+} as const;
+
+/** One vector for the configuration and one for each queue. */
+export function vectorCount(queues: number): number {
+  return queues + 1;
+}
+
+/** @param configBytes length of the device's configuration space */
+export function transportLayout(name: string, queues: number, configBytes: number): TransportLayout {
+  const vectors = vectorCount(queues);
+  const msix = msixWords(vectors);
+  return stateLayout<Fields>(name, 1, {
+    function: FUNCTION_WORDS,
+    msixControl: 1,
+    msixTable: msix.table,
+    msixPending: msix.pending,
+    /** Vectors that the host's kernel can raise at present, a bit each. */
+    connected: msix.pending,
+    /** The configuration access capability: BAR, offset, length (4.1.4.9). */
+    configAccess: 3,
+    /** Guest physical address at which the doorbells are registered, in two words; 0: they are not. */
+    doorbells: 2,
+    /** How often the driver has written the configuration space. */
+    configWrites: 1,
+    status: 1,
+    /** How often the driver has reset the device, and how many workers have yet to let go of it. */
+    resets: 1,
+    resetting: 1,
+    generation: 1,
+    isr: 1,
+    featureSelect: 1,
+    driverFeatureSelect: 1,
+    driverFeatures: 2,
+    configVector: 1,
+    queueSelect: 1,
+    queues: queues * QUEUE_WORDS,
+    config: Math.max(Math.ceil(configBytes / 4), 1),
+    counters: DEVICE_COUNTERS,
+  });
+}
+
+export function msixPlace(layout: TransportLayout, queues: number): MsixPlace {
+  const { msixControl: control, msixTable: table, msixPending: pending } = layout.at;
+  return { control, table, pending, vectors: vectorCount(queues) };
+}
+
+/** The device's configuration space as bytes. Little-endian hosts only, which both architectures are. */
+export function configBytes(block: StateBlock<Fields>, length: number): Uint8Array {
+  return new Uint8Array(block.buffer, block.layout.at.config * 4, length);
+}

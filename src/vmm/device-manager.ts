@@ -1,0 +1,339 @@
+/**
+ * The virtio devices of one life of a machine: where each is on PCI, its state block and events, and which I/O worker serves
+ * which of its queues.
+ */
+import { availableParallelism } from 'node:os';
+import { blockDescription } from '../block/block-device.js';
+import type { PciPlacement } from '../config/device-config.js';
+import type { VmConfig } from '../config/vm-config.js';
+import type { HypervisorName, Vm } from '../hypervisor/hypervisor.js';
+import { type SegmentWindows, SlotAllocator, WindowAllocator } from '../pci/segments.js';
+import type { HostKernel } from '../sys/host-kernel.js';
+import { balloonDescription } from '../virtio/balloon.js';
+import { BytePipe } from '../virtio/byte-pipe.js';
+import { consoleDescription } from '../virtio/console.js';
+import { DEVICE_COUNTERS, type VirtioDescription } from '../virtio/device.js';
+import { entropyDescription } from '../virtio/entropy.js';
+import { netDescription } from '../virtio/net.js';
+import {
+  type KernelInterrupt,
+  offeredFeatures,
+  virtioBar,
+  VirtioPciDevice,
+  type VirtioPciHandle,
+} from '../virtio/pci-transport.js';
+import { pmemDescription } from '../virtio/pmem.js';
+import { QUEUE_WORDS, QueueWord } from '../virtio/queue.js';
+import type { LimiterOptions } from '../virtio/rate-limiter.js';
+import { transportLayout } from '../virtio/transport-state.js';
+import { StateBlock } from '../state/state-block.js';
+import { vsockDescription } from '../virtio/vsock.js';
+import { watchdogDescription } from '../virtio/watchdog.js';
+import type { BackendSpec, IoWorkerData, ServedDevice } from './device-specs.js';
+import type { HostResources } from './host-resources.js';
+import { MachineError } from './machine-error.js';
+import type { MemoryHandle } from './memory-manager.js';
+
+const CONSOLE_QUEUE_SIZE = 256;
+/** Workers that share the queues of all devices without a thread of their own. */
+const MAX_POOL = 4;
+
+type QueueAffinity = readonly { readonly queue_index: number; readonly host_cpus: readonly number[] }[];
+
+interface Device {
+  readonly id: string;
+  readonly placement: PciPlacement & { readonly iommu?: boolean };
+  readonly description: VirtioDescription;
+  readonly backend: BackendSpec;
+  readonly affinity?: QueueAffinity | undefined;
+  /** All of its queues have to be on one worker: it keeps something that workers cannot share. */
+  readonly together: boolean;
+  /** Queues that the host's kernel serves: no worker listens to their doorbells, and these events raise their vectors. */
+  readonly kernelCalls?: readonly number[];
+  /** Bulk data: spread over the pool. */
+  readonly busy: boolean;
+  /** The BAR is below 4 GiB, where firmware reaches it. */
+  readonly lowBar: boolean;
+}
+
+/** What a device has done since the machine was switched on. */
+export interface DeviceCounters {
+  readonly id: string;
+  readonly queues: readonly {
+    readonly requests: number;
+    readonly interrupts: number;
+    readonly kicks: number;
+    readonly kickExits: number;
+  }[];
+  /** The device's own, named in its file. */
+  readonly device: readonly number[];
+}
+
+export interface DeviceManagerOptions {
+  readonly hypervisor: HypervisorName;
+  readonly config: VmConfig;
+  readonly resources: HostResources;
+  readonly segments: readonly SegmentWindows[];
+  readonly memory: MemoryHandle;
+  /** First memory slot that is free. */
+  readonly memorySlot: number;
+}
+
+export class DeviceManager {
+  readonly handles: VirtioPciHandle[] = [];
+  readonly plan: IoWorkerData[] = [];
+  /** The virtio console's end for main. */
+  readonly console?: { readonly pipe: BytePipe; readonly wake: number };
+  readonly #eventfds: number[] = [];
+  readonly #low: WindowAllocator[];
+  readonly #high: WindowAllocator[];
+  readonly #slots: SlotAllocator[];
+
+  /** @throws MachineError when the devices do not fit */
+  constructor(
+    private readonly kernel: HostKernel,
+    private readonly vm: Vm,
+    private readonly options: DeviceManagerOptions,
+  ) {
+    const { config, segments } = options;
+    this.#low = segments.map(({ mmio32 }) => new WindowAllocator(mmio32));
+    this.#high = segments.map(({ mmio64 }) => new WindowAllocator(mmio64));
+    this.#slots = segments.map(() => new SlotAllocator());
+    try {
+      if (config.console.mode !== 'Off') this.console = { pipe: new BytePipe(), wake: this.#eventfd() };
+      const devices = this.#devices();
+      for (const { id, placement } of devices) {
+        const { pci_segment: segment, pci_device_id: slot } = placement;
+        if (slot !== undefined && !this.#slots[segment].reserve(slot)) {
+          throw new MachineError(`pci_device_id=${slot} of ${id}: taken on segment ${segment}`);
+        }
+      }
+      this.#place(devices);
+    } catch (error) {
+      this.close();
+      throw error;
+    }
+  }
+
+  #eventfd(): number {
+    const eventfd = this.kernel.eventfd();
+    this.#eventfds.push(eventfd);
+    return eventfd;
+  }
+
+  /** In the order of their slots, which is Cloud Hypervisor's. */
+  #devices(): Device[] {
+    const { config, resources } = this.options;
+    const devices: Device[] = [];
+    const add = (
+      fallbackId: string,
+      placement: Device['placement'],
+      description: VirtioDescription,
+      backend: BackendSpec,
+      more: Partial<Device> = {},
+    ) => {
+      const id = placement.id ?? fallbackId;
+      devices.push({ id, placement, description, backend, together: true, busy: false, lowBar: false, ...more });
+    };
+    const onSegment0 = { pci_segment: 0 };
+    if (this.console !== undefined) {
+      const { pipe, wake } = this.console;
+      add('__console', onSegment0, consoleDescription(CONSOLE_QUEUE_SIZE), {
+        kind: 'console',
+        pipe: pipe.buffer,
+        wake,
+      });
+    }
+    resources.disks.forEach(({ config: disk, format, files, size, blockSize }, index) => {
+      const { num_queues: queues, queue_size: queueSize, readonly } = disk;
+      const limits = limiterOptions(disk.rate_limiter_config);
+      const backend: BackendSpec = {
+        kind: 'block',
+        path: disk.path,
+        format,
+        files,
+        readonly,
+        direct: disk.direct,
+        backingFiles: disk.backing_files,
+        sparse: disk.sparse,
+        serial: disk.serial ?? disk.id ?? `_disk${index}`,
+        engine: disk._disable_io_uring ? (disk._disable_aio ? 'sync' : 'aio') : undefined,
+        limits,
+      };
+      add(`_disk${index}`, disk, blockDescription(size, queues, queueSize, readonly, blockSize), backend, {
+        affinity: disk.queue_affinity,
+        together: format !== 'raw' || limits !== undefined,
+        busy: true,
+        lowBar: disk.pci_segment === 0,
+      });
+    });
+    resources.net.forEach(({ config: net, taps, mac }, index) => {
+      const description = netDescription({
+        mac,
+        queuePairs: net.num_queues / 2,
+        queueSize: net.queue_size,
+        mtu: net.mtu,
+        tso: net.offload_tso,
+        ufo: net.offload_ufo,
+        csum: net.offload_csum,
+      });
+      const limits = limiterOptions(net.rate_limiter_config);
+      const calls = net.vhost ? Array.from({ length: net.num_queues }, () => this.#eventfd()) : undefined;
+      const backend: BackendSpec =
+        calls === undefined ? { kind: 'net', taps, limits } : { kind: 'vhost-net', taps, calls };
+      add(`_net${index}`, net, description, backend, { affinity: net.queue_affinity, busy: true, kernelCalls: calls });
+    });
+    add('__rng', config.rng, entropyDescription(), { kind: 'entropy', source: resources.rng });
+    resources.pmem.forEach(({ config: pmem, mapping, fd }, index) => {
+      const { length: size } = mapping.handle;
+      const start = this.#high[pmem.pci_segment].take(size, 2 * 2 ** 20);
+      if (start === undefined) throw new MachineError(`--pmem file=${pmem.file}: no room for it in the address space`);
+      this.vm.addMemory({ slot: this.options.memorySlot + index, guestAddress: start, mapping: mapping.handle });
+      add(`_pmem${index}`, pmem, pmemDescription({ start, size }), { kind: 'pmem', fd });
+    });
+    if (resources.vsock !== undefined) {
+      const { config: vsock, listener } = resources.vsock;
+      const { cid, socket } = vsock;
+      add('_vsock0', vsock, vsockDescription(cid), { kind: 'vsock', cid, socket, listener });
+    }
+    if (config.balloon !== undefined) {
+      const { size, deflate_on_oom: deflateOnOom, free_page_reporting: freePageReporting } = config.balloon;
+      const description = balloonDescription({ size, deflateOnOom, freePageReporting });
+      add('__balloon', config.balloon, description, { kind: 'balloon' });
+    }
+    if (config.watchdog) add('__watchdog', onSegment0, watchdogDescription(), { kind: 'watchdog' });
+    return devices;
+  }
+
+  #place(devices: readonly Device[]): void {
+    const { memory, hypervisor, config } = this.options;
+    const pools: { wake: number; devices: ServedDevice[]; affinity?: readonly number[] }[] = [];
+    const newPool = (affinity?: readonly number[]) => {
+      const pool = { wake: this.kernel.eventfd(), devices: [], affinity };
+      pools.push(pool);
+      return pool;
+    };
+    const shared: (typeof pools)[number][] = [];
+    const busy = devices.filter((device) => device.busy && device.affinity === undefined).length;
+    const poolSize = Math.max(Math.min(availableParallelism() - 1, busy, MAX_POOL), 1);
+    let turn = 0;
+    const nextShared = () => {
+      const index = turn++ % poolSize;
+      return (shared[index] ??= newPool());
+    };
+
+    for (const device of devices) {
+      const segment = device.placement.pci_segment;
+      const slot = device.placement.pci_device_id ?? this.#slots[segment].next();
+      const bar = virtioBar(!device.lowBar);
+      const address = (device.lowBar ? this.#low : this.#high)[segment].take(bar.size, bar.size);
+      if (slot === undefined || address === undefined) {
+        throw new MachineError(`${device.id}: no room on PCI segment ${segment}, which takes 31 devices`);
+      }
+      // Which worker serves which queues.
+      const count = device.description.queueSizes.length;
+      const served = new Map<(typeof pools)[number], number[]>();
+      const serve = (pool: (typeof pools)[number], queue: number) =>
+        served.set(pool, [...(served.get(pool) ?? []), queue]);
+      const bound = new Map(device.affinity?.map(({ queue_index: queue, host_cpus: cpus }) => [queue, cpus]));
+      if (device.together) {
+        const cpus = [...new Set([...bound.values()].flat())];
+        const pool = cpus.length > 0 ? newPool(cpus) : device.busy ? nextShared() : (shared[0] ??= newPool());
+        for (let queue = 0; queue < count; queue++) serve(pool, queue);
+      } else {
+        const rest = bound.size < count ? nextShared() : undefined;
+        for (let queue = 0; queue < count; queue++) {
+          const cpus = bound.get(queue);
+          serve(cpus === undefined ? rest! : newPool(cpus), queue);
+        }
+      }
+      const handle = this.#handle(
+        device,
+        segment,
+        slot,
+        [...served.keys()].map(({ wake }) => wake),
+      );
+      VirtioPciDevice.powerOn(handle, address, this.kernel, this.vm.signals);
+      this.handles.push(handle);
+      for (const [pool, queues] of served) pool.devices.push({ handle, queues, backend: device.backend });
+    }
+    pools.forEach(({ wake, devices: list, affinity }, index) => {
+      this.plan.push({
+        name: `io${index}`,
+        hypervisor,
+        vm: this.vm.handle,
+        memory,
+        sharedMemory: config.memory.shared,
+        wake,
+        command: new SharedArrayBuffer(4),
+        devices: list,
+        affinity,
+      });
+    });
+  }
+
+  #handle(device: Device, segment: number, slot: number, workers: readonly number[]): VirtioPciHandle {
+    const { id, description } = device;
+    const queues = description.queueSizes.length;
+    const layout = transportLayout(id, queues, description.config.length);
+    const kernelInterrupts: KernelInterrupt[] = (device.kernelCalls ?? []).map((eventfd, queue) => ({
+      queue,
+      route: this.vm.allocateMsiRoute(),
+      eventfd,
+    }));
+    return {
+      id,
+      segment,
+      slot,
+      description,
+      offered: offeredFeatures(description, device.placement.iommu === true),
+      state: new StateBlock(layout).buffer,
+      doorbells: description.queueSizes.map(() => this.#eventfd()),
+      workers,
+      wideBar: !device.lowBar,
+      kernelInterrupts,
+    };
+  }
+
+  counters(): DeviceCounters[] {
+    return this.handles.map(({ id, state, description }) => {
+      const queues = description.queueSizes.length;
+      const { at } = transportLayout(id, queues, description.config.length);
+      const words = new Int32Array(state);
+      return {
+        id,
+        queues: description.queueSizes.map((_, queue) => {
+          const first = at.queues + queue * QUEUE_WORDS;
+          const [requests, interrupts, kicks, kickExits] = words.subarray(
+            first + QueueWord.requests,
+            first + QUEUE_WORDS,
+          );
+          return { requests, interrupts, kicks, kickExits };
+        }),
+        device: Array.from(words.subarray(at.counters, at.counters + DEVICE_COUNTERS)),
+      };
+    });
+  }
+
+  /** After the workers have ended. */
+  close(): void {
+    for (const eventfd of this.#eventfds) this.kernel.close(eventfd);
+    this.#eventfds.length = 0;
+  }
+}
+
+function limiterOptions(
+  config:
+    | {
+        readonly bandwidth?: { size: number; one_time_burst?: number | undefined; refill_time: number } | undefined;
+        readonly ops?: { size: number; one_time_burst?: number | undefined; refill_time: number } | undefined;
+      }
+    | undefined,
+): LimiterOptions | undefined {
+  if (config === undefined) return undefined;
+  const bucket = (from: { size: number; one_time_burst?: number | undefined; refill_time: number } | undefined) =>
+    from === undefined || from.size === 0 || from.refill_time === 0
+      ? undefined
+      : { size: from.size, oneTimeBurst: from.one_time_burst, refillTime: from.refill_time };
+  return { bandwidth: bucket(config.bandwidth), operations: bucket(config.ops) };
+}

@@ -1,0 +1,65 @@
+/** What main tells an I/O worker about the devices that it serves. Everything here can be cloned to another thread. */
+import type { EngineName } from '../block/engine.js';
+import type { HypervisorName, VmHandle } from '../hypervisor/hypervisor.js';
+import type { VirtioPciHandle } from '../virtio/pci-transport.js';
+import type { LimiterOptions } from '../virtio/rate-limiter.js';
+import type { MemoryHandle } from './memory-manager.js';
+
+export type BackendSpec =
+  | {
+      readonly kind: 'block';
+      readonly path: string;
+      readonly format: 'raw' | 'qcow2';
+      /** Descriptors that main opened, and holds the locks of, by path. */
+      readonly files: ReadonlyMap<string, number>;
+      readonly readonly: boolean;
+      readonly direct: boolean;
+      readonly backingFiles: boolean;
+      readonly sparse: boolean;
+      readonly serial: string;
+      readonly engine?: EngineName | undefined;
+      readonly limits?: LimiterOptions | undefined;
+    }
+  | { readonly kind: 'net'; readonly taps: readonly number[]; readonly limits?: LimiterOptions | undefined }
+  | { readonly kind: 'vhost-net'; readonly taps: readonly number[]; readonly calls: readonly number[] }
+  | { readonly kind: 'console'; readonly pipe: SharedArrayBuffer; readonly wake: number }
+  | { readonly kind: 'entropy'; readonly source: number }
+  | { readonly kind: 'balloon' }
+  | { readonly kind: 'vsock'; readonly cid: number; readonly socket: string; readonly listener: number }
+  | { readonly kind: 'pmem'; readonly fd: number | undefined }
+  | { readonly kind: 'watchdog' };
+
+export interface ServedDevice {
+  readonly handle: VirtioPciHandle;
+  /** Indices of the queues that the worker serves. */
+  readonly queues: readonly number[];
+  readonly backend: BackendSpec;
+}
+
+/** What an I/O worker is started with. */
+export interface IoWorkerData {
+  /** Of the thread. */
+  readonly name: string;
+  readonly hypervisor: HypervisorName;
+  readonly vm: VmHandle;
+  readonly memory: MemoryHandle;
+  /** Memory that is shared with other processes cannot be discarded page by page in this process alone. */
+  readonly sharedMemory: boolean;
+  /** Signalled when there is something to look at. */
+  readonly wake: number;
+  /** Word 0 becomes 1 when the worker is to end. */
+  readonly command: SharedArrayBuffer;
+  readonly devices: readonly ServedDevice[];
+  readonly affinity?: readonly number[] | undefined;
+}
+
+/** From main to a worker, beside `wake`. */
+export interface IoCommand {
+  readonly device: string;
+  readonly message: unknown;
+}
+
+/** From a worker to main. */
+export type IoMessage =
+  | { readonly kind: 'log'; readonly level: 'info' | 'warn'; readonly line: string }
+  | { readonly kind: 'device'; readonly device: string; readonly message: unknown };

@@ -1,0 +1,213 @@
+/**
+ * What the devices of a machine hold on the host: image files with their locks, taps, sockets. Opened once, before the guest
+ * starts, so that a mistake is told in one line; kept while the guest reboots; given back at the end.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { ImageError } from '../block/disk-image.js';
+import { openImage, PROBE_BYTES, probeFormat } from '../block/open-image.js';
+import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../config/device-config.js';
+import { PMEM_ALIGNMENT } from '../config/device-config.js';
+import type { VmConfig } from '../config/vm-config.js';
+import { type HostKernel, type HostMapping, SystemError } from '../sys/host-kernel.js';
+import { MachineError } from './machine-error.js';
+
+export interface DiskResource {
+  readonly config: DiskConfig;
+  readonly format: 'raw' | 'qcow2';
+  /** By absolute path. */
+  readonly files: ReadonlyMap<string, number>;
+  /** Bytes that the guest sees. */
+  size: number;
+  /** Physical block, bytes. */
+  readonly blockSize: number;
+}
+
+export interface NetResource {
+  readonly config: NetConfig;
+  /** One descriptor for each pair of queues. */
+  readonly taps: readonly number[];
+  readonly mac: Uint8Array;
+}
+
+export interface PmemResource {
+  readonly config: PmemConfig;
+  readonly mapping: HostMapping;
+  readonly fd: number | undefined;
+}
+
+export interface VsockResource {
+  readonly config: VsockConfig;
+  readonly listener: number;
+}
+
+/** Pending connections of the vsock's socket. */
+const BACKLOG = 64;
+
+export class HostResources {
+  readonly disks: DiskResource[] = [];
+  readonly net: NetResource[] = [];
+  readonly pmem: PmemResource[] = [];
+  rng = -1;
+  vsock?: VsockResource;
+  readonly #undo: (() => void)[] = [];
+
+  private constructor(private readonly kernel: HostKernel) {}
+
+  /** @throws MachineError in one line; nothing is left behind then */
+  static open(kernel: HostKernel, config: VmConfig, openTaps: TapOpener): HostResources {
+    const resources = new HostResources(kernel);
+    try {
+      for (const disk of config.disks) resources.#openDisk(disk);
+      for (const net of config.net) {
+        const { taps, mac } = openTaps(net);
+        for (const tap of taps) resources.#undo.push(() => kernel.close(tap));
+        resources.net.push({ config: net, taps, mac });
+      }
+      for (const pmem of config.pmem) resources.#openPmem(pmem);
+      resources.rng = resources.#open(`--rng src=${config.rng.src}`, config.rng.src, {
+        readonly: true,
+        nonblocking: true,
+      });
+      if (config.vsock !== undefined) resources.#openVsock(config.vsock);
+      return resources;
+    } catch (error) {
+      resources.close();
+      throw error;
+    }
+  }
+
+  #open(option: string, file: string, options: Parameters<HostKernel['open']>[1]): number {
+    try {
+      const fd = this.kernel.open(file, options);
+      this.#undo.push(() => this.kernel.close(fd));
+      return fd;
+    } catch (error) {
+      if (error instanceof SystemError) throw new MachineError(`${option}: ${reason(error)}`);
+      throw error;
+    }
+  }
+
+  #openDisk(config: DiskConfig): void {
+    const option = `--disk path=${config.path}`;
+    const files = new Map<string, number>();
+    const openFile = (file: string, readonly: boolean, direct: boolean): number => {
+      const fd = this.#open(option, file, { readonly, direct });
+      const kind = fs.fstatSync(fd);
+      if (!kind.isFile() && !kind.isBlockDevice()) {
+        throw new MachineError(
+          `${option}: ${kind.isDirectory() ? 'a folder' : 'not a file'}; accepted is a file or block device`,
+        );
+      }
+      // Nobody may write what this machine reads, and nobody else may read what it writes.
+      if (!this.kernel.lockFile(fd, !readonly)) {
+        throw new MachineError(`${option}: ${file} is in use by another process, which has locked it`);
+      }
+      files.set(path.resolve(file), fd);
+      return fd;
+    };
+    const fd = openFile(config.path, config.readonly, config.direct);
+    const format = config.image_type ?? this.#probe(option, config.path);
+    const image = (() => {
+      try {
+        // Files behind it are opened as the image names them.
+        const lazy = new LazyFiles(files, (file) => openFile(file, true, false));
+        const { readonly, direct, backing_files: backingFiles, sparse } = config;
+        return openImage(this.kernel, {
+          path: config.path,
+          format,
+          readonly,
+          direct,
+          backingFiles,
+          sparse,
+          files: lazy,
+        });
+      } catch (error) {
+        if (error instanceof ImageError || error instanceof SystemError) {
+          throw new MachineError(`${option}: ${error.message}`, { cause: error });
+        }
+        throw error;
+      }
+    })();
+    const { size } = image;
+    image.close();
+    if (size === 0) throw new MachineError(`${option}: an empty image; accepted is one of at least 512 bytes`);
+    this.disks.push({ config, format, files, size, blockSize: blockSize(fd) });
+  }
+
+  #probe(option: string, file: string): 'raw' | 'qcow2' {
+    const fd = this.#open(option, file, { readonly: true });
+    const first = new Uint8Array(PROBE_BYTES);
+    try {
+      this.kernel.readAt(fd, first, 0);
+    } catch (error) {
+      if (error instanceof SystemError) throw new MachineError(`${option}: ${reason(error)}`);
+      throw error;
+    }
+    return probeFormat(first);
+  }
+
+  #openPmem(config: PmemConfig): void {
+    const option = `--pmem file=${config.file}`;
+    const fd = this.#open(option, config.file, { readonly: config.discard_writes });
+    const size = config.size ?? fs.fstatSync(fd).size;
+    if (size === 0 || size % PMEM_ALIGNMENT !== 0) {
+      throw new MachineError(`${option}: ${size} bytes; accepted is a size that is a multiple of 2M`);
+    }
+    if (fs.fstatSync(fd).size < size) {
+      if (config.discard_writes) throw new MachineError(`${option}: a file shorter than size=${size}`);
+      this.kernel.truncate(fd, size);
+    }
+    const mapping = this.kernel.map({ length: size, fd, shared: !config.discard_writes });
+    this.#undo.push(() => mapping.unmap());
+    this.pmem.push({ config, mapping, fd: config.discard_writes ? undefined : fd });
+  }
+
+  #openVsock(config: VsockConfig): void {
+    const option = `--vsock socket=${config.socket}`;
+    try {
+      const listener = this.kernel.listenUnix(config.socket, BACKLOG);
+      this.vsock = { config, listener };
+      this.#undo.push(() => {
+        this.kernel.close(listener);
+        fs.rmSync(config.socket, { force: true });
+      });
+    } catch (error) {
+      if (error instanceof SystemError) throw new MachineError(`${option}: ${reason(error)}`);
+      throw error;
+    }
+  }
+
+  close(): void {
+    for (const step of this.#undo.reverse()) step();
+    this.#undo.length = 0;
+  }
+}
+
+/** Makes or adopts a network interface's taps. */
+export type TapOpener = (config: NetConfig) => { readonly taps: readonly number[]; readonly mac: Uint8Array };
+
+/** Files that are opened when they are first asked for. */
+class LazyFiles extends Map<string, number> {
+  constructor(
+    private readonly opened: Map<string, number>,
+    private readonly open: (file: string) => number,
+  ) {
+    super();
+  }
+
+  override get(file: string): number {
+    return this.opened.get(file) ?? this.open(file);
+  }
+}
+
+function reason(error: SystemError): string {
+  // The call is named in the error's text, which the option makes superfluous.
+  return error.message.slice(error.call.length + 2);
+}
+
+/** Bytes: what the host moves at the least without reading first, within what a guest expects. */
+function blockSize(fd: number): number {
+  const { blksize } = fs.fstatSync(fd);
+  return blksize >= 512 && blksize <= 4096 && (blksize & (blksize - 1)) === 0 ? blksize : 4096;
+}
