@@ -1,6 +1,6 @@
 /** Linux AIO (linux/aio_abi.h; io_submit(2)), for hosts without io_uring. Asynchronous only for files opened direct. */
 import type { HostKernel, HostMapping } from '../sys/host-kernel.js';
-import type { Completion, IoEngine } from './engine.js';
+import type { Completion, IoEngine } from './io-engine.js';
 
 export const AIO = {
   IOCB_BYTES: 64,

@@ -10,7 +10,7 @@ import { IovecArray } from '../virtio/iovec.js';
 import { type Chain, MAX_CHAIN, Pop } from '../virtio/queue.js';
 import type { RateLimiter } from '../virtio/rate-limiter.js';
 import { type DiskImage, ExtentKind } from './disk-image.js';
-import type { IoEngine } from './engine.js';
+import type { IoEngine } from './io-engine.js';
 
 const SECTOR = 512;
 const HEADER_BYTES = 16;
@@ -241,7 +241,7 @@ export class BlockDevice implements VirtioDevice {
       this.#dispatch(index, slot, chain, type, sector);
     } catch (error) {
       // What an image throws for a broken table, or a host that failed it.
-      this.#fail(slot, `${error instanceof Error ? error.message : String(error)}`);
+      this.#fail(slot, error instanceof Error ? error.message : String(error));
     }
     this.#done(index);
   }
@@ -251,7 +251,7 @@ export class BlockDevice implements VirtioDevice {
     switch (type) {
       case Request.in: {
         const bytes = chain.writableBytes - 1;
-        if (!this.#inside(sector, bytes)) return this.#fail(slot);
+        if (!this.#inside(sector, bytes)) { this.#fail(slot); return; }
         counters[Counter.reads]++;
         counters[Counter.readSectors] += bytes / SECTOR;
         slot.bytes = bytes;
@@ -260,7 +260,7 @@ export class BlockDevice implements VirtioDevice {
       }
       case Request.out: {
         const bytes = chain.readableBytes - HEADER_BYTES;
-        if (this.options.readonly || !this.#inside(sector, bytes)) return this.#fail(slot);
+        if (this.options.readonly || !this.#inside(sector, bytes)) { this.#fail(slot); return; }
         counters[Counter.writes]++;
         counters[Counter.writtenSectors] += bytes / SECTOR;
         slot.write = true;
@@ -363,11 +363,11 @@ export class BlockDevice implements VirtioDevice {
       const result = slot.write
         ? kernel.writevAtRaw(fd, address, left, offset + done)
         : kernel.readvAtRaw(fd, address, left, offset + done);
-      if (result < 0) return this.#fail(slot, errorText(slot.write, length, offset, result));
+      if (result < 0) { this.#fail(slot, errorText(slot.write, length, offset, result)); return; }
       if (result === 0) {
         // The end of the host's file.
         if (slot.write || this.options.raw) {
-          return this.#fail(slot, `The host's file ends at ${offset + done}`);
+          this.#fail(slot, `The host's file ends at ${offset + done}`); return;
         }
         // An image that grows has not written its last cluster to its end.
         kernel.readvRaw(this.#zeros, iovecs.address(first), left);

@@ -3,7 +3,7 @@
  * them. What the page cache has is complete when that call returns.
  */
 import type { HostKernel, HostMapping } from '../sys/host-kernel.js';
-import type { Completion, IoEngine } from './engine.js';
+import type { Completion, IoEngine } from './io-engine.js';
 
 export const RING = {
   PARAMETERS_BYTES: 120,

@@ -1,6 +1,6 @@
 /** Transfers by preadv and pwritev, one after the other: what every host has. */
 import type { HostKernel } from '../sys/host-kernel.js';
-import type { Completion, IoEngine } from './engine.js';
+import type { Completion, IoEngine } from './io-engine.js';
 
 export class SyncEngine implements IoEngine {
   readonly name = 'sync';

@@ -177,6 +177,9 @@ function formatDefault(value: unknown): string {
   return typeof value === 'string' ? value : formatSize(Number(value));
 }
 
+/** Sub-options without which there is no device. */
+const REQUIRED = new Set(['path', 'file', 'cid', 'socket']);
+
 /** What a device has where its options are left out. */
 function deviceDefaults({ field }: DeviceOption): Readonly<Record<string, unknown>> {
   const examples: Readonly<Record<string, () => Readonly<Record<string, unknown>>>> = {
@@ -188,8 +191,7 @@ function deviceDefaults({ field }: DeviceOption): Readonly<Record<string, unknow
     pmem: () => pmemSchema.parse({ file: 'any' }),
     vsock: () => vsockSchema.parse({ cid: 3, socket: 'any' }),
   };
-  const { path, file, cid, socket, ...rest } = examples[field]();
-  return rest;
+  return Object.fromEntries(Object.entries(examples[field]()).filter(([name]) => !REQUIRED.has(name)));
 }
 
 /** The shape that a list of sub-options fills: their descriptions and, as an empty input gives them, the defaults. */

@@ -128,9 +128,9 @@ export function readRun(found: Arguments, host: HostFacts): RunCommand {
   const boot = cpus?.fields['boot_vcpus'] ?? 1;
   const serialConfig = serial === undefined ? undefined : readMode('serial', serial, SERIAL_MODES);
   const devices = new Map(DEVICE_OPTIONS.map((option) => [option.field, readDevices(found, option)]));
-  const deviceFields = DEVICE_OPTIONS.map(({ field, several }) => {
+  const deviceFields = DEVICE_OPTIONS.flatMap(({ field, several }) => {
     const all = devices.get(field)!.map(({ list }) => list.fields);
-    return [field, several ? all : all[0]] as const;
+    return all.length === 0 ? [] : [[field, several ? all : all[0]] as const];
   });
 
   const checked = vmConfigSchema.safeParse({

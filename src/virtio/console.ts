@@ -77,7 +77,7 @@ export class ConsoleDevice implements VirtioDevice {
     const { output } = this.options.pipe;
     for (;;) {
       const taken = ring.pop();
-      if (taken === Pop.Broken) return this.#break(ring.fault);
+      if (taken === Pop.Broken) { this.#break(ring.fault); return; }
       if (taken === Pop.Empty) {
         if (!ring.resumeKicks()) return;
         continue;
@@ -105,7 +105,7 @@ export class ConsoleDevice implements VirtioDevice {
     let received = false;
     while (input.used > 0) {
       const taken = ring.pop();
-      if (taken === Pop.Broken) return this.#break(ring.fault);
+      if (taken === Pop.Broken) { this.#break(ring.fault); return; }
       if (taken === Pop.Empty) {
         if (!ring.resumeKicks()) break;
         continue;

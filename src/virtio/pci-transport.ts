@@ -245,11 +245,11 @@ export class VirtioPciDevice implements FunctionDevice {
     };
     switch (register - PCI_CAP_AT) {
       case 4:
-        return set(access);
+        { set(access); return; }
       case 8:
-        return set(access + 1);
+        { set(access + 1); return; }
       case 12:
-        return set(access + 2);
+        { set(access + 2); return; }
       case 16: {
         const size = this.#accessSize();
         if (size !== undefined) this.#write(this.#words[access + 1] >>> 0, size, (value & filler(size)) >>> 0);

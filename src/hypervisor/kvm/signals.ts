@@ -26,7 +26,7 @@ class KvmSignals implements VmSignals {
   }
 
   // The requester matters to an Arm ITS alone: KVM_MSI_VALID_DEVID is an error on x86.
-  signalMsi(addressLow: number, addressHigh: number, data: number, _requester: number): void {
+  signalMsi(addressLow: number, addressHigh: number, data: number): void {
     const message = this.#msi;
     message[0] = addressLow;
     message[1] = addressHigh;
@@ -70,7 +70,7 @@ class KvmSignals implements VmSignals {
     this.kernel.ioctlBuffer(this.#fd, abi.KVM_IRQFD, argument);
   }
 
-  setMsiRoute(route: number, addressLow: number, addressHigh: number, data: number, _requester: number): void {
+  setMsiRoute(route: number, addressLow: number, addressHigh: number, data: number): void {
     this.#routes.lock();
     try {
       routeMsi(this.#routes, route, addressLow, addressHigh, data);

@@ -174,6 +174,7 @@ test('a configuration written as options is read back the same', () => {
         `--cpus=${formatCpus(wanted.cpus)}`,
         `--memory=${formatMemory(wanted.memory)}`,
         `--serial=${formatSerial(wanted.serial)}`,
+        '--console=off',
         ...(wanted.pvpanic ? ['--pvpanic'] : []),
       ];
       expect(parseCommandLine(argv, host)).toEqual({ kind: 'run', config: wanted, process: { verbosity: 0 } });

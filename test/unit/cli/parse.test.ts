@@ -14,14 +14,67 @@ function run(...argv: string[]): RunCommand {
   return command;
 }
 
+const NO_DEVICES = {
+  platform: { num_pci_segments: 1 },
+  disks: [],
+  net: [],
+  rng: { src: '/dev/urandom', pci_segment: 0, iommu: false },
+  pmem: [],
+};
+const DISK_LIST = [
+  'a list of path=, readonly=, direct=, num_queues=, queue_size=, serial=, bw_size=, bw_one_time_burst=,',
+  'bw_refill_time=, ops_size=, ops_one_time_burst=, ops_refill_time=, queue_affinity=, backing_files=, sparse=,',
+  'image_type=, _disable_io_uring=, _disable_aio=, id=, pci_segment=, pci_device_id=, iommu=',
+].join(' ');
+
 const defaults = {
   payload: { kernel: 'k' },
   cpus: { boot_vcpus: 1, max_vcpus: 1, max_phys_bits: 46 },
   memory: { size: 512 * 2 ** 20, shared: false, hugepages: false, prefault: false, thp: true, mergeable: false },
   serial: { mode: 'Null' },
-  console: { mode: 'Off' },
+  console: { mode: 'Tty' },
+  ...NO_DEVICES,
+  watchdog: false,
   pvpanic: false,
 };
+
+describe('devices', () => {
+  test('any number of disks, in order, however they are given', () => {
+    const disks = ['--disk', 'path=a', 'path=b,readonly=on', '--disk', 'path=c'];
+    const { config } = run('--kernel', 'k', ...disks);
+    expect(config.disks.map(({ path, readonly }) => [path, readonly])).toEqual([
+      ['a', false],
+      ['b', true],
+      ['c', false],
+    ]);
+  });
+
+  test('limits are flat on the command line and nested in the configuration', () => {
+    const limits = 'bw_size=1M,bw_refill_time=100,ops_size=10,ops_one_time_burst=5,ops_refill_time=1000';
+    expect(run('--kernel', 'k', '--disk', `path=a,${limits}`).config.disks[0].rate_limiter_config).toEqual({
+      bandwidth: { size: 2 ** 20, refill_time: 100 },
+      ops: { size: 10, one_time_burst: 5, refill_time: 1000 },
+    });
+    // A bucket needs a size and a time.
+    expect(run('--kernel', 'k', '--disk', 'path=a,bw_size=1M').config.disks[0].rate_limiter_config).toBeUndefined();
+  });
+
+  test('a network with everything', () => {
+    const text = 'tap=t0,ip=10.0.0.1,mask=255.0.0.0,mac=12:34:56:78:9a:bc,mtu=1500,offload_tso=off,vhost=on,id=n';
+    expect(run('--kernel', 'k', '--net', text).config.net[0]).toMatchObject({
+      tap: 't0',
+      ip: '10.0.0.1',
+      mask: '255.0.0.0',
+      mac: '12:34:56:78:9a:bc',
+      mtu: 1500,
+      num_queues: 2,
+      offload_tso: false,
+      offload_ufo: true,
+      vhost: true,
+      id: 'n',
+    });
+  });
+});
 
 describe('a machine', () => {
   test('with defaults', () => {
@@ -30,7 +83,7 @@ describe('a machine', () => {
 
   test('with everything', () => {
     const text = [
-      '--kernel /boot/vmlinuz --initramfs=/boot/initrd --pvpanic --hypervisor mshv --log-file log -v',
+      '--kernel /boot/vmlinuz --initramfs=/boot/initrd --pvpanic --watchdog --hypervisor mshv --log-file log -v',
       '--cpus boot=2,max=4,topology=2:2:1:1,max_phys_bits=40,affinity=[0@[0-2],3@[5]]',
       '--memory size=1G,shared=on,hugepages=on,hugepage_size=2M,prefault=on,thp=off,mergeable=off',
       '--serial file=out.log --console off --verbose',
@@ -60,6 +113,8 @@ describe('a machine', () => {
         },
         serial: { mode: 'File', file: 'out.log' },
         console: { mode: 'Off' },
+        ...NO_DEVICES,
+        watchdog: true,
         pvpanic: true,
       },
       process: { hypervisor: 'mshv', logFile: 'log', verbosity: 2 },
@@ -147,7 +202,39 @@ describe('refuses options', () => {
     ['--kernel k --hypervisor xen', '--hypervisor xen: accepted is kvm or mshv'],
     ['--kernel k --log-file=', '--log-file=: accepted is the path of a file'],
     ['--kernel k --log-file=a\0b', '--log-file a\\u{0}b: accepted is the path of a file'],
-    ['--kernel k --console tty', '--console tty: accepted is off'],
+    ['--kernel k --console x', '--console x: accepted is off, null, tty, pty, file=PATH, socket=PATH'],
+    ['--kernel k --serial tty --console tty', '--console tty: accepted is another place than --serial tty has'],
+    ['--kernel k --disk', '--disk: accepted is a value after it'],
+    ['--kernel k --disk readonly=on', '--disk readonly=on: accepted is path=, a path'],
+    ['--kernel k --disk path=a,size=1', '--disk size=1: accepted is ' + DISK_LIST],
+    ['--kernel k --disk path=a,queue_size=3', '--disk queue_size=3: accepted is a power of two from 4 to 32768'],
+    ['--kernel k --disk path=a,num_queues=2', '--disk num_queues=2: accepted is up to 1, one for each vCPU'],
+    ['--kernel k --disk path=a,pci_segment=1', '--disk pci_segment=1: accepted is a segment below num_pci_segments=1'],
+    [
+      '--kernel k --disk path=a,pci_device_id=0',
+      '--disk pci_device_id=0: accepted is a slot from 1 to 31: 0 is the host bridge',
+    ],
+    ['--kernel k --disk path=a,id=x path=b,id=x', '--disk id=x: accepted is a name that no other device has'],
+    [
+      '--kernel k --disk path=a,queue_affinity=[1@[0]]',
+      '--disk queue_affinity=[1@[0]]: accepted is a queue from 0 to 0',
+    ],
+    ['--kernel k --disk path=a,image_type=vhd', '--disk image_type=vhd: accepted is one of raw, qcow2'],
+    [
+      '--kernel k --net mac=01:00:00:00:00:01',
+      '--net mac=01:00:00:00:00:01: accepted is a unicast address such as 12:34:56:78:9a:bc',
+    ],
+    ['--kernel k --net mtu=100', '--net mtu=100: accepted is a number from 1280 to 65535'],
+    ['--kernel k --net ip=10.0.0.1', '--net ip=10.0.0.1: accepted is an address only with mask='],
+    ['--kernel k --net fd=[3,4]', '--net fd=[3,4]: accepted is 1 descriptors for num_queues=2'],
+    [
+      '--kernel k --net offload_csum=off',
+      '--net offload_csum=off: accepted is offload_tso=, off with offload_csum=off',
+    ],
+    ['--kernel k --vsock cid=2,socket=s', '--vsock cid=2: accepted is a context id from 3 to 4294967294'],
+    ['--kernel k --pmem file=a,size=1M', '--pmem size=1M: accepted is a multiple of 2M'],
+    ['--kernel k --balloon size=512M', '--balloon size=512M: accepted is less than the guest has memory'],
+    ['--kernel k --platform num_pci_segments=17', '--platform num_pci_segments=17: accepted is a number from 1 to 16'],
     ['--kernel k --serial vga', `--serial vga: ${SERIAL}`],
     ['--kernel k --serial tty=1', `--serial tty=1: ${SERIAL}`],
     ['--kernel k --serial tty,pty', `--serial tty,pty: ${SERIAL}`],

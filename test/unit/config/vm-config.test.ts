@@ -15,6 +15,12 @@ test('only the kernel is required', () => {
     memory: { size: 536870912, shared: false, hugepages: false, prefault: false, thp: true, mergeable: false },
     serial: { mode: 'Null' },
     console: { mode: 'Off' },
+    platform: { num_pci_segments: 1 },
+    disks: [],
+    net: [],
+    rng: { src: '/dev/urandom', pci_segment: 0, iommu: false },
+    pmem: [],
+    watchdog: false,
     pvpanic: false,
   });
 });
@@ -36,10 +42,10 @@ describe('refused, whichever front end it came from', () => {
     [{ payload, serial: { mode: 'Socket' } }, 'serial.socket: a path'],
     [{ payload, serial: { mode: 'Tty', file: 'f' } }, 'serial.file: a path only with mode File'],
     [{ payload, serial: { mode: 'tty' } }, 'serial.mode: one of Off, Null, Tty, Pty, File, Socket'],
-    [{ payload, console: { mode: 'Tty' } }, 'console.mode: off'],
+    [{ payload, console: { mode: 'tty' } }, 'console.mode: one of Off, Null, Tty, Pty, File, Socket'],
   ])('%j', (config, text) => expect(refusal(config)).toBe(text));
 
-  test('unknown fields', () => expect(refusal({ payload, disks: [] })).toContain('disks'));
+  test('unknown fields', () => expect(refusal({ payload, disk: [] })).toContain('disk'));
 });
 
 test('the largest values are valid', () => {
