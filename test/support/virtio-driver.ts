@@ -43,6 +43,11 @@ export class TestGuest {
     return address;
   }
 
+  /** Forgets what was allocated from an address on. */
+  rewind(address: number): void {
+    this.#next = address;
+  }
+
   close(): void {
     for (const mapping of this.#mappings) mapping.unmap();
   }
@@ -59,6 +64,8 @@ export interface TestQueueOptions {
   readonly packed?: boolean;
   readonly eventIndex?: boolean;
   readonly indirect?: boolean;
+  /** A queue of the same size and format whose place in memory this one takes. */
+  readonly at?: TestQueue;
 }
 
 /** One queue with both of its ends. */
@@ -83,15 +90,17 @@ export class TestQueue {
   constructor(
     readonly guest: TestGuest,
     index: number,
-    { size = 16, packed = false, eventIndex = false, indirect = true }: TestQueueOptions = {},
+    { size = 16, packed = false, eventIndex = false, indirect = true, at }: TestQueueOptions = {},
   ) {
     this.size = size;
     this.#packed = packed;
     this.#free = Array.from({ length: size }, (_, id) => id);
-    this.descriptors = guest.alloc(size * 16);
-    this.driverArea = guest.alloc(packed ? 4 : 6 + size * 2);
-    this.deviceArea = guest.alloc(packed ? 4 : 6 + size * 8);
+    this.descriptors = at?.descriptors ?? guest.alloc(size * 16);
+    this.driverArea = at?.driverArea ?? guest.alloc(packed ? 4 : 6 + size * 2);
+    this.deviceArea = at?.deviceArea ?? guest.alloc(packed ? 4 : 6 + size * 8);
     guest.memory.fill(this.descriptors, 0, size * 16);
+    guest.memory.fill(this.driverArea, 0, packed ? 4 : 6 + size * 2);
+    guest.memory.fill(this.deviceArea, 0, packed ? 4 : 6 + size * 8);
     const { words } = this;
     words[QueueWord.size] = size;
     words[QueueWord.descriptorLow] = this.descriptors;

@@ -1,0 +1,293 @@
+/** The block device over real files and every I/O engine of this host. */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterAll, describe, expect, test } from '@jest/globals';
+import fc from 'fast-check';
+import { HostBlockFile } from '../../../src/block/block-file.js';
+import { BlockDevice, blockDescription, type BlockOptions } from '../../../src/block/block-device.js';
+import { openEngine } from '../../../src/block/engine.js';
+import { type EngineName, ENGINES } from '../../../src/block/io-engine.js';
+import { RawImage } from '../../../src/block/raw-image.js';
+import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
+import { RateLimiter } from '../../../src/virtio/rate-limiter.js';
+import { testContext, testDriver, TestGuest, TestQueue, type TestBuffer } from '../../support/virtio-driver.js';
+
+const kernel = new LinuxKernel();
+const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-block-'));
+afterAll(() => fs.rmSync(folder, { recursive: true }));
+
+const SIZE = 2 ** 20;
+const FLUSH = 9;
+const IN = 0;
+const OUT = 1;
+const OK = 0;
+const IO_ERROR = 1;
+const UNSUPPORTED = 2;
+
+let files = 0;
+function disk(
+  engine: EngineName,
+  options: Partial<BlockOptions> = {},
+  features: readonly number[] = [FLUSH],
+  queueOptions = {},
+) {
+  const file = path.join(folder, `disk${files++}`);
+  fs.writeFileSync(file, Buffer.alloc(SIZE, 0x5a));
+  const guest = new TestGuest();
+  const queue = new TestQueue(guest, 0, { size: 16, ...queueOptions });
+  const context = testContext(kernel);
+  const image = new RawImage(new HostBlockFile(kernel, file, kernel.open(file)), true);
+  const device = new BlockDevice(context, {
+    readonly: false,
+    serial: 'serial-0',
+    image,
+    engine: openEngine(kernel, false, 8, engine),
+    raw: true,
+    ...options,
+  });
+  context.config.set(blockDescription(SIZE, 1, 16, false, 4096).config);
+  device.activate(testDriver(guest, [queue], features));
+  const buffers = guest.alloc(0x4_0000, 4096);
+
+  /** Offers a request without waiting for it. @returns where its status will be */
+  const submit = (type: number, sector: number, data: readonly TestBuffer[], indirect = false): number => {
+    const header = guest.alloc(16);
+    const status = guest.alloc(1);
+    guest.memory.setU32(header, type);
+    guest.memory.setU32(header + 4, 0);
+    guest.memory.setU32(header + 8, sector % 2 ** 32);
+    guest.memory.setU32(header + 12, Math.floor(sector / 2 ** 32));
+    guest.memory.setU8(status, 0xff);
+    const last = { address: status, length: 1, write: true };
+    queue.add([{ address: header, length: 16, write: false }, ...data, last], indirect);
+    return status;
+  };
+  const wait = () => {
+    device.kick(queue.queue);
+    for (;;) {
+      const used = queue.used();
+      if (used !== undefined) return used;
+      context.loop.turn(1000);
+    }
+  };
+  const request = (type: number, sector: number, data: readonly TestBuffer[], indirect = false) => {
+    const status = submit(type, sector, data, indirect);
+    const { length } = wait();
+    return { status: guest.memory.u8(status), length };
+  };
+  const close = () => {
+    device.deactivate();
+    device.close();
+    context.loop.close();
+    guest.close();
+  };
+  return { file, guest, queue, context, device, buffers, submit, wait, request, close };
+}
+
+describe.each(ENGINES)('with %s', (engine) => {
+  test('is the engine asked for', () => {
+    const opened = openEngine(kernel, true, 8, engine);
+    expect(opened.name).toBe(engine);
+    opened.close();
+  });
+
+  test('writes and reads back, over several buffers', () => {
+    const d = disk(engine);
+    const text = Buffer.from('0123456789abcdef'.repeat(96));
+    d.guest.memory.write(d.buffers, text);
+    const pieces = [
+      { address: d.buffers, length: 100, write: false },
+      { address: d.buffers + 100, length: 1436, write: false },
+    ];
+    expect(d.request(OUT, 3, pieces)).toEqual({ status: OK, length: 1 });
+    expect(fs.readFileSync(d.file).subarray(1536, 3072).equals(text)).toBe(true);
+    const back = [
+      { address: d.buffers + 0x1000, length: 1, write: true },
+      { address: d.buffers + 0x2000, length: 1535, write: true },
+    ];
+    expect(d.request(IN, 3, back, true)).toEqual({ status: OK, length: 1537 });
+    expect(Buffer.from(d.guest.memory.read(d.buffers + 0x2000, 1535)).equals(text.subarray(1))).toBe(true);
+    d.close();
+  });
+
+  test('many at once, more than the engine takes', () => {
+    const d = disk(engine);
+    const statuses = Array.from({ length: 5 }, (_, index) => {
+      d.guest.memory.fill(d.buffers + index * 4096, index + 1, 4096);
+      return d.submit(OUT, index * 8, [{ address: d.buffers + index * 4096, length: 4096, write: false }]);
+    });
+    for (let index = 0; index < 5; index++) d.wait();
+    expect(statuses.map((at) => d.guest.memory.u8(at))).toEqual([0, 0, 0, 0, 0]);
+    const bytes = fs.readFileSync(d.file);
+    for (let index = 0; index < 5; index++) expect(bytes[index * 4096 + 77]).toBe(index + 1);
+    d.close();
+  });
+
+  test('flush, identity, discard, write zeroes', () => {
+    const d = disk(engine);
+    expect(d.request(4, 0, [])).toEqual({ status: OK, length: 1 });
+    expect(d.request(8, 0, [{ address: d.buffers, length: 20, write: true }])).toEqual({ status: OK, length: 21 });
+    expect(Buffer.from(d.guest.memory.read(d.buffers, 20)).toString()).toBe('serial-0' + '\0'.repeat(12));
+    const range = (sector: number, count: number, flags: number) => {
+      const { memory } = d.guest;
+      [sector, 0, count, flags].forEach((word, index) => memory.setU32(d.buffers + index * 4, word));
+      return [{ address: d.buffers, length: 16, write: false }];
+    };
+    expect(d.request(11, 0, range(8, 8, 0)).status).toBe(OK);
+    expect(d.request(13, 0, range(16, 8, 1)).status).toBe(OK);
+    expect(d.request(13, 0, range(24, 8, 0)).status).toBe(OK);
+    const bytes = fs.readFileSync(d.file);
+    expect(bytes.length).toBe(SIZE);
+    expect(bytes.subarray(4096, 4 * 4096).every((byte) => byte === 0)).toBe(true);
+    expect([bytes[4095], bytes[4 * 4096]]).toEqual([0x5a, 0x5a]);
+    expect(d.request(13, 0, range(0, 8, 2)).status).toBe(UNSUPPORTED);
+    expect(d.request(11, 0, range(0, 8, 1)).status).toBe(UNSUPPORTED);
+    expect(d.request(11, 0, range(SIZE / 512, 1, 0)).status).toBe(IO_ERROR);
+    expect(d.request(99, 0, []).status).toBe(UNSUPPORTED);
+    d.close();
+  });
+
+  test('what lies beyond the end, or is no whole sector, is an error', () => {
+    const d = disk(engine);
+    const page = [{ address: d.buffers, length: 4096, write: true }];
+    expect(d.request(IN, SIZE / 512 - 7, page).status).toBe(IO_ERROR);
+    expect(d.request(IN, 2 ** 55, page).status).toBe(IO_ERROR);
+    expect(d.request(IN, 0, [{ address: d.buffers, length: 511, write: true }]).status).toBe(IO_ERROR);
+    expect(d.request(IN, SIZE / 512 - 8, page).status).toBe(OK);
+    d.close();
+  });
+
+  test('a file that was cut off is an error and a line in the log', () => {
+    const d = disk(engine);
+    fs.truncateSync(d.file, 4096);
+    expect(d.request(IN, 0, [{ address: d.buffers, length: 8192, write: true }]).status).toBe(IO_ERROR);
+    expect(d.context.lines).toEqual([expect.stringMatching(/file ends at 4096/)]);
+    d.close();
+  });
+
+  test('write-through: without FLUSH each write waits for its sync', () => {
+    const d = disk(engine, {}, []);
+    expect(d.request(OUT, 0, [{ address: d.buffers, length: 512, write: false }])).toEqual({ status: OK, length: 1 });
+    d.close();
+  });
+
+  test('a reset waits for what is in flight', () => {
+    const d = disk(engine);
+    d.guest.memory.fill(d.buffers, 7, 4096);
+    d.submit(OUT, 0, [{ address: d.buffers, length: 4096, write: false }]);
+    d.device.kick(d.queue.queue);
+    d.device.deactivate();
+    expect(fs.readFileSync(d.file)[0]).toBe(7);
+    d.close();
+  });
+
+  test('packed rings', () => {
+    const d = disk(engine, {}, [FLUSH], { packed: true });
+    const page = [{ address: d.buffers, length: 4096, write: true }];
+    for (let round = 0; round < 20; round++) expect(d.request(IN, 0, page).status).toBe(OK);
+    d.close();
+  });
+});
+
+test('a read-only disk refuses to be changed', () => {
+  const d = disk('sync', { readonly: true });
+  expect(d.request(OUT, 0, [{ address: d.buffers, length: 512, write: false }]).status).toBe(IO_ERROR);
+  expect(d.request(11, 0, [{ address: d.buffers, length: 16, write: false }]).status).toBe(IO_ERROR);
+  expect(d.request(IN, 0, [{ address: d.buffers, length: 512, write: true }]).status).toBe(OK);
+  d.close();
+});
+
+test('a limit makes requests wait', () => {
+  const limiter = new RateLimiter({ operations: { size: 2, refillTime: 100 } }, () => performance.now());
+  const d = disk('sync', { limiter });
+  const page = [{ address: d.buffers, length: 512, write: true }];
+  const begun = performance.now();
+  for (let index = 0; index < 6; index++) expect(d.request(IN, 0, page).status).toBe(OK);
+  // Two at once, then one every 50 ms.
+  expect(performance.now() - begun).toBeGreaterThan(190);
+  d.close();
+});
+
+test('a new size is told to the driver', () => {
+  const d = disk('sync');
+  d.device.control({ size: 2 * SIZE });
+  expect(fs.statSync(d.file).size).toBe(2 * SIZE);
+  expect(new DataView(d.context.config.buffer).getUint32(0, true)).toBe((2 * SIZE) / 512);
+  expect(d.context.configChanges).toBe(1);
+  expect(d.request(IN, SIZE / 512, [{ address: d.buffers, length: 512, write: true }]).status).toBe(OK);
+  d.close();
+});
+
+test.each([
+  ['split', false],
+  ['packed', true],
+])(
+  'whatever a driver puts into its %s queue, chains come back or the device asks for a reset',
+  (_name, packed) => {
+    const buffer = fc.record({
+      address: fc.oneof(fc.integer({ min: 0x10_0000, max: 0x10_1000 }), fc.constantFrom(0x1000_0000, 0xff_ffff)),
+      length: fc.oneof(
+        { arbitrary: fc.constantFrom(1, 16, 511, 512, 513, 4096), weight: 8 },
+        { arbitrary: fc.constant(0), weight: 1 },
+      ),
+      write: fc.boolean(),
+    });
+    const chain = fc.record({
+      header: fc.record({
+        type: fc.constantFrom(0, 1, 4, 8, 11, 13, 99),
+        sector: fc.constantFrom(0, 1, 2047, 2048, 2 ** 40),
+      }),
+      withHeader: fc.boolean(),
+      rest: fc.array(buffer, { maxLength: 5 }),
+      indirect: fc.boolean(),
+    });
+    const guest = new TestGuest();
+    const context = testContext(kernel);
+    const file = path.join(folder, `hostile-${packed}`);
+    fs.writeFileSync(file, Buffer.alloc(SIZE));
+    const image = new RawImage(new HostBlockFile(kernel, file, kernel.open(file)), true);
+    const engine = openEngine(kernel, false, 8, 'sync');
+    const device = new BlockDevice(context, { readonly: false, serial: '', image, engine, raw: true });
+    const place = new TestQueue(guest, 0, { size: 16, packed });
+    const header = guest.alloc(16);
+    const tables = guest.alloc(0x1000);
+    let served = 0;
+    let resets = 0;
+    fc.assert(
+      fc.property(fc.array(chain, { minLength: 1, maxLength: 2 }), (chains) => {
+        guest.rewind(tables);
+        const queue = new TestQueue(guest, 0, { size: 16, packed, at: place });
+        context.resets.length = 0;
+        device.activate(testDriver(guest, [queue], [FLUSH]));
+        for (const {
+          header: { type, sector },
+          withHeader,
+          rest,
+          indirect,
+        } of chains) {
+          guest.memory.setU32(header, type);
+          guest.memory.setU32(header + 8, sector % 2 ** 32);
+          guest.memory.setU32(header + 12, Math.floor(sector / 2 ** 32));
+          const list = [...(withHeader ? [{ address: header, length: 16, write: false }] : []), ...rest];
+          if (list.length > 0) queue.add(list, indirect);
+        }
+        device.kick(queue.queue);
+        const offered = chains.filter(({ withHeader, rest }) => withHeader || rest.length > 0).length;
+        let back = 0;
+        while (queue.used() !== undefined) back++;
+        if (context.resets.length > 0) resets++;
+        else expect(back).toBe(offered);
+        served += back;
+        device.deactivate();
+      }),
+      { numRuns: 10_000 },
+    );
+    expect(served).toBeGreaterThan(1000);
+    expect(resets).toBeGreaterThan(1000);
+    device.close();
+    context.loop.close();
+    guest.close();
+  },
+  120_000,
+);

@@ -1,0 +1,359 @@
+/** A device behind PCI, driven as a guest's driver does it, with its worker's side run by hand. */
+import { describe, expect, test } from '@jest/globals';
+import fc from 'fast-check';
+import type { VmSignals } from '../../../src/hypervisor/hypervisor.js';
+import { StateBlock } from '../../../src/state/state-block.js';
+import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
+import type { DeviceQueue, Driver, VirtioDescription, VirtioDevice } from '../../../src/virtio/device.js';
+import { EpollLoop } from '../../../src/virtio/epoll-loop.js';
+import { offeredFeatures, VirtioPciDevice, type VirtioPciHandle } from '../../../src/virtio/pci-transport.js';
+import { Pop } from '../../../src/virtio/queue.js';
+import { VirtioRunner } from '../../../src/virtio/runner.js';
+import { transportLayout } from '../../../src/virtio/transport-state.js';
+import { TestGuest, TestQueue } from '../../support/virtio-driver.js';
+
+const kernel = new LinuxKernel();
+const BAR = 0x4000_0000;
+const FEATURE = 5;
+
+/** Gives every chain back, and notes what it is told. */
+class EchoDevice implements VirtioDevice {
+  readonly seen: string[] = [];
+  driver?: Driver;
+  needsReset: (reason: string) => void = () => undefined;
+
+  activate(driver: Driver): void {
+    this.seen.push('activate');
+    this.driver = driver;
+  }
+  kick(queue: DeviceQueue): void {
+    this.seen.push(`kick ${queue.index}`);
+    while (queue.ring.pop() === Pop.Taken) queue.ring.push(queue.ring.chain.id, 0);
+    if (queue.ring.fault !== '') this.needsReset(queue.ring.fault);
+    queue.signal();
+  }
+  deactivate(): void {
+    this.seen.push('deactivate');
+  }
+  configWritten(): void {
+    this.seen.push('config');
+  }
+  close(): void {
+    this.seen.push('close');
+  }
+}
+
+function machine() {
+  const guest = new TestGuest();
+  const loop = new EpollLoop(kernel);
+  const description: VirtioDescription = {
+    type: 42,
+    classCode: 0xff0000,
+    features: [FEATURE],
+    queueSizes: [16, 8],
+    config: Uint8Array.from([1, 2, 3, 4, 5, 6, 7, 8]),
+    writable: [[4, 6]],
+  };
+  const wake = kernel.eventfd();
+  const handle: VirtioPciHandle = {
+    id: '_test0',
+    segment: 2,
+    slot: 3,
+    description,
+    offered: offeredFeatures(description, false),
+    state: new StateBlock(transportLayout('_test0', 2, 8)).buffer,
+    doorbells: [kernel.eventfd(), kernel.eventfd()],
+    workers: [wake],
+    wideBar: true,
+    kernelInterrupts: [],
+  };
+  const messages: number[][] = [];
+  const doorbells = new Map<number, number>();
+  const signals: VmSignals = {
+    signalMsi: (...message) => messages.push(message),
+    addDoorbell: (address, eventfd) => doorbells.set(address, eventfd),
+    removeDoorbell: (address) => doorbells.delete(address),
+    connectMsi: () => undefined,
+    disconnectMsi: () => undefined,
+    setMsiRoute: () => undefined,
+  };
+  VirtioPciDevice.powerOn(handle, BAR, kernel, signals);
+  const pci = new VirtioPciDevice(handle, kernel, signals);
+  const device = new EchoDevice();
+  const lines: string[] = [];
+  const services = {
+    kernel,
+    loop,
+    memory: guest.memory,
+    signals,
+    log: (_level: string, line: string) => lines.push(line),
+    emit: () => undefined,
+  };
+  const runner = new VirtioRunner(handle, [0, 1], services, (context) => {
+    device.needsReset = context.needsReset;
+    return device;
+  });
+  const close = () => {
+    runner.close();
+    loop.close();
+    for (const fd of [wake, ...handle.doorbells]) kernel.close(fd);
+    guest.close();
+  };
+  return { guest, loop, handle, pci, runner, device, messages, doorbells, lines, close };
+}
+type Machine = ReturnType<typeof machine>;
+
+const read = ({ pci }: Machine, offset: number, size: 1 | 2 | 4) => pci.readBar(0, offset, size);
+const write = ({ pci }: Machine, offset: number, size: 1 | 2 | 4, value: number) =>
+  pci.writeBar(0, offset, size, value);
+
+/** Negotiates and enables queue 0 over a test queue's memory. */
+function start(m: Machine, { packed = false, features = 0 } = {}): TestQueue {
+  const queue = new TestQueue(m.guest, 0, { size: 16, packed });
+  write(m, 0x14, 1, 1);
+  write(m, 0x14, 1, 3);
+  write(m, 0x08, 4, 0);
+  write(m, 0x0c, 4, features);
+  write(m, 0x08, 4, 1);
+  write(m, 0x0c, 4, packed ? 1 | 4 : 1);
+  write(m, 0x14, 1, 11);
+  expect(read(m, 0x14, 1)).toBe(11);
+  write(m, 0x16, 2, 0);
+  write(m, 0x18, 2, 16);
+  write(m, 0x1a, 2, 1);
+  write(m, 0x20, 4, queue.descriptors);
+  write(m, 0x28, 4, queue.driverArea);
+  write(m, 0x30, 4, queue.deviceArea);
+  write(m, 0x1c, 2, 1);
+  write(m, 0x14, 1, 15);
+  return queue;
+}
+
+test('the function is a modern virtio device with all of its capabilities', () => {
+  const m = machine();
+  const config = (register: number) => m.pci.pci.readConfig(register);
+  expect(config(0)).toBe(0x106a_1af4);
+  expect(config(8)).toBe(0xff00_0001);
+  expect(config(4) & 0x10_0000).not.toBe(0); // a capability list
+  const found: number[] = [];
+  for (let at = config(0x34); at !== 0; at = (config(at & ~3) >>> 8) & 0xff) {
+    const head = config(at);
+    found.push((head & 0xff) === 9 ? config(at) >>> 24 : -(head & 0xff));
+  }
+  expect(found).toEqual([-0x11, 1, 2, 3, 4, 5]);
+  m.close();
+});
+
+test('the BAR has a size, may be moved, and the doorbells follow', () => {
+  const m = machine();
+  const { pci } = m.pci;
+  expect(pci.readConfig(0x10)).toBe((BAR | 4) >>> 0);
+  pci.writeConfig(0x10, 0xffff_ffff, 0xffff_ffff);
+  pci.writeConfig(0x14, 0xffff_ffff, 0xffff_ffff);
+  expect(pci.readConfig(0x10)).toBe(0xffff_0004);
+  expect(pci.readConfig(0x14)).toBe(0xffff_ffff);
+  pci.writeConfig(0x10, 0x5000_0000, 0xffff_ffff);
+  pci.writeConfig(0x14, 2, 0xffff_ffff);
+  expect(pci.barAt(0x2_5000_0000)).toBeUndefined(); // not decoding
+  pci.writeConfig(4, 2, 0xffff);
+  const bar = pci.barAt(0x2_5000_0014)!;
+  expect(pci.readMemory(bar, 0x2_5000_0012, 2)).toBe(2); // queues
+  expect([...m.doorbells.keys()]).toEqual([0x2_5000_3000, 0x2_5000_3004]);
+  pci.writeConfig(0x14, 3, 0xffff_ffff);
+  expect([...m.doorbells.keys()]).toEqual([0x3_5000_3000, 0x3_5000_3004]);
+  pci.writeConfig(4, 0, 0xffff);
+  expect(m.doorbells.size).toBe(0);
+  m.close();
+});
+
+describe('negotiation', () => {
+  test('a feature that was not offered, or none of version 1, is refused', () => {
+    const m = machine();
+    for (const [low, high] of [
+      [1 << 6, 1],
+      [0, 0],
+      [0, 1 | (1 << 20)],
+    ]) {
+      write(m, 0x14, 1, 0);
+      write(m, 0x14, 1, 3);
+      write(m, 0x08, 4, 0);
+      write(m, 0x0c, 4, low);
+      write(m, 0x08, 4, 1);
+      write(m, 0x0c, 4, high);
+      write(m, 0x14, 1, 11);
+      expect(read(m, 0x14, 1)).toBe(3);
+    }
+    m.close();
+  });
+
+  test('features are fixed once they are agreed', () => {
+    const m = machine();
+    start(m, { features: 1 << FEATURE });
+    write(m, 0x08, 4, 0);
+    write(m, 0x0c, 4, 0);
+    expect(read(m, 0x0c, 4)).toBe(1 << FEATURE);
+    m.close();
+  });
+
+  test('queues that do not exist read as nothing, and sizes beyond the most are refused', () => {
+    const m = machine();
+    write(m, 0x16, 2, 2);
+    expect([read(m, 0x18, 2), read(m, 0x1c, 2), read(m, 0x1a, 2)]).toEqual([0, 0, 0xffff]);
+    write(m, 0x16, 2, 1);
+    write(m, 0x18, 2, 9);
+    expect(read(m, 0x18, 2)).toBe(8);
+    write(m, 0x1a, 2, 3);
+    expect(read(m, 0x1a, 2)).toBe(0xffff); // there are three vectors
+    write(m, 0x1a, 2, 2);
+    expect(read(m, 0x1a, 2)).toBe(2);
+    m.close();
+  });
+});
+
+describe.each([
+  ['split', false],
+  ['packed', true],
+])('a driver with %s queues', (_name, packed) => {
+  test('gets its chains back with an interrupt, also one that waited behind a mask', () => {
+    const m = machine();
+    m.pci.pci.writeConfig(0x40, 0x8000_0000, 0xffff_0000); // MSI-X on
+    write(m, 0x8010, 4, 0xfee0_1000);
+    write(m, 0x8014, 4, 0);
+    write(m, 0x8018, 4, 0x41);
+    write(m, 0x801c, 4, 0);
+    const queue = start(m, { packed });
+    m.runner.update();
+    expect(m.device.seen).toEqual(['activate', 'kick 0']);
+    const one = [{ address: 0x2_0000, length: 4, write: true }];
+    queue.add(one);
+    kernel.signal(m.handle.doorbells[0]);
+    m.loop.turn(1000);
+    expect(queue.used()).toEqual({ id: 0, length: 0 });
+    expect(m.messages).toEqual([[0xfee0_1000 | 0, 0, 0x41, (2 << 16) | (3 << 3)]]);
+    // Masked: pending, then sent when the mask goes.
+    write(m, 0x801c, 4, 1);
+    queue.add(one);
+    write(m, 0x3000, 2, 0); // a kick that no doorbell took
+    m.loop.turn(1000);
+    expect(m.messages).toHaveLength(1);
+    expect(read(m, 0xc000, 4)).toBe(2);
+    write(m, 0x801c, 4, 0);
+    expect(m.messages).toHaveLength(2);
+    expect(read(m, 0xc000, 4)).toBe(0);
+    m.close();
+  });
+
+  test('resets the device, and reads 0 once it has let go', () => {
+    const m = machine();
+    start(m, { packed });
+    m.runner.update();
+    write(m, 0x14, 1, 0);
+    expect(read(m, 0x14, 1)).toBe(15);
+    m.runner.update();
+    expect(read(m, 0x14, 1)).toBe(0);
+    expect(m.device.seen.at(-1)).toBe('deactivate');
+    write(m, 0x16, 2, 0);
+    expect(read(m, 0x1c, 2)).toBe(0);
+    // And starts it anew.
+    const queue = start(m, { packed });
+    m.runner.update();
+    queue.add([{ address: 0x2_0000, length: 4, write: true }]);
+    kernel.signal(m.handle.doorbells[0]);
+    m.loop.turn(1000);
+    expect(queue.used()).toBeDefined();
+    m.close();
+  });
+
+  test('that breaks a queue finds DEVICE_NEEDS_RESET and a configuration interrupt', () => {
+    const m = machine();
+    const queue = start(m, { packed });
+    m.runner.update();
+    queue.add([{ address: 0x7000_0000, length: 4, write: true }]);
+    kernel.signal(m.handle.doorbells[0]);
+    m.loop.turn(1000);
+    expect(read(m, 0x14, 1)).toBe(15 | 64);
+    expect(read(m, 0x1000, 1)).toBe(2);
+    expect(read(m, 0x1000, 1)).toBe(0); // reading clears it
+    expect(m.lines).toEqual([expect.stringMatching(/^_test0: .*outside RAM/)]);
+    m.close();
+  });
+
+  test('whose rings are nowhere finds the same', () => {
+    const m = machine();
+    write(m, 0x16, 2, 0);
+    write(m, 0x24, 4, 0xff);
+    start(m, { packed });
+    m.runner.update();
+    expect(read(m, 0x14, 1) & 64).toBe(64);
+    m.close();
+  });
+});
+
+test('the configuration space: read at any size, written where the device allows it', () => {
+  const m = machine();
+  expect(read(m, 0x2000, 4)).toBe(0x0403_0201);
+  expect(read(m, 0x2006, 2)).toBe(0x0807);
+  write(m, 0x2000, 4, 0);
+  write(m, 0x2004, 4, 0xaabb_ccdd);
+  expect(read(m, 0x2000, 4)).toBe(0x0403_0201);
+  expect(read(m, 0x2004, 4)).toBe(0x0807_ccdd);
+  m.runner.update();
+  expect(m.device.seen).toEqual(['config']);
+  m.close();
+});
+
+test('the configuration access capability reaches the same registers', () => {
+  const m = machine();
+  const { pci } = m.pci;
+  pci.writeConfig(0x98, 0, 0xff);
+  pci.writeConfig(0x9c, 0x12, 0xffff_ffff);
+  pci.writeConfig(0xa0, 2, 0xffff_ffff);
+  expect(pci.readConfig(0xa4)).toBe(2);
+  pci.writeConfig(0x9c, 0x16, 0xffff_ffff);
+  pci.writeConfig(0xa4, 1, 0xffff_ffff);
+  expect(read(m, 0x16, 2)).toBe(1);
+  // A BAR, offset or length that cannot be does nothing.
+  for (const [bar, offset, length] of [
+    [1, 0x12, 2],
+    [0, 0xffff_fffe, 2],
+    [0, 0x12, 3],
+    [0, 0x13, 2],
+  ]) {
+    pci.writeConfig(0x98, bar, 0xff);
+    pci.writeConfig(0x9c, offset, 0xffff_ffff);
+    pci.writeConfig(0xa0, length, 0xffff_ffff);
+    expect(pci.readConfig(0xa4)).toBe(0);
+    pci.writeConfig(0xa4, 7, 0xffff_ffff);
+  }
+  expect(read(m, 0x16, 2)).toBe(1);
+  m.close();
+});
+
+test('no access of any kind throws, hangs or leaves the worker behind', () => {
+  const access = fc.record({
+    where: fc.constantFrom('bar', 'config', 'worker'),
+    offset: fc.oneof(fc.integer({ min: 0, max: 0x40 }), fc.integer({ min: 0, max: 0xffff })),
+    size: fc.constantFrom<1 | 2 | 4>(1, 2, 4),
+    value: fc.oneof(fc.integer({ min: 0, max: 16 }), fc.integer({ min: 0, max: 0xffff_ffff })),
+    write: fc.boolean(),
+  });
+  const m = machine();
+  fc.assert(
+    fc.property(fc.array(access, { maxLength: 20 }), (accesses) => {
+      for (const { where, offset, size, value, write: writes } of accesses) {
+        if (where === 'worker') m.runner.update();
+        else if (where === 'bar') {
+          if (writes) write(m, offset, size, value);
+          else expect(read(m, offset, size)).toBeGreaterThanOrEqual(0);
+        } else if (writes) m.pci.pci.writeConfig(offset & 0xffc, value, 0xffff_ffff);
+        else expect(m.pci.pci.readConfig(offset & 0xffc)).toBeGreaterThanOrEqual(0);
+      }
+      // A reset always ends.
+      write(m, 0x14, 1, 0);
+      m.runner.update();
+      expect(read(m, 0x14, 1)).toBe(0);
+    }),
+    { numRuns: 10_000 },
+  );
+  m.close();
+}, 120_000);
