@@ -18,6 +18,7 @@ async function runMachine(command: Extract<Command, { kind: 'run' }>): Promise<v
     process.on('SIGTERM', stop).on('SIGINT', stop).on('SIGHUP', stop);
     // The power button, for scripts.
     process.on('SIGUSR1', () => machine.powerButton());
+    process.on('SIGUSR2', () => machine.logCounters());
     try {
       await machine.run();
     } finally {

@@ -6,6 +6,7 @@
  */
 import type { DeviceContext, DeviceQueue, Driver, Timer, VirtioDescription, VirtioDevice } from '../virtio/device.js';
 import { VirtioType } from '../virtio/device.js';
+import { errnoText } from '../sys/host-kernel.js';
 import { IovecArray } from '../virtio/iovec.js';
 import { type Chain, MAX_CHAIN, Pop } from '../virtio/queue.js';
 import type { RateLimiter } from '../virtio/rate-limiter.js';
@@ -251,7 +252,10 @@ export class BlockDevice implements VirtioDevice {
     switch (type) {
       case Request.in: {
         const bytes = chain.writableBytes - 1;
-        if (!this.#inside(sector, bytes)) { this.#fail(slot); return; }
+        if (!this.#inside(sector, bytes)) {
+          this.#fail(slot);
+          return;
+        }
         counters[Counter.reads]++;
         counters[Counter.readSectors] += bytes / SECTOR;
         slot.bytes = bytes;
@@ -260,7 +264,10 @@ export class BlockDevice implements VirtioDevice {
       }
       case Request.out: {
         const bytes = chain.readableBytes - HEADER_BYTES;
-        if (this.options.readonly || !this.#inside(sector, bytes)) { this.#fail(slot); return; }
+        if (this.options.readonly || !this.#inside(sector, bytes)) {
+          this.#fail(slot);
+          return;
+        }
         counters[Counter.writes]++;
         counters[Counter.writtenSectors] += bytes / SECTOR;
         slot.write = true;
@@ -363,11 +370,15 @@ export class BlockDevice implements VirtioDevice {
       const result = slot.write
         ? kernel.writevAtRaw(fd, address, left, offset + done)
         : kernel.readvAtRaw(fd, address, left, offset + done);
-      if (result < 0) { this.#fail(slot, errorText(slot.write, length, offset, result)); return; }
+      if (result < 0) {
+        this.#fail(slot, errorText(slot.write, length, offset, result));
+        return;
+      }
       if (result === 0) {
         // The end of the host's file.
         if (slot.write || this.options.raw) {
-          this.#fail(slot, `The host's file ends at ${offset + done}`); return;
+          this.#fail(slot, `The host's file ends at ${offset + done}`);
+          return;
         }
         // An image that grows has not written its last cluster to its end.
         kernel.readvRaw(this.#zeros, iovecs.address(first), left);
@@ -419,7 +430,7 @@ export class BlockDevice implements VirtioDevice {
     const transfer = this.#transfers[token];
     const slot = this.#slots[transfer.slot];
     if (transfer.syncing) {
-      if (result < 0) this.#fail(slot, `Syncing: errno ${-result}`);
+      if (result < 0) this.#fail(slot, `Syncing: ${errnoText(-result)}`);
     } else if (result < 0) {
       this.#fail(slot, errorText(slot.write, transfer.length, transfer.offset, result));
     } else if (result < transfer.length) {
@@ -538,7 +549,7 @@ export class BlockDevice implements VirtioDevice {
 const ZEROS = new Uint8Array(65536);
 
 function errorText(write: boolean, length: number, offset: number, result: number): string {
-  return `${write ? 'Writing' : 'Reading'} ${length} bytes at ${offset}: errno ${-result}`;
+  return `${write ? 'Writing' : 'Reading'} ${length} bytes at ${offset}: ${errnoText(-result)}`;
 }
 
 /** Takes `bytes` off the front. @returns the element at which it goes on */

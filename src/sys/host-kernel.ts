@@ -6,6 +6,42 @@
  * process: a descriptor may be used on any thread, and whoever opened it closes it.
  */
 
+import os from 'node:os';
+
+const errnoNames = new Map(Object.entries(os.constants.errno).map(([name, errno]) => [errno, name]));
+
+/** Such as ENOENT. */
+export function errnoName(errno: number): string {
+  return errnoNames.get(errno) ?? `errno ${errno}`;
+}
+
+/** What an errno means, for a user. */
+export function errnoText(errno: number): string {
+  const texts: Partial<Record<string, string>> = {
+    EACCES: 'permission denied',
+    EPERM: 'operation not permitted',
+    ENOENT: 'no such file or directory',
+    ENOMEM: 'not enough memory',
+    EINVAL: 'invalid argument',
+    EBUSY: 'busy',
+    EEXIST: 'exists already',
+    ENOTTY: 'not supported by this device',
+    ENODEV: 'no such device',
+    ENXIO: 'no such device or address',
+    EMFILE: 'too many open files',
+    E2BIG: 'too many entries',
+    EISDIR: 'is a directory',
+    EROFS: 'read-only file system',
+    EAGAIN: 'busy',
+    EADDRINUSE: 'address in use',
+    ECONNREFUSED: 'nobody listens there',
+    ENOSPC: 'no space left on the device',
+    EIO: 'input/output error',
+    ENAMETOOLONG: 'name too long',
+  };
+  return texts[errnoName(errno)] ?? errnoName(errno);
+}
+
 /** A system call failed. `code` is the errno's name, such as `ENOENT`. */
 export class SystemError extends Error {
   constructor(

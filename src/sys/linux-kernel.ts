@@ -9,6 +9,8 @@ import os from 'node:os';
 import koffi from 'koffi';
 import {
   EPOLL_EVENT,
+  errnoName,
+  errnoText,
   type HostKernel,
   type HostMapping,
   KICK_SIGNAL,
@@ -125,38 +127,9 @@ const RING_PARAMETERS_BYTES = 120;
 /** sizeof(struct termios) is 60 on both architectures. */
 const TERMIOS_BYTES = 64;
 
-const errnoNames = new Map(Object.entries(os.constants.errno).map(([name, errno]) => [errno, name]));
-
 function fail(call: string, errno = koffi.errno()): never {
-  const code = errnoNames.get(errno) ?? `errno ${errno}`;
-  // The libc text without its "CODE: " prefix is what `util.getSystemErrorMap` has; it needs the negated errno.
-  throw new SystemError(code, errno, call, describe(errno));
-}
-
-function describe(errno: number): string {
-  const texts: Partial<Record<string, string>> = {
-    EACCES: 'permission denied',
-    EPERM: 'operation not permitted',
-    ENOENT: 'no such file or directory',
-    ENOMEM: 'not enough memory',
-    EINVAL: 'invalid argument',
-    EBUSY: 'busy',
-    EEXIST: 'exists already',
-    ENOTTY: 'not supported by this device',
-    ENODEV: 'no such device',
-    ENXIO: 'no such device or address',
-    EMFILE: 'too many open files',
-    E2BIG: 'too many entries',
-    EISDIR: 'is a directory',
-    EROFS: 'read-only file system',
-    EAGAIN: 'busy',
-    EADDRINUSE: 'address in use',
-    ECONNREFUSED: 'nobody listens there',
-    ENOSPC: 'no space left on the device',
-    EIO: 'input/output error',
-    ENAMETOOLONG: 'name too long',
-  };
-  return texts[errnoNames.get(errno) ?? ''] ?? 'failed';
+  const code = errnoName(errno);
+  throw new SystemError(code, errno, call, errnoText(errno));
 }
 
 function check(call: string, result: number): number {

@@ -77,7 +77,10 @@ export class ConsoleDevice implements VirtioDevice {
     const { output } = this.options.pipe;
     for (;;) {
       const taken = ring.pop();
-      if (taken === Pop.Broken) { this.#break(ring.fault); return; }
+      if (taken === Pop.Broken) {
+        this.#break(ring.fault);
+        return;
+      }
       if (taken === Pop.Empty) {
         if (!ring.resumeKicks()) return;
         continue;
@@ -105,7 +108,10 @@ export class ConsoleDevice implements VirtioDevice {
     let received = false;
     while (input.used > 0) {
       const taken = ring.pop();
-      if (taken === Pop.Broken) { this.#break(ring.fault); return; }
+      if (taken === Pop.Broken) {
+        this.#break(ring.fault);
+        return;
+      }
       if (taken === Pop.Empty) {
         if (!ring.resumeKicks()) break;
         continue;

@@ -244,12 +244,18 @@ export class VirtioPciDevice implements FunctionDevice {
       this.#words[word] = (this.#words[word] & ~mask) | (value & mask);
     };
     switch (register - PCI_CAP_AT) {
-      case 4:
-        { set(access); return; }
-      case 8:
-        { set(access + 1); return; }
-      case 12:
-        { set(access + 2); return; }
+      case 4: {
+        set(access);
+        return;
+      }
+      case 8: {
+        set(access + 1);
+        return;
+      }
+      case 12: {
+        set(access + 2);
+        return;
+      }
       case 16: {
         const size = this.#accessSize();
         if (size !== undefined) this.#write(this.#words[access + 1] >>> 0, size, (value & filler(size)) >>> 0);

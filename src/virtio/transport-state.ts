@@ -1,7 +1,7 @@
 /** The state block of a virtio device behind PCI: everything that its driver can see or set. */
 import { FUNCTION_WORDS } from '../pci/function.js';
 import { type MsixPlace, msixWords } from '../pci/msix.js';
-import type { StateBlock} from '../state/state-block.js';
+import type { StateBlock } from '../state/state-block.js';
 import { type StateLayout, stateLayout } from '../state/state-block.js';
 import { DEVICE_COUNTERS } from './device.js';
 import { QUEUE_WORDS } from './queue.js';

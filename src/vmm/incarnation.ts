@@ -134,20 +134,23 @@ export class Incarnation {
     return this.#devices.counters();
   }
 
-  /** Stops the vCPUs and takes everything down. @returns the exits that were taken, by kind */
-  async close(): Promise<Record<string, number>> {
+  /** Exits of all vCPUs so far, by kind. */
+  exits(): Record<string, number> {
+    return this.#cpus.exits();
+  }
+
+  /** Stops the vCPUs and takes everything down. */
+  async close(): Promise<void> {
     await this.#cpus.stop();
     await this.#io.stop();
     this.serial?.close();
     this.console?.close();
-    const exits = this.#cpus.exits();
     const pointers = this.#cpus.instructionPointers().map((rip) => `0x${rip.toString(16)}`);
     this.parts.logger.debug(`vCPUs stopped at RIP ${pointers.join(', ')}`);
     this.#cpus.close();
     this.#vm.close();
     this.#devices.close();
     this.#memory.close();
-    return exits;
   }
 
   #segments(mmio64End: number): SegmentWindows[] {

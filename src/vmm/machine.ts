@@ -68,6 +68,16 @@ export class Machine {
     }
   }
 
+  /** Logs what the vCPUs and devices have done so far. */
+  logCounters(): void {
+    if (this.#current !== undefined) this.#logCounters(this.#current);
+  }
+
+  #logCounters(incarnation: Incarnation): void {
+    this.parts.logger.info(`Exits: ${JSON.stringify(incarnation.exits())}`);
+    this.parts.logger.info(`Devices: ${JSON.stringify(incarnation.deviceCounters())}`);
+  }
+
   #resizeConsole(): void {
     const { columns, rows } = process.stdout;
     if (columns > 0 && rows > 0) this.#current?.control('__console', { columns, rows });
@@ -109,9 +119,8 @@ export class Machine {
       return await ended;
     } finally {
       this.#current = undefined;
-      const exits = await incarnation.close();
-      logger.info(`Exits: ${JSON.stringify(exits)}`);
-      logger.info(`Devices: ${JSON.stringify(incarnation.deviceCounters())}`);
+      await incarnation.close();
+      this.#logCounters(incarnation);
     }
   }
 

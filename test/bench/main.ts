@@ -4,6 +4,7 @@
  */
 import { spawnSync } from 'node:child_process';
 import { parseArgs } from 'node:util';
+import { benchBlock } from './block.js';
 import { benchBoot } from './boot.js';
 import { benchExits } from './exits.js';
 import { type Row, table } from './report.js';
@@ -17,6 +18,7 @@ interface Benchmark {
 const BENCHMARKS: Readonly<Partial<Record<string, Benchmark>>> = {
   exits: { stock: false, run: benchExits },
   boot: { stock: true, run: benchBoot },
+  block: { stock: true, run: benchBlock },
 };
 
 function note(line: string): void {

@@ -65,6 +65,8 @@ export interface GuestTask {
   readonly settings?: string;
   /** Kernel modules to load first. */
   readonly modules?: { readonly kernel: Kernel; readonly names: readonly string[] };
+  /** Further cpio archives, such as tools. */
+  readonly archives?: readonly string[];
 }
 
 /** The archive that says what this guest is to do. */
@@ -83,7 +85,8 @@ function taskArchive({ command, nonce = '', settings = '', modules }: GuestTask)
 export async function writeInitramfs(target: string, task: GuestTask): Promise<void> {
   const base = fs.readFileSync(await guestInitramfs());
   const padding = Buffer.alloc(-base.length & 3);
-  fs.writeFileSync(target, Buffer.concat([base, padding, taskArchive(task)]));
+  const archives = (task.archives ?? []).map((name) => fs.readFileSync(name));
+  fs.writeFileSync(target, Buffer.concat([base, padding, taskArchive(task), ...archives]));
 }
 
 /** Finds a command's output and exit status in what a guest's console says. */

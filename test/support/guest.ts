@@ -1,11 +1,12 @@
 /** Guests for end-to-end tests: `vmm` on the test host, with a task for the guest and its console at hand. */
 import { randomBytes } from 'node:crypto';
+import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import type { Kernel } from '../lab/kernels.js';
 import { CommandOutput, type GuestTask, writeInitramfs } from './guest-image.js';
-import { collect, type HostProcess, type TestHost } from './host.js';
+import { type HostProcess, type TestHost } from './host.js';
 
 export const VMM = [process.execPath, path.resolve('dist/vmm.js')];
 
@@ -14,6 +15,8 @@ export interface GuestOptions {
   /** Another file than the kernel package's. */
   readonly image?: string;
   readonly task: GuestTask;
+  /** An initramfs of another kind, in whose place the task's is not made. */
+  readonly initramfs?: string;
   /** Beyond the console and `quiet`. */
   readonly cmdline?: string;
   /** Further options for vmm. */
@@ -25,6 +28,7 @@ export interface GuestOptions {
 export class Guest {
   #console = '';
   #watchers: (() => void)[] = [];
+  #log = '';
   readonly #stderr: Promise<string>;
 
   private constructor(readonly process: HostProcess) {
@@ -32,13 +36,18 @@ export class Guest {
       this.#console += bytes.toString('latin1');
       for (const watcher of this.#watchers) watcher();
     });
-    this.#stderr = collect(process.stderr);
+    process.stderr.on('data', (bytes: Buffer) => {
+      this.#log += bytes.toString();
+      for (const watcher of this.#watchers) watcher();
+    });
+    this.#stderr = once(process.stderr, 'end').then(() => this.#log);
   }
 
   /** @param folder for the guest's files */
   static async start(host: TestHost, folder: string, options: GuestOptions): Promise<Guest> {
-    const initramfs = path.join(folder, `initramfs-${randomBytes(8).toString('hex')}`);
-    await writeInitramfs(initramfs, options.task);
+    const own = path.join(folder, `initramfs-${randomBytes(8).toString('hex')}`);
+    if (options.initramfs === undefined) await writeInitramfs(own, options.task);
+    const initramfs = options.initramfs ?? own;
     const argv = [
       ...[
         ...VMM,
@@ -54,8 +63,8 @@ export class Guest {
     ];
     const guest = new Guest(host.spawn(argv, { tty: options.tty }));
     void guest.process.exit.then(
-      () => fs.rmSync(initramfs, { force: true }),
-      () => fs.rmSync(initramfs, { force: true }),
+      () => fs.rmSync(own, { force: true }),
+      () => fs.rmSync(own, { force: true }),
     );
     return guest;
   }
@@ -65,10 +74,23 @@ export class Guest {
     return this.#console;
   }
 
+  /** Everything that vmm has logged so far. */
+  get log(): string {
+    return this.#log;
+  }
+
   /** Resolves when the console shows the text; rejects when the guest ends without it. */
   async waitFor(text: string | RegExp, from = 0): Promise<void> {
-    const found = () =>
-      typeof text === 'string' ? this.#console.includes(text, from) : text.test(this.#console.slice(from));
+    await this.#wait(() => this.#console, text, from);
+  }
+
+  /** As {@link waitFor}, for vmm's log. */
+  async waitForLog(text: RegExp, from = 0): Promise<void> {
+    await this.#wait(() => this.#log, text, from);
+  }
+
+  async #wait(seen: () => string, text: string | RegExp, from: number): Promise<void> {
+    const found = () => (typeof text === 'string' ? seen().includes(text, from) : text.test(seen().slice(from)));
     if (found()) return;
     await new Promise<void>((resolve, reject) => {
       this.#watchers.push(() => {
@@ -76,9 +98,24 @@ export class Guest {
       });
       this.process.exit.then(() => {
         if (found()) resolve();
-        else reject(new Error(`The guest ended without ${String(text)}: ${this.#console.slice(-2000)}`));
+        else reject(new Error(`The guest ended without ${String(text)}: ${seen().slice(-2000)}`));
       }, reject);
     });
+  }
+
+  /**
+   * Types a command into a shell that the guest runs, and waits for its end.
+   *
+   * @returns its output and exit status
+   */
+  async command(command: string): Promise<{ output: string; status: number }> {
+    const nonce = randomBytes(4).toString('hex');
+    const from = this.#console.length;
+    // The markers are put together by the guest's shell, so that the echo of what is typed does not look like them.
+    this.type(`echo "@@""start-${nonce}"; ${command}; echo "@@""end-${nonce}-$?"\n`);
+    await this.waitFor(new RegExp(`@@end-${nonce}-\\d+`), from);
+    const match = new RegExp(`@@start-${nonce}\\r?\\n([^]*?)@@end-${nonce}-(\\d+)`).exec(this.#console.slice(from))!;
+    return { output: match[1].replaceAll('\r', ''), status: Number(match[2]) };
   }
 
   type(text: string): void {
