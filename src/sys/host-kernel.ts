@@ -44,6 +44,9 @@ export function errnoText(errno: number): string {
 
 /** A system call failed. `code` is the errno's name, such as `ENOENT`. */
 export class SystemError extends Error {
+  /** What the errno means, without the call's name. */
+  readonly reason: string;
+
   constructor(
     readonly code: string,
     readonly errno: number,
@@ -51,6 +54,7 @@ export class SystemError extends Error {
     description: string,
   ) {
     super(`${call}: ${description} (${code})`);
+    this.reason = description;
   }
 }
 
@@ -160,6 +164,8 @@ export interface HostKernel {
   aioSetup(entries: number): number;
   aioDestroy(context: number): void;
 
+  /** A socket for requests about network interfaces. */
+  controlSocket(): number;
   /** A stream socket of the Unix domain, non-blocking, that listens at a path. @throws SystemError EADDRINUSE and others */
   listenUnix(path: string, backlog: number): number;
   /** Accepts one connection, non-blocking. @returns the negated errno when there is none */

@@ -98,7 +98,9 @@ const SYS =
     ? { ioSetup: 206, ioDestroy: 207, ioGetevents: 208, ioSubmit: 209, ioUringSetup: 425, ioUringEnter: 426 }
     : { ioSetup: 0, ioDestroy: 1, ioSubmit: 2, ioGetevents: 4, ioUringSetup: 425, ioUringEnter: 426 };
 const AF_UNIX = 1;
+const AF_INET = 2;
 const SOCK_STREAM = 1;
+const SOCK_DGRAM = 2;
 const SOCK_NONBLOCK = 0o4000;
 const SOCK_CLOEXEC = 0o2000000;
 /** struct sockaddr_un's path, its NUL included. */
@@ -323,6 +325,10 @@ export class LinuxKernel implements HostKernel {
 
   aioDestroy(context: number): void {
     c.syscall6(SYS.ioDestroy, context, 0, 0, 0, 0, 0);
+  }
+
+  controlSocket(): number {
+    return check('socket', c.socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0) as number);
   }
 
   listenUnix(path: string, backlog: number): number {

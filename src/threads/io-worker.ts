@@ -8,15 +8,19 @@ import type { HypervisorName, VmHandle, VmSignals } from '../hypervisor/hypervis
 import { attachKvmSignals } from '../hypervisor/kvm/signals.js';
 import { EPOLL } from '../sys/host-kernel.js';
 import { LinuxKernel } from '../sys/linux-kernel.js';
+import { setOffload } from '../net/tap.js';
+import { VhostNetDevice } from '../net/vhost-device.js';
 import { BalloonDevice } from '../virtio/balloon.js';
 import { BytePipe } from '../virtio/byte-pipe.js';
 import { ConsoleDevice } from '../virtio/console.js';
 import type { DeviceContext, VirtioDevice } from '../virtio/device.js';
 import { EntropyDevice } from '../virtio/entropy.js';
 import { EpollLoop } from '../virtio/epoll-loop.js';
+import { NetDevice } from '../virtio/net.js';
 import { PmemDevice } from '../virtio/pmem.js';
 import { RateLimiter, type LimiterOptions } from '../virtio/rate-limiter.js';
 import { VirtioRunner } from '../virtio/runner.js';
+import { VsockDevice } from '../virtio/vsock.js';
 import { WatchdogDevice } from '../virtio/watchdog.js';
 import type { BackendSpec, IoCommand, IoMessage, IoWorkerData, ServedDevice } from '../vmm/device-specs.js';
 import { attachMemory } from '../vmm/memory-manager.js';
@@ -65,6 +69,19 @@ function build(spec: BackendSpec, context: DeviceContext): VirtioDevice {
         limiter: limiter(spec.limits),
       });
     }
+    case 'net':
+      return new NetDevice(context, {
+        taps: spec.taps,
+        receiveLimit: limiter(spec.limits),
+        transmitLimit: limiter(spec.limits),
+        setOffload: (tap, bits) => setOffload(kernel, tap, bits),
+      });
+    case 'vhost-net': {
+      const regions = memory.ranges().map((range) => ({ ...range, hostAddress: memory.hostAddress(range.address, 1) }));
+      return new VhostNetDevice(context, { taps: spec.taps, calls: spec.calls, regions });
+    }
+    case 'vsock':
+      return new VsockDevice(context, spec);
     case 'console':
       return new ConsoleDevice(context, { pipe: new BytePipe(spec.pipe), wake: spec.wake });
     case 'entropy':
@@ -80,8 +97,6 @@ function build(spec: BackendSpec, context: DeviceContext): VirtioDevice {
       return new PmemDevice(context, { fd: spec.fd });
     case 'watchdog':
       return new WatchdogDevice(context, { expired: () => context.emit({ kind: 'watchdog-expired' }) });
-    default:
-      throw new Error(`No device ${spec.kind}`);
   }
 }
 

@@ -54,10 +54,22 @@ export interface VirtioDescription {
   readonly writable: readonly (readonly [number, number])[];
 }
 
+/** A split queue in host memory. Addresses are the host's. */
+export interface QueuePlace {
+  readonly size: number;
+  readonly descriptors: number;
+  readonly available: number;
+  readonly used: number;
+  /** The eventfd that the driver's kicks signal. */
+  readonly kick: number;
+}
+
 /** A queue with its interrupt. */
 export interface DeviceQueue {
   readonly index: number;
   readonly ring: VirtQueue;
+  /** Where it is on the host: for those who serve it elsewhere. */
+  readonly place: QueuePlace;
   /** Interrupts the driver if it wants to hear of what was pushed since. */
   signal(): void;
 }
@@ -65,6 +77,8 @@ export interface DeviceQueue {
 /** What the driver agreed to, once it is ready. */
 export interface Driver {
   readonly memory: GuestMemory;
+  /** The feature words that were negotiated. */
+  readonly features: readonly [number, number];
   /** Whether a feature bit was negotiated. */
   has(feature: number): boolean;
   /** Those that the driver enabled and this worker serves, by index. */

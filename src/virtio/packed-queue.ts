@@ -34,6 +34,9 @@ export class PackedQueue implements VirtQueue {
   /** Slots of each chain that the device holds, by its id; 0: it holds none of that id. */
   readonly #slots: Uint16Array;
   #taken = 0;
+  /** The flags of the first of several chains that are to be seen together, and where they belong; -1: none. */
+  #heldAt = -1;
+  #heldFlags = 0;
 
   /** As for a split queue, of any size. */
   constructor(
@@ -148,7 +151,7 @@ export class PackedQueue implements VirtQueue {
     this.#slots[this.chain.id] = 0;
   }
 
-  push(id: number, written: number): void {
+  push(id: number, written: number, more = false): void {
     const { words, at } = this;
     const position = words[at + QueueWord.used];
     const slot = position & 0x7fff;
@@ -160,7 +163,17 @@ export class PackedQueue implements VirtQueue {
     words[at + QueueWord.used] = this.#advance(position, count);
     words[at + QueueWord.unsignalled] += count;
     words[at + QueueWord.requests]++;
-    Atomics.store(this.#ring16, slot * 8 + 7, wrap | (written > 0 ? DESCRIPTOR_WRITE : 0));
+    const flags = wrap | (written > 0 ? DESCRIPTOR_WRITE : 0);
+    if (more && this.#heldAt < 0) {
+      // The driver does not look past the first of them.
+      this.#heldAt = slot * 8 + 7;
+      this.#heldFlags = flags;
+      return;
+    }
+    Atomics.store(this.#ring16, slot * 8 + 7, flags);
+    if (more || this.#heldAt < 0) return;
+    Atomics.store(this.#ring16, this.#heldAt, this.#heldFlags);
+    this.#heldAt = -1;
   }
 
   needsInterrupt(): boolean {

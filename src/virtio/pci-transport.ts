@@ -103,17 +103,23 @@ export interface KernelInterrupt {
   readonly eventfd: number;
 }
 
-/** Feature words that the transport offers along with a device's own. */
-export function offeredFeatures(description: VirtioDescription, accessPlatform: boolean): [number, number] {
+/**
+ * Feature words that the transport offers along with a device's own.
+ *
+ * @param limit what those who serve the queues elsewhere can do; none: everything
+ */
+export function offeredFeatures(
+  description: VirtioDescription,
+  accessPlatform: boolean,
+  limit?: readonly [number, number],
+): [number, number] {
   const { indirect, eventIndex, version1, packed } = Feature;
-  return featureWords([
-    ...description.features,
-    indirect,
-    eventIndex,
-    version1,
-    packed,
-    ...(accessPlatform ? [Feature.accessPlatform] : []),
-  ]);
+  const all = [indirect, eventIndex, version1, packed, ...(accessPlatform ? [Feature.accessPlatform] : [])];
+  const [low, high] = featureWords([...description.features, ...all]);
+  if (limit === undefined) return [low, high];
+  const transport = featureWords([...all]);
+  // Of the transport's features only those of the limit; the device's own are not its business.
+  return [low & (~transport[0] | limit[0]), high & (~transport[1] | limit[1])];
 }
 
 export function virtioBar(wide: boolean): BarDescription {

@@ -114,8 +114,13 @@ export interface VirtQueue {
   pop(): Pop;
   /** Puts the chain that `pop` took last back, as if it had not been taken. */
   unpop(): void;
-  /** Gives a chain back. @param written bytes written into its writable part, from its start */
-  push(id: number, written: number): void;
+  /**
+   * Gives a chain back.
+   *
+   * @param written bytes written into its writable part, from its start
+   * @param more the driver is to see it no sooner than the next one
+   */
+  push(id: number, written: number, more?: boolean): void;
   /** Whether the driver wants to be told of what went back since this last said so. */
   needsInterrupt(): boolean;
   /** Asks the driver not to kick. It may still do so. */

@@ -10,11 +10,12 @@ import {
   DEVICE_COUNTERS,
   type EventLoop,
   Feature,
+  type QueuePlace,
   type VirtioDevice,
 } from './device.js';
 import { PackedQueue } from './packed-queue.js';
 import { announceConfig, requester, resetTransport, type VirtioPciHandle } from './pci-transport.js';
-import { QUEUE_WORDS, QueueWord } from './queue.js';
+import { QUEUE_WORDS, queueAddress, QueueWord } from './queue.js';
 import { SplitQueue } from './split-queue.js';
 import { configBytes, msixPlace, Status, type TransportLayout, transportLayout } from './transport-state.js';
 
@@ -36,6 +37,7 @@ export class VirtioRunner {
   readonly #device: VirtioDevice;
   /** Live queues by index; empty while the device is not active. */
   #queues: (DeviceQueue | undefined)[] = [];
+  readonly #listening: readonly number[];
   #active = false;
   #broken = false;
   #resets: number;
@@ -71,7 +73,10 @@ export class VirtioRunner {
       log: (level, line) => services.log(level, `${id}: ${line}`),
       emit: (message) => services.emit(id, message),
     });
-    for (const queue of served) {
+    // What the host's kernel serves, it hears of by itself.
+    const elsewhere = new Set(handle.kernelInterrupts.map(({ queue }) => queue));
+    this.#listening = served.filter((queue) => !elsewhere.has(queue));
+    for (const queue of this.#listening) {
       // Edge-triggered, so that the event is never read: each kick is an edge.
       services.loop.watch(handle.doorbells[queue], EPOLL.IN | EPOLL.EDGE, () => this.#kick(queue));
     }
@@ -123,6 +128,7 @@ export class VirtioRunner {
     }
     this.#device.activate({
       memory: this.services.memory,
+      features: [this.#words[this.#at.driverFeatures] >>> 0, this.#words[this.#at.driverFeatures + 1] >>> 0],
       has: (feature) => this.#has(feature),
       queues: this.#queues,
     });
@@ -151,7 +157,22 @@ export class VirtioRunner {
       if (vector !== NO_VECTOR) msix.raise(vector);
       if (!msix.enabled) Atomics.or(words, this.#at.isr, 1);
     };
-    return { index, ring, signal };
+    return { index, ring, place: this.#place(index, at), signal };
+  }
+
+  #place(index: number, at: number): QueuePlace {
+    const words = this.#words;
+    const { memory } = this.services;
+    const size = words[at + QueueWord.size];
+    // The ring that was built over them has found all three in RAM.
+    const host = (word: number, length: number) => memory.hostAddress(queueAddress(words, at + word), length);
+    return {
+      size,
+      descriptors: host(QueueWord.descriptorLow, size * 16),
+      available: host(QueueWord.driverLow, 4),
+      used: host(QueueWord.deviceLow, 4),
+      kick: this.handle.doorbells[index],
+    };
   }
 
   #deactivate(): void {
@@ -181,7 +202,7 @@ export class VirtioRunner {
   /** The machine ends: nothing of the device is left on this worker. */
   close(): void {
     this.#deactivate();
-    for (const queue of this.served) this.services.loop.unwatch(this.handle.doorbells[queue]);
+    for (const queue of this.#listening) this.services.loop.unwatch(this.handle.doorbells[queue]);
     this.#device.close();
   }
 }

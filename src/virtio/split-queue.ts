@@ -129,7 +129,7 @@ export class SplitQueue implements VirtQueue {
     this.words[at] = (this.words[at] - 1) & 0xffff;
   }
 
-  push(id: number, written: number): void {
+  push(id: number, written: number, more = false): void {
     const { words, at } = this;
     const used = words[at + QueueWord.used];
     const slot = (used & this.#mask) * 2;
@@ -139,7 +139,7 @@ export class SplitQueue implements VirtQueue {
     words[at + QueueWord.used] = next;
     words[at + QueueWord.unsignalled]++;
     words[at + QueueWord.requests]++;
-    Atomics.store(this.#used, INDEX, next);
+    if (!more) Atomics.store(this.#used, INDEX, next);
   }
 
   needsInterrupt(): boolean {

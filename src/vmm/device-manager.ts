@@ -14,7 +14,7 @@ import { BytePipe } from '../virtio/byte-pipe.js';
 import { consoleDescription } from '../virtio/console.js';
 import { DEVICE_COUNTERS, type VirtioDescription } from '../virtio/device.js';
 import { entropyDescription } from '../virtio/entropy.js';
-import { netDescription } from '../virtio/net.js';
+import { netDescription } from '../virtio/net-description.js';
 import {
   type KernelInterrupt,
   offeredFeatures,
@@ -50,6 +50,8 @@ interface Device {
   readonly together: boolean;
   /** Queues that the host's kernel serves: no worker listens to their doorbells, and these events raise their vectors. */
   readonly kernelCalls?: readonly number[];
+  /** What the host's kernel can do with the queues that it serves. */
+  readonly featureLimit?: readonly [number, number] | undefined;
   /** Bulk data: spread over the pool. */
   readonly busy: boolean;
   /** The BAR is below 4 GiB, where firmware reaches it. */
@@ -179,9 +181,10 @@ export class DeviceManager {
       });
       const limits = limiterOptions(net.rate_limiter_config);
       const calls = net.vhost ? Array.from({ length: net.num_queues }, () => this.#eventfd()) : undefined;
+      const featureLimit = net.vhost ? resources.vhostFeatures : undefined;
       const backend: BackendSpec =
         calls === undefined ? { kind: 'net', taps, limits } : { kind: 'vhost-net', taps, calls };
-      add(`_net${index}`, net, description, backend, { affinity: net.queue_affinity, busy: true, kernelCalls: calls });
+      add(`_net${index}`, net, description, backend, { affinity: net.queue_affinity, busy: true, kernelCalls: calls, featureLimit });
     });
     add('__rng', config.rng, entropyDescription(), { kind: 'entropy', source: resources.rng });
     resources.pmem.forEach(({ config: pmem, mapping, fd }, index) => {
@@ -286,7 +289,7 @@ export class DeviceManager {
       segment,
       slot,
       description,
-      offered: offeredFeatures(description, device.placement.iommu === true),
+      offered: offeredFeatures(description, device.placement.iommu === true, device.featureLimit),
       state: new StateBlock(layout).buffer,
       doorbells: description.queueSizes.map(() => this.#eventfd()),
       workers,

@@ -9,6 +9,7 @@ import { openImage, PROBE_BYTES, probeFormat } from '../block/open-image.js';
 import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../config/device-config.js';
 import { PMEM_ALIGNMENT } from '../config/device-config.js';
 import type { VmConfig } from '../config/vm-config.js';
+import { VHOST_DEVICE, vhostFeatures } from '../net/vhost.js';
 import { type HostKernel, type HostMapping, SystemError } from '../sys/host-kernel.js';
 import { MachineError } from './machine-error.js';
 
@@ -49,6 +50,8 @@ export class HostResources {
   readonly net: NetResource[] = [];
   readonly pmem: PmemResource[] = [];
   rng = -1;
+  /** Of the host's vhost-net, where a network uses it. */
+  vhostFeatures?: readonly [number, number];
   vsock?: VsockResource;
   readonly #undo: (() => void)[] = [];
 
@@ -64,6 +67,7 @@ export class HostResources {
         for (const tap of taps) resources.#undo.push(() => kernel.close(tap));
         resources.net.push({ config: net, taps, mac });
       }
+      if (config.net.some(({ vhost }) => vhost)) resources.#openVhost();
       for (const pmem of config.pmem) resources.#openPmem(pmem);
       resources.rng = resources.#open(`--rng src=${config.rng.src}`, config.rng.src, {
         readonly: true,
@@ -83,7 +87,7 @@ export class HostResources {
       this.#undo.push(() => this.kernel.close(fd));
       return fd;
     } catch (error) {
-      if (error instanceof SystemError) throw new MachineError(`${option}: ${reason(error)}`);
+      if (error instanceof SystemError) throw new MachineError(`${option}: ${error.reason}`);
       throw error;
     }
   }
@@ -141,7 +145,7 @@ export class HostResources {
     try {
       this.kernel.readAt(fd, first, 0);
     } catch (error) {
-      if (error instanceof SystemError) throw new MachineError(`${option}: ${reason(error)}`);
+      if (error instanceof SystemError) throw new MachineError(`${option}: ${error.reason}`);
       throw error;
     }
     return probeFormat(first);
@@ -163,6 +167,17 @@ export class HostResources {
     this.pmem.push({ config, mapping, fd: config.discard_writes ? undefined : fd });
   }
 
+  #openVhost(): void {
+    try {
+      this.vhostFeatures = vhostFeatures(this.kernel);
+    } catch (error) {
+      if (error instanceof SystemError) {
+        throw new MachineError(`--net vhost=on: ${VHOST_DEVICE}: ${error.reason}; the host's module is vhost_net`);
+      }
+      throw error;
+    }
+  }
+
   #openVsock(config: VsockConfig): void {
     const option = `--vsock socket=${config.socket}`;
     try {
@@ -173,7 +188,7 @@ export class HostResources {
         fs.rmSync(config.socket, { force: true });
       });
     } catch (error) {
-      if (error instanceof SystemError) throw new MachineError(`${option}: ${reason(error)}`);
+      if (error instanceof SystemError) throw new MachineError(`${option}: ${error.reason}`);
       throw error;
     }
   }
@@ -199,11 +214,6 @@ class LazyFiles extends Map<string, number> {
   override get(file: string): number {
     return this.opened.get(file) ?? this.open(file);
   }
-}
-
-function reason(error: SystemError): string {
-  // The call is named in the error's text, which the option makes superfluous.
-  return error.message.slice(error.call.length + 2);
 }
 
 /** Bytes: what the host moves at the least without reading first, within what a guest expects. */

@@ -1,21 +1,26 @@
 /**
  * What a guest gets out of a virtio disk, by fio in it, against Debian's QEMU with an I/O thread: the same kernel, the same
- * initramfs, the same raw file in the page cache.
+ * initramfs, and raw files in the page cache.
+ *
+ * Both machines run all the time and take turns, job by job: a busy host then slows both down alike.
  */
-import { spawn } from 'node:child_process';
+import { type ChildProcessByStdio, spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
+import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
+import type { Readable, Writable } from 'node:stream';
 import { type Kernel, kernel } from '../lab/kernels.js';
-import { CommandOutput, type GuestTask, writeInitramfs } from '../support/guest-image.js';
+import { writeInitramfs } from '../support/guest-image.js';
 import { guestTools, needCommands, type Tool } from '../support/rootfs.js';
 import { median, row, type Row } from './report.js';
 
 /** What both machines are given; guest RAM also holds the tools. */
-const RAM_MIB = 1024;
+const RAM_MIB = 768;
 const CMDLINE = 'console=ttyS0 quiet loglevel=1 panic=-1 reboot=t';
-const BOOT_LIMIT_SECONDS = 60;
+const BOOT_LIMIT_SECONDS = 90;
+const TURNS = 3;
 
 export interface GuestFiles {
   readonly kernel: string;
@@ -40,57 +45,132 @@ export function qemuCommand({ kernel: image, initramfs }: GuestFiles, options: r
   ];
 }
 
-export interface BenchGuest {
-  readonly files: GuestFiles;
-  readonly nonce: string;
-  /** About how long its command takes. */
-  readonly seconds: number;
-}
+const MARK = '@@done-';
+const MARK_PATTERN = /@@done-(\d+)@@/;
 
-/** Writes the initramfs of a guest that runs a command with a tool in reach. */
-export async function benchGuest(
-  target: string,
+/** Runs each line that comes over the console, and says how it ended. */
+const COMMAND_LOOP = `
+true
+while echo "${MARK}$?@@"; read -r line; do
+  eval "$line" </dev/null
+done`;
+
+/** Writes the initramfs of a guest that waits for commands and has a tool in /usr/bin. */
+export async function writeBenchGuest(
+  folder: string,
   image: Kernel,
-  tool: Tool,
-  { seconds, ...task }: Required<Pick<GuestTask, 'command'>> & { modules: readonly string[]; seconds: number },
-): Promise<BenchGuest> {
-  const nonce = randomBytes(8).toString('hex');
-  const modules = { kernel: image, names: task.modules };
-  await writeInitramfs(target, { command: task.command, nonce, modules });
-  fs.appendFileSync(target, fs.readFileSync(await guestTools(tool)));
-  return { files: { kernel: image.vmlinuz, initramfs: target }, nonce, seconds };
+  { tool, modules, setup = '' }: { readonly tool: Tool; readonly modules: readonly string[]; readonly setup?: string },
+): Promise<GuestFiles> {
+  const initramfs = path.join(folder, 'initramfs');
+  const command = `${setup}\n${COMMAND_LOOP}`;
+  await writeInitramfs(initramfs, { command, modules: { kernel: image, names: modules } });
+  fs.appendFileSync(initramfs, fs.readFileSync(await guestTools(tool)));
+  return { kernel: image.vmlinuz, initramfs };
 }
 
-/** Boots a guest and waits for its end. @returns what its command printed */
-export function runBenchGuest(argv: readonly string[], { nonce, seconds }: BenchGuest): Promise<string> {
-  return new Promise((resolve, reject) => {
-    const child = spawn(argv[0], argv.slice(1), { stdio: ['pipe', 'pipe', 'pipe'] });
-    const limit = setTimeout(() => child.kill('SIGKILL'), (BOOT_LIMIT_SECONDS + 2 * seconds) * 1000);
-    const parts: Buffer[] = [];
-    const output = new CommandOutput(nonce, (bytes) => parts.push(Buffer.from(bytes)));
-    let console = '';
-    let errors = '';
-    child.stdout.on('data', (bytes: Buffer) => {
-      console = (console + bytes.toString('latin1')).slice(-2000);
-      output.push(bytes);
+/** A running guest of {@link writeBenchGuest}. */
+export class BenchGuest {
+  readonly #child: ChildProcessByStdio<Writable, Readable, Readable>;
+  readonly #gone: Promise<unknown>;
+  #console = '';
+  #errors = '';
+  #wake: () => void = () => undefined;
+
+  private constructor(private readonly argv: readonly string[]) {
+    this.#child = spawn(argv[0], argv.slice(1), { stdio: ['pipe', 'pipe', 'pipe'] });
+    this.#gone = once(this.#child, 'close').catch((error: unknown) => (this.#errors += String(error)));
+    void this.#gone.then(() => this.#wake());
+    this.#child.stdin.on('error', () => undefined); // it has ended, which is noticed
+    this.#child.stdout.on('data', (bytes: Buffer) => {
+      this.#console += bytes.toString('latin1');
+      this.#wake();
     });
-    child.stderr.on('data', (bytes: Buffer) => (errors += bytes.toString()));
-    child.on('error', reject);
-    child.on('close', (status, signal) => {
-      clearTimeout(limit);
-      if (output.status === 0 && status === 0) resolve(Buffer.concat(parts).toString());
-      else {
-        const end = `ended with ${status ?? signal}, its command with ${output.status}`;
-        reject(new Error(`${argv.join(' ')} ${end}: ${errors}${console}`));
+    this.#child.stderr.on('data', (bytes: Buffer) => (this.#errors += bytes.toString()));
+  }
+
+  static async start(argv: readonly string[]): Promise<BenchGuest> {
+    const guest = new BenchGuest(argv);
+    try {
+      await guest.#reply(BOOT_LIMIT_SECONDS);
+      return guest;
+    } catch (error) {
+      await guest.kill();
+      throw error;
+    }
+  }
+
+  /** @returns what a command of about so many seconds prints */
+  async run(command: string, seconds: number): Promise<string> {
+    this.#child.stdin.write(`${command}\n`);
+    return this.#reply(BOOT_LIMIT_SECONDS + 2 * seconds);
+  }
+
+  async #reply(limitSeconds: number): Promise<string> {
+    const deadline = performance.now() + limitSeconds * 1000;
+    for (;;) {
+      const mark = MARK_PATTERN.exec(this.#console);
+      if (mark !== null) {
+        const output = this.#console.slice(0, mark.index);
+        this.#console = this.#console.slice(mark.index + mark[0].length);
+        if (mark[1] === '0') return output;
+        throw new Error(`A command in the guest ended with ${mark[1]}: ${output}`);
       }
-    });
-  });
+      const { exitCode, signalCode } = this.#child;
+      const ended = exitCode ?? signalCode;
+      if (ended !== null) throw new Error(this.#report(`ended with ${ended}`));
+      if (performance.now() > deadline) throw new Error(this.#report('did not answer'));
+      await new Promise<void>((resolve) => {
+        const limit = setTimeout(resolve, deadline - performance.now());
+        this.#wake = () => {
+          clearTimeout(limit);
+          resolve();
+        };
+      });
+    }
+  }
+
+  #report(what: string): string {
+    return `${this.argv.join(' ')} ${what}: ${this.#errors}${this.#console.slice(-2000)}`;
+  }
+
+  async kill(): Promise<void> {
+    this.#child.kill('SIGKILL');
+    await this.#gone;
+  }
 }
 
-const ROUNDS = 2;
+/** Something that guests do for a figure. */
+export interface Measure<Guest> {
+  readonly figure: string;
+  readonly unit: string;
+  readonly run: (guest: Guest) => Promise<number>;
+}
+
+/** Lets both machines take turns; more is better in all figures. */
+export async function takeTurns<Guest>(
+  note: (line: string) => void,
+  measures: readonly Measure<Guest>[],
+  machines: { readonly ours: Guest; readonly peer: Guest },
+  peerName: string,
+): Promise<Row[]> {
+  const rows: Row[] = [];
+  for (const { figure, unit, run } of measures) {
+    const samples = { ours: [] as number[], peer: [] as number[] };
+    for (let turn = 0; turn < TURNS; turn++) {
+      // Neither is always the first.
+      const order = turn % 2 === 0 ? (['ours', 'peer'] as const) : (['peer', 'ours'] as const);
+      for (const name of order) samples[name].push(await run(machines[name]));
+    }
+    const text = (values: readonly number[]) => values.map((value) => value.toPrecision(4)).join(' ');
+    note(`${figure}, ${unit}: ${text(samples.ours)}; ${peerName}: ${text(samples.peer)}`);
+    rows.push({ ...row(figure, unit, median(samples.ours), median(samples.peer), peerName), better: 'higher' });
+  }
+  return rows;
+}
+
 const DISK_MIB = 512;
 const MIB = 1024 * 1024;
-const SECONDS = 4;
+const SECONDS = 3;
 const RAMP_SECONDS = 1;
 
 interface Job {
@@ -118,19 +198,17 @@ const JOBS: readonly Job[] = (['read', 'write'] as const).flatMap((kind) => [
   },
 ]);
 
-/** One after the other, each for its time; fio spends the guest's time on the I/O rather than on statistics and buffers. */
+/** fio spends the guest's time on the I/O rather than on statistics and buffers. */
 const FIO_JOBS = [
   '[global]',
   ...['filename=/dev/vda', 'direct=1', 'ioengine=libaio', 'thread=1', 'time_based=1', 'norandommap=1'],
   ...[`runtime=${SECONDS}`, `ramp_time=${RAMP_SECONDS}`, 'gtod_reduce=1', 'scramble_buffers=0'],
-  ...JOBS.flatMap(({ name, options }) => [`[${name}]`, 'stonewall', ...options.split(' ')]),
+  ...JOBS.flatMap(({ name, options }) => [`[${name}]`, ...options.split(' ')]),
 ].join('\n');
 
-const COMMAND = `cat >/tmp/jobs <<'END'
+const SETUP = `cat >/tmp/jobs <<'END'
 ${FIO_JOBS}
-END
-/usr/bin/fio --output-format=json --output=/tmp/result /tmp/jobs >/tmp/log 2>&1 || { cat /tmp/log; exit 1; }
-cat /tmp/result`;
+END`;
 
 interface FioResult {
   readonly jobs: readonly (Readonly<Record<'read' | 'write', { readonly iops: number; readonly bw_bytes: number }>> & {
@@ -139,15 +217,21 @@ interface FioResult {
   })[];
 }
 
-/** @returns each job's figure in its unit */
-function parseFio(output: string): number[] {
-  const { jobs } = JSON.parse(output.slice(output.indexOf('{'))) as FioResult;
-  return JOBS.map(({ name, kind, unit }) => {
+const MEASURES = JOBS.map(({ name, figure, kind, unit }): Measure<BenchGuest> => ({
+  figure,
+  unit,
+  async run(guest) {
+    const fio = `/usr/bin/fio --output-format=json --output=/tmp/result --section=${name} /tmp/jobs`;
+    const output = await guest.run(
+      `${fio} >/tmp/log 2>&1 && tr -d ' \\n' </tmp/result || { cat /tmp/log; false; }`,
+      SECONDS,
+    );
+    const { jobs } = JSON.parse(output.slice(output.indexOf('{'))) as FioResult;
     const result = jobs.find(({ jobname }) => jobname === name);
     if (result === undefined || result.error !== 0) throw new Error(`fio's job ${name} failed: ${output}`);
     return unit === 'IOPS' ? result[kind].iops : result[kind].bw_bytes / MIB;
-  });
-}
+  },
+}));
 
 type BlockCommand = (files: GuestFiles, disk: string) => string[];
 
@@ -155,14 +239,13 @@ function ours(files: GuestFiles, disk: string): string[] {
   return oursCommand(files, ['--disk', `path=${disk}`]);
 }
 
-/** Its cache mode is the one in which the host's page cache is used as by vmm. */
-export function qemuBlock(aio: 'io_uring' | 'threads'): BlockCommand {
-  return (files, disk) =>
-    qemuCommand(files, [
-      ...['-object', 'iothread,id=io'],
-      ...['-drive', `if=none,id=d,file=${disk},format=raw,aio=${aio},cache=writeback`],
-      ...['-device', 'virtio-blk-pci,drive=d,iothread=io,disable-legacy=on'],
-    ]);
+/** aio=threads is slower; its cache mode is the one in which the host's page cache is used as by vmm. */
+export function qemuBlock(files: GuestFiles, disk: string): string[] {
+  return qemuCommand(files, [
+    ...['-object', 'iothread,id=io'],
+    ...['-drive', `if=none,id=d,file=${disk},format=raw,aio=io_uring,cache=writeback`],
+    ...['-device', 'virtio-blk-pci,drive=d,iothread=io,disable-legacy=on'],
+  ]);
 }
 
 /** tmpfs where there is one: no figure is to be the host's disk's. */
@@ -188,36 +271,22 @@ export async function prepareBlock(): Promise<void> {
 export async function benchBlock(note: (line: string) => void, vmm: BlockCommand = ours): Promise<Row[]> {
   await prepareBlock();
   const folder = fs.mkdtempSync(path.join(diskFolder(), 'vmm-bench-'));
-  try {
-    const disk = path.join(folder, 'disk');
+  const guests: BenchGuest[] = [];
+  const start = async (name: string, command: BlockCommand) => {
+    const disk = path.join(folder, name);
     writeDisk(disk);
-    const seconds = JOBS.length * (SECONDS + RAMP_SECONDS);
-    const task = { command: COMMAND, modules: ['virtio_pci', 'virtio_blk'], seconds };
-    const guest = await benchGuest(path.join(folder, 'initramfs'), await kernel('cloud'), 'fio', task);
-    const peers: Record<string, BlockCommand> = {
-      'QEMU io_uring': qemuBlock('io_uring'),
-      'QEMU threads': qemuBlock('threads'),
-    };
-    const machines: Record<string, BlockCommand> = { vmm, ...peers };
-    const samples = Object.fromEntries(Object.keys(machines).map((name) => [name, [] as number[][]]));
-    note(`A raw disk of ${DISK_MIB} MiB in ${folder}, cached by the host (QEMU: cache=writeback), ${ROUNDS} rounds.`);
-    for (let round = 1; round <= ROUNDS; round++) {
-      for (const [name, command] of Object.entries(machines)) {
-        const figures = parseFio(await runBenchGuest(command(guest.files, disk), guest));
-        samples[name].push(figures);
-        note(
-          `Round ${round}, ${name}: ${JOBS.map((job, index) => `${job.name} ${figures[index].toFixed(1)}`).join(', ')}`,
-        );
-      }
-    }
-    return JOBS.flatMap(({ figure, unit }, index) => {
-      const middle = (name: string) => median(samples[name].map((figures) => figures[index]));
-      return Object.keys(peers).map((name): Row => ({
-        ...row(figure, unit, middle('vmm'), middle(name), name),
-        better: 'higher',
-      }));
-    });
+    const guest = await BenchGuest.start(command(files, disk));
+    guests.push(guest);
+    return guest;
+  };
+  const setup = { tool: 'fio', modules: ['virtio_pci', 'virtio_blk'], setup: SETUP } as const;
+  const files = await writeBenchGuest(folder, await kernel('cloud'), setup);
+  try {
+    note(`Raw disks of ${DISK_MIB} MiB in ${folder}, cached by the host (QEMU: cache=writeback), ${TURNS} turns each`);
+    const machines = { ours: await start('ours', vmm), peer: await start('peer', qemuBlock) };
+    return await takeTurns(note, MEASURES, machines, 'QEMU q35, io_uring');
   } finally {
+    await Promise.all(guests.map((guest) => guest.kill()));
     fs.rmSync(folder, { recursive: true });
   }
 }

@@ -6,6 +6,8 @@ import { spawnSync } from 'node:child_process';
 import { parseArgs } from 'node:util';
 import { benchBlock } from './block.js';
 import { benchBoot } from './boot.js';
+import { benchFreestanding } from './freestanding.js';
+import { benchNet } from './net.js';
 import { benchExits } from './exits.js';
 import { type Row, table } from './report.js';
 
@@ -19,6 +21,8 @@ const BENCHMARKS: Readonly<Partial<Record<string, Benchmark>>> = {
   exits: { stock: false, run: benchExits },
   boot: { stock: true, run: benchBoot },
   block: { stock: true, run: benchBlock },
+  net: { stock: true, run: benchNet },
+  freestanding: { stock: false, run: benchFreestanding },
 };
 
 function note(line: string): void {

@@ -8,73 +8,80 @@ import os from 'node:os';
 import path from 'node:path';
 import { kernel } from '../lab/kernels.js';
 import { guestTools, loadModules, needCommands } from '../support/rootfs.js';
-import { benchGuest, type GuestFiles, oursCommand, qemuCommand, runBenchGuest } from './block.js';
-import { median, row, type Row } from './report.js';
+import {
+  BenchGuest,
+  type GuestFiles,
+  type Measure,
+  oursCommand,
+  qemuCommand,
+  takeTurns,
+  writeBenchGuest,
+} from './block.js';
+import type { Row } from './report.js';
 
-const ROUNDS = 2;
-const SECONDS = 4;
+const SECONDS = 3;
 /** Not counted, while TCP finds its window. */
 const OMITTED_SECONDS = 1;
 
-/** Of the range for benchmarks of networks, RFC 2544. */
-const HOST_ADDRESS = '198.18.77.1';
-const GUEST_ADDRESS = '198.18.77.2';
-const PREFIX_LENGTH = 30;
 const PORT = 5201;
+const PREFIX_LENGTH = 30;
 const GUEST_MAC = '52:54:00:12:34:56';
 
-interface Flow {
-  readonly figure: string;
-  readonly unit: 'Gbit/s' | 'packets/s';
-  readonly options: string;
-  read(end: IperfEnd): number;
+/** A point-to-point network, in the range for benchmarks of networks (RFC 2544). */
+interface Link {
+  readonly tap: string;
+  readonly host: string;
+  readonly guest: string;
 }
 
-interface IperfEnd {
-  /** What arrived, as the receiver saw it, without the omitted seconds. */
-  readonly sum_received: { readonly bits_per_second: number };
+function link(index: number): Link {
+  const host = 4 * index + 1;
+  return { tap: `vmmb${process.pid}-${index}`, host: `198.18.77.${host}`, guest: `198.18.77.${host + 1}` };
+}
+
+interface Machine {
+  readonly guest: BenchGuest;
+  readonly link: Link;
+}
+
+interface IperfReport {
+  readonly error?: string;
+  readonly end: {
+    /** What arrived, as the receiver saw it, without the omitted seconds. */
+    readonly sum_received: { readonly bits_per_second: number };
+  };
+}
+
+/** @returns bits per second */
+async function iperf({ guest, link: { host } }: Machine, options: string): Promise<number> {
+  const time = `-t ${SECONDS} -O ${OMITTED_SECONDS} -i 0`;
+  const command = `/usr/bin/iperf3 -c ${host} -p ${PORT} ${time} -J ${options} >/tmp/result; tr -d '\\n\\t' </tmp/result`;
+  const output = await withServer(host, () => guest.run(command, SECONDS + OMITTED_SECONDS));
+  const { error, end } = JSON.parse(output.slice(output.indexOf('{'))) as IperfReport;
+  if (error !== undefined) throw new Error(`iperf3 ${options}: ${error}`);
+  return end.sum_received.bits_per_second;
 }
 
 const GIGABIT = 1e9;
 const PACKET_BYTES = 64;
+const PACKETS = `-u -l ${PACKET_BYTES} -b 0`;
 
-const tcpRate = ({ sum_received: received }: IperfEnd) => received.bits_per_second / GIGABIT;
-const packetRate = ({ sum_received: received }: IperfEnd) => received.bits_per_second / 8 / PACKET_BYTES;
-const packets = `-u -l ${PACKET_BYTES} -b 0`;
-
-const FLOWS: readonly Flow[] = [
-  { figure: 'TCP, guest to host', unit: 'Gbit/s', options: '', read: tcpRate },
-  { figure: 'TCP, host to guest', unit: 'Gbit/s', options: '-R', read: tcpRate },
-  { figure: `UDP of ${PACKET_BYTES} bytes, guest to host`, unit: 'packets/s', options: packets, read: packetRate },
+const FLOWS = [
+  { figure: 'TCP, guest to host', unit: 'Gbit/s', options: '', bits: GIGABIT },
+  { figure: 'TCP, host to guest', unit: 'Gbit/s', options: '-R', bits: GIGABIT },
+  {
+    figure: `UDP of ${PACKET_BYTES} bytes, guest to host`,
+    unit: 'packets/s',
+    options: PACKETS,
+    bits: 8 * PACKET_BYTES,
+  },
   {
     figure: `UDP of ${PACKET_BYTES} bytes, host to guest`,
     unit: 'packets/s',
-    options: `${packets} -R`,
-    read: packetRate,
+    options: `${PACKETS} -R`,
+    bits: 8 * PACKET_BYTES,
   },
 ];
-
-const DELIMITER = '@@flow@@';
-
-const COMMAND = [
-  'set -e',
-  'ip link set eth0 up',
-  `ip addr add ${GUEST_ADDRESS}/${PREFIX_LENGTH} dev eth0`,
-  ...FLOWS.flatMap(({ options }) => [
-    `/usr/bin/iperf3 -c ${HOST_ADDRESS} -p ${PORT} -t ${SECONDS} -O ${OMITTED_SECONDS} -i 0 -J ${options}`,
-    `echo ${DELIMITER}`,
-  ]),
-].join('\n');
-
-/** @returns each flow's figure in its unit */
-function parseIperf(output: string): number[] {
-  const reports = output.split(DELIMITER);
-  return FLOWS.map(({ figure, read }, index) => {
-    const report = JSON.parse(reports[index]) as { readonly error?: string; readonly end: IperfEnd };
-    if (report.error !== undefined) throw new Error(`iperf3, ${figure}: ${report.error}`);
-    return read(report.end);
-  });
-}
 
 type NetCommand = (files: GuestFiles, tap: string, vhost: boolean) => string[];
 
@@ -93,22 +100,9 @@ function ip(...args: readonly string[]): void {
   execFileSync('ip', args, { stdio: ['ignore', 'ignore', 'inherit'] });
 }
 
-/** A tap device with this machine's end of the network, for the time of the call. */
-async function withTap<T>(use: (name: string) => Promise<T>): Promise<T> {
-  const name = `vmmb${process.pid}`;
-  ip('tuntap', 'add', 'dev', name, 'mode', 'tap', 'vnet_hdr');
-  try {
-    ip('addr', 'add', `${HOST_ADDRESS}/${PREFIX_LENGTH}`, 'dev', name);
-    ip('link', 'set', name, 'up');
-    return await use(name);
-  } finally {
-    ip('tuntap', 'del', 'dev', name, 'mode', 'tap');
-  }
-}
-
-/** An iperf3 server of its own for each guest: one that a guest broke off would refuse the next. */
-async function withServer<T>(use: () => Promise<T>): Promise<T> {
-  const options = ['-s', '-B', HOST_ADDRESS, '-p', String(PORT), '--forceflush'];
+/** A server of its own for each flow: one that a guest broke off would refuse the next. */
+async function withServer<T>(address: string, use: () => Promise<T>): Promise<T> {
+  const options = ['-s', '-B', address, '-p', String(PORT), '--forceflush'];
   const server = spawn('iperf3', options, { stdio: ['ignore', 'pipe', 'inherit'] });
   const gone = new Promise<void>((resolve) => server.on('close', () => resolve()));
   try {
@@ -135,43 +129,50 @@ export async function prepareNet(): Promise<void> {
 
 export async function benchNet(note: (line: string) => void, vmm: NetCommand = ours): Promise<Row[]> {
   await prepareNet();
-  const image = await kernel('cloud');
-  if (!fs.existsSync('/dev/net/tun')) loadModules(await kernel('generic'), ['tun']);
-  if (!fs.existsSync('/dev/vhost-net')) loadModules(await kernel('generic'), ['vhost_net']);
+  const running = await kernel('generic'); // in a lab
+  if (!fs.existsSync('/dev/net/tun')) loadModules(running, ['tun']);
+  if (!fs.existsSync('/dev/vhost-net')) loadModules(running, ['vhost_net']);
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-bench-'));
   try {
-    const seconds = FLOWS.length * (SECONDS + OMITTED_SECONDS);
-    const task = { command: COMMAND, modules: ['virtio_pci', 'virtio_net'], seconds };
-    const guest = await benchGuest(path.join(folder, 'initramfs'), image, 'iperf3', task);
-    const machines: Record<string, NetCommand> = { vmm, QEMU: qemuNet };
-    const modes = [
-      { mode: 'tap', vhost: false },
-      { mode: 'vhost', vhost: true },
-    ];
-    const samples: Record<string, number[][]> = {};
-    for (let round = 1; round <= ROUNDS; round++) {
-      for (const { mode, vhost } of modes) {
-        for (const [name, command] of Object.entries(machines)) {
-          const output = await withTap((tap) =>
-            withServer(() => runBenchGuest(command(guest.files, tap, vhost), guest)),
-          );
-          const figures = parseIperf(output);
-          (samples[`${name} ${mode}`] ??= []).push(figures);
-          const text = FLOWS.map(({ figure, unit }, index) => `${figure} ${figures[index].toPrecision(4)} ${unit}`);
-          note(`Round ${round}, ${name} ${mode}: ${text.join('; ')}`);
-        }
-      }
-    }
-    return modes.flatMap(({ mode }) =>
-      FLOWS.map(({ figure, unit }, index): Row => {
-        const middle = (name: string) => median(samples[`${name} ${mode}`].map((figures) => figures[index]));
-        return {
-          ...row(`${figure}, ${mode}`, unit, middle('vmm'), middle('QEMU'), `QEMU ${mode}`),
-          better: 'higher',
-        };
-      }),
-    );
+    const setup = { tool: 'iperf3', modules: ['virtio_pci', 'virtio_net'] } as const;
+    const files = await writeBenchGuest(folder, await kernel('cloud'), setup);
+    const rows: Row[] = [];
+    for (const vhost of [false, true]) rows.push(...(await benchMode(note, files, vmm, vhost)));
+    return rows;
   } finally {
     fs.rmSync(folder, { recursive: true });
+  }
+}
+
+async function benchMode(
+  note: (line: string) => void,
+  files: GuestFiles,
+  vmm: NetCommand,
+  vhost: boolean,
+): Promise<Row[]> {
+  const mode = vhost ? 'vhost' : 'tap';
+  const machines: Machine[] = [];
+  const links: Link[] = [];
+  const start = async (command: NetCommand): Promise<Machine> => {
+    const ends = link(links.length);
+    ip('tuntap', 'add', 'dev', ends.tap, 'mode', 'tap', 'vnet_hdr');
+    links.push(ends);
+    ip('addr', 'add', `${ends.host}/${PREFIX_LENGTH}`, 'dev', ends.tap);
+    ip('link', 'set', ends.tap, 'up');
+    const machine = { guest: await BenchGuest.start(command(files, ends.tap, vhost)), link: ends };
+    machines.push(machine);
+    await machine.guest.run(`ip addr add ${ends.guest}/${PREFIX_LENGTH} dev eth0 && ip link set eth0 up`, 0);
+    return machine;
+  };
+  const measures = FLOWS.map(({ figure, unit, options, bits }): Measure<Machine> => ({
+    figure: `${figure}, ${mode}`,
+    unit,
+    run: async (machine) => (await iperf(machine, options)) / bits,
+  }));
+  try {
+    return await takeTurns(note, measures, { ours: await start(vmm), peer: await start(qemuNet) }, `QEMU q35, ${mode}`);
+  } finally {
+    await Promise.all(machines.map(({ guest }) => guest.kill()));
+    for (const { tap } of links) ip('tuntap', 'del', 'dev', tap, 'mode', 'tap');
   }
 }

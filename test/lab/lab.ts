@@ -18,6 +18,9 @@ import { cpio, file, folder } from './cpio.js';
 import { type Kernel, kernel, moduleBytes, moduleFiles } from './kernels.js';
 import { encodeFrame, type ExitReport, Frame, FrameReader, type SpawnRequest } from './protocol.js';
 
+/** Characters of a failed lab's console that its error repeats, from the sign of failure on. */
+const SHOWN_CONSOLE = 3000;
+
 /** The lab itself failed, not what ran in it: LAB_FAILURE_SIGNS on its console, or an agent that does not answer. */
 export class LabFailure extends Error {
   readonly code = 'LAB_FAILURE';
@@ -312,9 +315,10 @@ export class Lab {
   }
 
   async #check(): Promise<void> {
-    const sign = LAB_FAILURE_SIGNS.exec(readConsole(this.directory));
+    const console = readConsole(this.directory);
+    const sign = LAB_FAILURE_SIGNS.exec(console);
     if (sign !== null) {
-      this.#fail(`its console says "${sign[0]}"`);
+      this.#fail(`its console says ${console.slice(sign.index, sign.index + SHOWN_CONSOLE)}`);
       return;
     }
     if (this.#pings.size > 0) return;

@@ -164,12 +164,11 @@ function sources(): string[] {
   if (codename === undefined) throw new Error('/etc/os-release names no release');
   const format = '$(REPO_URI) $(RELEASE) $(COMPONENT) $(ORIGIN)';
   const lines = run('apt-get', ['indextargets', '--format', format, 'Created-By: Packages']).split('\n');
-  const found = lines
-    .map((line) => line.split(' '))
-    .filter(
-      ([, release, part, origin]) => release?.split('-')[0] === codename && part === 'main' && origin === 'Debian',
-    )
-    .map(([uri, release, part]) => `deb ${uri} ${release} ${part}`);
+  const found = lines.flatMap((line) => {
+    const [uri, release = '', part, origin] = line.split(' ') as (string | undefined)[];
+    const ours = release.split('-')[0] === codename && part === 'main' && origin === 'Debian';
+    return ours ? [`deb ${uri} ${release} ${part}`] : [];
+  });
   if (found.length === 0) throw new Error(`No Debian mirror of ${codename} in the apt configuration`);
   return [codename, ...new Set(found)];
 }

@@ -2,7 +2,7 @@
 import { GuestMemory } from '../../src/memory/guest-memory.js';
 import type { HostKernel } from '../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
-import { DEVICE_COUNTERS, type DeviceContext, type DeviceQueue, type Driver } from '../../src/virtio/device.js';
+import { DEVICE_COUNTERS, type DeviceContext, type DeviceQueue, type Driver, featureWords } from '../../src/virtio/device.js';
 import { EpollLoop } from '../../src/virtio/epoll-loop.js';
 import { PACKED_START, PackedQueue } from '../../src/virtio/packed-queue.js';
 import { QUEUE_WORDS, QueueWord, type VirtQueue } from '../../src/virtio/queue.js';
@@ -115,7 +115,7 @@ export class TestQueue {
     const signal = () => {
       if (ring.needsInterrupt()) this.interrupts++;
     };
-    this.queue = { index, ring, signal };
+    this.queue = { index, ring, signal, place: { size, descriptors: 0, available: 0, used: 0, kick: -1 } };
   }
 
   /** Offers a chain. @returns its id */
@@ -273,5 +273,5 @@ export function testContext(host: HostKernel = kernel): TestContext {
 export function testDriver(guest: TestGuest, queues: readonly TestQueue[], features: readonly number[] = []): Driver {
   const byIndex: (DeviceQueue | undefined)[] = [];
   for (const { queue } of queues) byIndex[queue.index] = queue;
-  return { memory: guest.memory, has: (feature) => features.includes(feature), queues: byIndex };
+  return { memory: guest.memory, features: featureWords(features), has: (feature) => features.includes(feature), queues: byIndex };
 }

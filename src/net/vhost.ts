@@ -1,0 +1,99 @@
+/** vhost-net: the host's kernel moves packets between a tap and a guest's queues by itself (linux/vhost.h). */
+import type { MemoryRange } from '../memory/guest-memory.js';
+import type { HostKernel } from '../sys/host-kernel.js';
+
+export const VHOST = {
+  GET_FEATURES: 0x8008af00,
+  SET_FEATURES: 0x4008af00,
+  SET_OWNER: 0xaf01,
+  SET_MEM_TABLE: 0x4008af03,
+  SET_VRING_NUM: 0x4008af10,
+  SET_VRING_ADDR: 0x4028af11,
+  SET_VRING_BASE: 0x4008af12,
+  SET_VRING_KICK: 0x4008af20,
+  SET_VRING_CALL: 0x4008af21,
+  NET_SET_BACKEND: 0x4008af30,
+} as const;
+
+export const VHOST_DEVICE = '/dev/vhost-net';
+const REGION_BYTES = 32;
+
+/** A queue that the kernel is to serve. Addresses are the host's. */
+export interface VhostQueue {
+  readonly size: number;
+  readonly descriptors: number;
+  readonly available: number;
+  readonly used: number;
+  readonly kick: number;
+  readonly call: number;
+}
+
+export interface VhostRegion extends MemoryRange {
+  readonly hostAddress: number;
+}
+
+/** Feature words that the host's vhost-net knows. @throws SystemError when there is none */
+export function vhostFeatures(kernel: HostKernel): [number, number] {
+  const fd = kernel.open(VHOST_DEVICE);
+  try {
+    const words = new Uint32Array(2);
+    kernel.ioctlBuffer(fd, VHOST.GET_FEATURES, new Uint8Array(words.buffer));
+    return [words[0], words[1]];
+  } finally {
+    kernel.close(fd);
+  }
+}
+
+/** One pair of queues on one tap. */
+export class VhostPair {
+  readonly #fd: number;
+
+  /** @throws SystemError */
+  constructor(
+    private readonly kernel: HostKernel,
+    tap: number,
+    features: readonly [number, number],
+    regions: readonly VhostRegion[],
+    queues: readonly VhostQueue[],
+  ) {
+    this.#fd = kernel.open(VHOST_DEVICE);
+    try {
+      kernel.ioctl(this.#fd, VHOST.SET_OWNER);
+      this.#call(VHOST.SET_FEATURES, Uint32Array.from(features));
+      const table = new Uint8Array(8 + regions.length * REGION_BYTES);
+      const view = new DataView(table.buffer);
+      view.setUint32(0, regions.length, true);
+      regions.forEach(({ address, size, hostAddress }, index) => {
+        const at = 8 + index * REGION_BYTES;
+        view.setBigUint64(at, BigInt(address), true);
+        view.setBigUint64(at + 8, BigInt(size), true);
+        view.setBigUint64(at + 16, BigInt(hostAddress), true);
+      });
+      kernel.ioctlBuffer(this.#fd, VHOST.SET_MEM_TABLE, table);
+      queues.forEach(({ size, descriptors, available, used, kick, call }, index) => {
+        this.#call(VHOST.SET_VRING_NUM, Uint32Array.of(index, size));
+        this.#call(VHOST.SET_VRING_BASE, Uint32Array.of(index, 0));
+        // struct vhost_vring_addr: index, flags, descriptors, used, available, log.
+        const address = new DataView(new ArrayBuffer(40));
+        address.setUint32(0, index, true);
+        [descriptors, used, available].forEach((host, field) => address.setBigUint64(8 + field * 8, BigInt(host), true));
+        kernel.ioctlBuffer(this.#fd, VHOST.SET_VRING_ADDR, new Uint8Array(address.buffer));
+        this.#call(VHOST.SET_VRING_KICK, Uint32Array.of(index, kick));
+        this.#call(VHOST.SET_VRING_CALL, Uint32Array.of(index, call));
+        this.#call(VHOST.NET_SET_BACKEND, Uint32Array.of(index, tap));
+      });
+    } catch (error) {
+      kernel.close(this.#fd);
+      throw error;
+    }
+  }
+
+  #call(request: number, words: Uint32Array): void {
+    this.kernel.ioctlBuffer(this.#fd, request, new Uint8Array(words.buffer));
+  }
+
+  /** The kernel lets go of queues and guest memory: closing waits for what is in flight. */
+  close(): void {
+    this.kernel.close(this.#fd);
+  }
+}
