@@ -59,7 +59,13 @@ export class VhostPair {
     this.#fd = kernel.open(VHOST_DEVICE);
     try {
       kernel.ioctl(this.#fd, VHOST.SET_OWNER);
-      this.#call(VHOST.SET_FEATURES, Uint32Array.from(features));
+      // Of the device's own features, which are the tap's business, vhost takes only those that concern it.
+      const known = new Uint32Array(2);
+      this.#call(VHOST.GET_FEATURES, known);
+      this.#call(
+        VHOST.SET_FEATURES,
+        known.map((word, index) => word & features[index]),
+      );
       const table = new Uint8Array(8 + regions.length * REGION_BYTES);
       const view = new DataView(table.buffer);
       view.setUint32(0, regions.length, true);
@@ -76,7 +82,9 @@ export class VhostPair {
         // struct vhost_vring_addr: index, flags, descriptors, used, available, log.
         const address = new DataView(new ArrayBuffer(40));
         address.setUint32(0, index, true);
-        [descriptors, used, available].forEach((host, field) => address.setBigUint64(8 + field * 8, BigInt(host), true));
+        [descriptors, used, available].forEach((host, field) =>
+          address.setBigUint64(8 + field * 8, BigInt(host), true),
+        );
         kernel.ioctlBuffer(this.#fd, VHOST.SET_VRING_ADDR, new Uint8Array(address.buffer));
         this.#call(VHOST.SET_VRING_KICK, Uint32Array.of(index, kick));
         this.#call(VHOST.SET_VRING_CALL, Uint32Array.of(index, call));
@@ -89,6 +97,7 @@ export class VhostPair {
   }
 
   #call(request: number, words: Uint32Array): void {
+    // The words are the structure, read or written in place.
     this.kernel.ioctlBuffer(this.#fd, request, new Uint8Array(words.buffer));
   }
 

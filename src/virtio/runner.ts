@@ -192,7 +192,7 @@ export class VirtioRunner {
   #needsReset(reason: string): void {
     if (this.#broken) return;
     this.#broken = true;
-    this.services.log('warn', `${this.handle.id}: The guest's driver broke the device, which needs a reset: ${reason}`);
+    this.services.log('warn', `${this.handle.id}: Broken until its driver resets it: ${reason}`);
     this.#state.lock();
     Atomics.or(this.#words, this.#at.status, Status.needsReset);
     this.#state.unlock();

@@ -184,7 +184,12 @@ export class DeviceManager {
       const featureLimit = net.vhost ? resources.vhostFeatures : undefined;
       const backend: BackendSpec =
         calls === undefined ? { kind: 'net', taps, limits } : { kind: 'vhost-net', taps, calls };
-      add(`_net${index}`, net, description, backend, { affinity: net.queue_affinity, busy: true, kernelCalls: calls, featureLimit });
+      add(`_net${index}`, net, description, backend, {
+        affinity: net.queue_affinity,
+        busy: true,
+        kernelCalls: calls,
+        featureLimit,
+      });
     });
     add('__rng', config.rng, entropyDescription(), { kind: 'entropy', source: resources.rng });
     resources.pmem.forEach(({ config: pmem, mapping, fd }, index) => {
