@@ -183,8 +183,7 @@ function readFeatures(
   names: ReadonlyMap<number, string>,
   fail: Fail,
 ): { dirty: boolean; corrupt: boolean } {
-  const isSet = (bit: number) =>
-    ((view.getUint32(Field.incompatible + (bit < 32 ? 4 : 0)) >>> (bit & 31)) & 1) !== 0;
+  const isSet = (bit: number) => ((view.getUint32(Field.incompatible + (bit < 32 ? 4 : 0)) >>> (bit & 31)) & 1) !== 0;
   for (let bit = 0; bit < 64; bit++) {
     if (!isSet(bit) || bit === Incompatible.dirty || bit === Incompatible.corrupt || bit === Incompatible.compression) {
       continue;
@@ -205,7 +204,8 @@ function checkTables(header: Qcow2Header, fileSize: number, fail: Fail): void {
   const { clusterSize, l1Entries, l1Offset, refcountTableOffset, refcountTableClusters } = header;
   const check = (what: string, offset: number, bytes: number, cap: number) => {
     if (bytes > cap) throw fail(`The ${what} has ${bytes} bytes; accepted are up to ${cap}`);
-    if (offset === 0 || offset % clusterSize !== 0) throw fail(`The ${what} is at ${offset}, which no cluster starts at`);
+    if (offset === 0 || offset % clusterSize !== 0)
+      throw fail(`The ${what} is at ${offset}, which no cluster starts at`);
     if (offset + bytes > fileSize) throw fail(`The file ends before the end of its ${what}`);
   };
   const l1Bytes = l1Entries * 8;

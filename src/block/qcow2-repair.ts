@@ -148,7 +148,8 @@ export class Repair {
 
   #fixFlag(view: DataView, at: number, offset: number): boolean {
     const high = view.getUint32(at);
-    const fixed = ((high & ~COPIED_HIGH) | (this.#counts[offset / this.store.clusterSize] === 1 ? COPIED_HIGH : 0)) >>> 0;
+    const fixed =
+      ((high & ~COPIED_HIGH) | (this.#counts[offset / this.store.clusterSize] === 1 ? COPIED_HIGH : 0)) >>> 0;
     if (fixed === high) return false;
     view.setUint32(at, fixed);
     return true;

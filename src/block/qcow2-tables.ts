@@ -57,6 +57,11 @@ export class Tables {
     return table;
   }
 
+  /** Takes back what was changed in a table and not written. */
+  forget(table: CachedTable): void {
+    this.#cache.drop(table.key);
+  }
+
   /** Writes entries that were changed in the cached table. */
   writeEntries(table: CachedTable, first: number, count: number): void {
     try {

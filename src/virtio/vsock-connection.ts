@@ -2,7 +2,7 @@
  * One connection of the vsock device: its state, the credit of both sides (virtio 1.3, 5.10.6.3), and what the guest sent
  * and the host's program has not taken yet.
  */
-import type { HostKernel, HostMapping } from '../sys/host-kernel.js';
+import { type HostKernel, type HostMapping, SystemError } from '../sys/host-kernel.js';
 import type { Chain } from './queue.js';
 import { Shutdown } from './vsock-packet.js';
 
@@ -93,8 +93,14 @@ export class BufferPool {
 
   constructor(private readonly kernel: HostKernel) {}
 
-  take(): SendBuffer {
-    return this.#spare.pop() ?? new SendBuffer(this.kernel);
+  /** @returns undefined when the host has no memory */
+  take(): SendBuffer | undefined {
+    try {
+      return this.#spare.pop() ?? new SendBuffer(this.kernel);
+    } catch (error) {
+      if (error instanceof SystemError) return undefined;
+      throw error;
+    }
   }
 
   give(buffer: SendBuffer): void {
@@ -195,7 +201,7 @@ export class Connection {
    *
    * @param iovecs address of `count` struct iovec that describe it
    * @param offset where it lies in the chain
-   * @returns false when the guest had no credit for it
+   * @returns false when the guest had no credit for it, or the host has no memory
    */
   receive(chain: Chain, offset: number, length: number, iovecs: number, count: number): boolean {
     if (this.buffered + length > BUFFER_BYTES) return false;
@@ -210,6 +216,7 @@ export class Connection {
     this.#forward(done);
     if (done < length) {
       this.#buffer ??= this.pool.take();
+      if (this.#buffer === undefined) return false;
       this.#buffer.append(chain, offset + done, length - done);
     }
     return true;

@@ -20,6 +20,7 @@ import { encodeFrame, type ExitReport, Frame, FrameReader, type SpawnRequest } f
 
 /** Characters of a failed lab's console that its error repeats, from the sign of failure on. */
 const SHOWN_CONSOLE = 3000;
+const CONSOLE_MILLISECONDS = 1000;
 
 /** The lab itself failed, not what ran in it: LAB_FAILURE_SIGNS on its console, or an agent that does not answer. */
 export class LabFailure extends Error {
@@ -315,9 +316,11 @@ export class Lab {
   }
 
   async #check(): Promise<void> {
-    const console = readConsole(this.directory);
-    const sign = LAB_FAILURE_SIGNS.exec(console);
+    const sign = LAB_FAILURE_SIGNS.exec(readConsole(this.directory));
     if (sign !== null) {
+      // What explains it comes after it.
+      await new Promise((resolve) => setTimeout(resolve, CONSOLE_MILLISECONDS));
+      const console = readConsole(this.directory);
       this.#fail(`its console says ${console.slice(sign.index, sign.index + SHOWN_CONSOLE)}`);
       return;
     }

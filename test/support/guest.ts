@@ -10,6 +10,9 @@ import { type HostProcess, type TestHost } from './host.js';
 
 export const VMM = [process.execPath, path.resolve('dist/vmm.js')];
 
+/** A file that gets all that guests print, for finding out why a test fails. */
+const CONSOLE_COPY = process.env['VMM_TEST_CONSOLE'];
+
 export interface GuestOptions {
   readonly kernel: Kernel;
   /** Another file than the kernel package's. */
@@ -34,6 +37,7 @@ export class Guest {
   private constructor(readonly process: HostProcess) {
     process.stdout.on('data', (bytes: Buffer) => {
       this.#console += bytes.toString('latin1');
+      if (CONSOLE_COPY !== undefined) fs.appendFileSync(CONSOLE_COPY, bytes);
       for (const watcher of this.#watchers) watcher();
     });
     process.stderr.on('data', (bytes: Buffer) => {
