@@ -24,7 +24,7 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
   readonly #store: Qcow2Store;
   /** Undefined where the image is only read. */
   readonly #refcounts: Refcounts | undefined;
-  /** The compressed cluster that `#inflated` is of, by its entry. */
+  /** The compressed cluster that `#inflated` is of, by its entry: there are no new ones, so it stays right. */
   #inflatedHigh = 0;
   #inflatedLow = 0;
   #inflated: Uint8Array | undefined;
@@ -193,8 +193,6 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     const { clusterSize, header } = this;
     let length = clusterSize;
     if (isCompressed(high)) {
-      // Its place may become another compressed cluster's.
-      this.#inflated = undefined;
       length = Math.min(compressedLength(high, low, header.clusterBits), this.#store.clusters * clusterSize - host);
     }
     const first = Math.floor(host / clusterSize);

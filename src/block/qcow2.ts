@@ -80,7 +80,7 @@ function openBacking(
     throw new ImageError(`${image}: A backing file of format ${JSON.stringify(format)}; accepted are raw and qcow2`);
   }
   const path = nodePath.isAbsolute(name) ? name : nodePath.join(nodePath.dirname(image), name);
-  if (above.length >= MAX_CHAIN) throw new ImageError(`${image}: More than ${MAX_CHAIN} files lie behind one another`);
+  if (above.length > MAX_CHAIN) throw new ImageError(`${image}: More than ${MAX_CHAIN} files lie behind one another`);
   if (above.includes(identity(path))) throw new ImageError(`${image}: The backing file ${quoted} has it behind itself`);
   if (format !== 'qcow2') {
     const file = open(path, true);

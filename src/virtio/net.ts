@@ -215,10 +215,10 @@ class Pair {
         break;
       }
       // The packet's size is not known before it is here: one of the largest kind has to be allowed for.
-      if (limit !== undefined && limit.delay(0) > 0) {
+      if (limit !== undefined && limit.delay(1) > 0) {
         counters[Counter.limited]++;
         this.#watch(this.#watched & ~EPOLL.IN);
-        this.#again.start(Math.max(limit.delay(0), 1));
+        this.#again.start(Math.max(limit.delay(1), 1));
         break;
       }
       const elements = this.mergeable ? this.#vectorCount : this.#buffers[this.#first];
@@ -228,7 +228,7 @@ class Pair {
         this.#watch(this.#watched | EPOLL.IN);
         break;
       }
-      limit?.take(bytes);
+      limit?.charge(bytes);
       if (bytes < HEADER_BYTES) counters[Counter.dropped]++;
       else this.#deliver(bytes);
     }

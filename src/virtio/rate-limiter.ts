@@ -68,16 +68,26 @@ export class RateLimiter {
 
   /** Takes one operation of that many bytes, or, when it must wait, nothing. @returns whether it may go now */
   take(bytes: number): boolean {
-    this.#bandwidth?.refill();
-    this.#operations?.refill();
+    this.#refill();
     if (this.#bandwidth?.has(bytes) === false || this.#operations?.has(1) === false) return false;
+    this.charge(bytes);
+    return true;
+  }
+
+  /** Takes an operation of that many bytes which has happened already; what is missing is owed. */
+  charge(bytes: number): void {
     this.#bandwidth?.take(bytes);
     this.#operations?.take(1);
-    return true;
+  }
+
+  #refill(): void {
+    this.#bandwidth?.refill();
+    this.#operations?.refill();
   }
 
   /** Milliseconds until an operation of that many bytes may go. */
   delay(bytes: number): number {
+    this.#refill();
     return Math.max(this.#bandwidth?.delay(bytes) ?? 0, this.#operations?.delay(1) ?? 0);
   }
 }

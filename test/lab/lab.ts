@@ -125,7 +125,7 @@ export class LabMachine {
     const initramfs = path.join(directory, 'initramfs');
     fs.writeFileSync(initramfs, Buffer.concat([padded(fs.readFileSync(base)), cpio([file('agent.env', settings)])]));
     const qemu = [
-      ...['qemu-system-x86_64', '-accel', 'tcg,thread=multi', '-cpu', 'max,-xsave,-avx,-avx2,-f16c,-vaes'],
+      ...['qemu-system-x86_64', '-accel', 'tcg,thread=multi,tb-size=192', '-cpu', 'max,-xsave,-avx,-avx2,-f16c,-vaes'],
       ...['-smp', String(cpus), '-m', String(memoryMib), '-M', 'q35', '-display', 'none', '-nodefaults'],
       ...['-no-user-config', '-monitor', 'none', '-no-reboot', '-serial', `file:${directory}/console`],
       ...['-kernel', image.vmlinuz, '-initrd', initramfs],

@@ -1,0 +1,311 @@
+/** The network device over a tap that the test plays: packets in a list, readiness by an eventfd. */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterAll, describe, expect, test } from '@jest/globals';
+import fc from 'fast-check';
+import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
+import { NetDevice, NET_COUNTERS, type NetOptions } from '../../../src/virtio/net.js';
+import { netDescription, NetFeature } from '../../../src/virtio/net-description.js';
+import { RateLimiter } from '../../../src/virtio/rate-limiter.js';
+import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
+
+const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-net-'));
+afterAll(() => fs.rmSync(folder, { recursive: true }));
+
+const EAGAIN = 11;
+const HEADER = 12;
+
+/** A kernel in which one descriptor is a tap. Bytes pass through a file, as only system calls reach host addresses. */
+class TapKernel extends LinuxKernel {
+  readonly tap = this.eventfd();
+  readonly #file = this.open(path.join(folder, `tap${this.tap}`), { create: 0o600 });
+  readonly arriving: Buffer[] = [];
+  readonly sent: Buffer[] = [];
+  full = false;
+
+  arrive(packet: Buffer): void {
+    this.arriving.push(Buffer.concat([Buffer.alloc(HEADER), packet]));
+    this.signal(this.tap);
+  }
+
+  override readvRaw(fd: number, iovecs: number, count: number): number {
+    if (fd !== this.tap) return super.readvRaw(fd, iovecs, count);
+    const packet = this.arriving.shift();
+    if (packet === undefined) {
+      this.drainEvent(this.tap);
+      return -EAGAIN;
+    }
+    this.truncate(this.#file, 0);
+    this.writeAt(this.#file, packet, 0);
+    return this.readvAtRaw(this.#file, iovecs, count, 0);
+  }
+
+  override writevRaw(fd: number, iovecs: number, count: number): number {
+    if (fd !== this.tap) return super.writevRaw(fd, iovecs, count);
+    if (this.full) return -EAGAIN;
+    this.truncate(this.#file, 0);
+    const length = this.writevAtRaw(this.#file, iovecs, count, 0);
+    const packet = Buffer.alloc(length);
+    this.readAt(this.#file, packet, 0);
+    this.sent.push(packet);
+    return length;
+  }
+}
+
+function network(features: readonly number[], queue = {}, options: Partial<NetOptions> = {}) {
+  const guest = new TestGuest();
+  const kernel = new TapKernel();
+  const context = testContext(kernel);
+  const queues = [0, 1, 2].map((index) => new TestQueue(guest, index, { size: 64, ...queue }));
+  const offloads: number[] = [];
+  const device = new NetDevice(context, {
+    taps: [kernel.tap],
+    setOffload: (_tap, bits) => offloads.push(bits),
+    ...options,
+  });
+  device.activate(testDriver(guest, queues, features));
+  const [receive, transmit, control] = queues;
+  for (const each of queues) device.kick(each.queue);
+  const counter = (name: (typeof NET_COUNTERS)[number]) => context.counters[NET_COUNTERS.indexOf(name)];
+  const close = () => {
+    device.close();
+    context.loop.close();
+    kernel.close(kernel.tap);
+    guest.close();
+  };
+  return { guest, kernel, context, device, receive, transmit, control, offloads, counter, close };
+}
+
+const packet = (length: number) => Buffer.from(Array.from({ length }, (_, index) => (index * 7) & 0xff));
+
+describe.each([
+  ['split', false],
+  ['packed', true],
+])('with %s queues', (_name, packed) => {
+  test('sends what is in several buffers as one packet', () => {
+    const n = network([NetFeature.mergeRxBuffers], { packed });
+    const at = n.guest.alloc(4096);
+    n.guest.memory.write(at, Buffer.concat([Buffer.alloc(HEADER), packet(1500)]));
+    const id = n.transmit.add([
+      { address: at, length: 12, write: false },
+      { address: at + 12, length: 100, write: false },
+      { address: at + 112, length: 1400, write: false },
+    ]);
+    n.device.kick(n.transmit.queue);
+    expect(n.kernel.sent).toEqual([Buffer.concat([Buffer.alloc(HEADER), packet(1500)])]);
+    expect(n.transmit.used()).toEqual({ id, length: 0 });
+    n.close();
+  });
+
+  test('waits for a tap that is full', () => {
+    const n = network([], { packed });
+    const at = n.guest.alloc(4096);
+    n.kernel.full = true;
+    n.transmit.add([{ address: at, length: 100, write: false }]);
+    n.device.kick(n.transmit.queue);
+    expect(n.transmit.used()).toBeUndefined();
+    n.kernel.full = false;
+    n.context.loop.turn(1000); // an eventfd can always be written
+    expect(n.kernel.sent).toHaveLength(1);
+    expect(n.transmit.used()).toBeDefined();
+    n.close();
+  });
+
+  test('receives into as few chains as the packet needs, all seen at once', () => {
+    const n = network([NetFeature.mergeRxBuffers], { packed });
+    const ids = Array.from({ length: 8 }, () => {
+      const address = n.guest.alloc(1024);
+      return { address, id: n.receive.add([{ address, length: 1024, write: true }]) };
+    });
+    n.device.kick(n.receive.queue);
+    const large = packet(2500);
+    n.kernel.arrive(large);
+    n.kernel.arrive(packet(60));
+    n.context.loop.turn(1000);
+    const total = large.length + HEADER;
+    expect([n.receive.used(), n.receive.used(), n.receive.used()]).toEqual([
+      { id: ids[0].id, length: 1024 },
+      { id: ids[1].id, length: 1024 },
+      { id: ids[2].id, length: total - 2048 },
+    ]);
+    expect(n.receive.used()).toEqual({ id: ids[3].id, length: 72 });
+    expect(n.guest.memory.u16(ids[0].address + 10)).toBe(3); // num_buffers
+    expect(n.guest.memory.u16(ids[3].address + 10)).toBe(1);
+    const bytes = Buffer.concat([
+      n.guest.memory.read(ids[0].address, 1024),
+      n.guest.memory.read(ids[1].address, 1024),
+      n.guest.memory.read(ids[2].address, total - 2048),
+    ]);
+    expect(bytes.subarray(HEADER).equals(large)).toBe(true);
+    n.close();
+  });
+
+  test('keeps going for hundreds of packets, as chains come back and wrap around', () => {
+    const n = network([NetFeature.mergeRxBuffers], { packed });
+    const address = n.guest.alloc(64 * 2048);
+    for (let index = 0; index < 48; index++)
+      n.receive.add([{ address: address + index * 2048, length: 1536, write: true }]);
+    n.device.kick(n.receive.queue);
+    let received = 0;
+    for (let round = 0; round < 100; round++) {
+      for (let count = 0; count < 5; count++) n.kernel.arrive(packet(500 + round * 10));
+      n.context.loop.turn(1000);
+      for (let used = n.receive.used(); used !== undefined; used = n.receive.used()) {
+        received++;
+        expect(used.length).toBe(512 + round * 10);
+        n.receive.add([{ address: address + (received % 64) * 2048, length: 1536, write: true }]);
+      }
+      n.device.kick(n.receive.queue);
+    }
+    expect(received).toBe(500);
+    expect(n.counter('received')).toBe(500);
+    n.close();
+  });
+
+  test('without merging, one chain is one packet', () => {
+    const n = network([], { packed });
+    const address = n.guest.alloc(4096);
+    const id = n.receive.add([
+      { address, length: 12, write: true },
+      { address: address + 12, length: 2000, write: true },
+    ]);
+    n.device.kick(n.receive.queue);
+    n.kernel.arrive(packet(1400));
+    n.context.loop.turn(1000);
+    expect(n.receive.used()).toEqual({ id, length: 1412 });
+    // No chains: the packet stays with the tap until the driver offers one.
+    n.kernel.arrive(packet(100));
+    n.context.loop.turn(100);
+    expect(n.context.loop.turn(10)).toBe(false);
+    expect(n.kernel.arriving).toHaveLength(1);
+    const next = n.receive.add([{ address, length: 2000, write: true }]);
+    n.device.kick(n.receive.queue);
+    expect(n.receive.used()).toEqual({ id: next, length: 112 });
+    n.close();
+  });
+});
+
+test('limits are kept in both directions', () => {
+  const limit = () => new RateLimiter({ operations: { size: 1, refillTime: 50 } }, () => performance.now());
+  const n = network([], {}, { receiveLimit: limit(), transmitLimit: limit() });
+  const at = n.guest.alloc(0x4000);
+  for (let index = 0; index < 3; index++) {
+    n.transmit.add([{ address: at, length: 100, write: false }]);
+    n.receive.add([{ address: at + 4096 * (index + 1), length: 2000, write: true }]);
+    n.kernel.arrive(packet(60));
+  }
+  n.device.kick(n.receive.queue);
+  n.device.kick(n.transmit.queue);
+  const begun = performance.now();
+  while (n.kernel.sent.length < 3 || n.counter('received') < 3) n.context.loop.turn(1000);
+  expect(performance.now() - begun).toBeGreaterThan(90);
+  n.close();
+});
+
+describe('the control queue', () => {
+  const run = (n: ReturnType<typeof network>, command: readonly number[]) => {
+    const at = n.guest.alloc(64);
+    const status = n.guest.alloc(1);
+    n.guest.memory.write(at, Uint8Array.from(command));
+    n.control.add([
+      { address: at, length: command.length, write: false },
+      { address: status, length: 1, write: true },
+    ]);
+    n.device.kick(n.control.queue);
+    expect(n.control.used()).toMatchObject({ length: 1 });
+    return n.guest.memory.u8(status);
+  };
+
+  test('offloads: what was negotiated, then what is asked for', () => {
+    const n = network([NetFeature.guestCsum, NetFeature.guestTso4, NetFeature.ctrlGuestOffloads]);
+    expect(n.offloads).toEqual([3]);
+    expect(run(n, [5, 0, 2, 0, 0, 0, 0, 0, 0, 0])).toBe(0);
+    expect(n.offloads).toEqual([3, 1]);
+    expect(run(n, [5, 0, 0, 4, 0, 0, 0, 0, 0, 0])).toBe(1); // UFO was not
+    expect(run(n, [5, 0, 2])).toBe(1);
+    n.close();
+  });
+
+  test('pairs that can be, and commands that cannot', () => {
+    const n = network([NetFeature.multiQueue]);
+    expect(run(n, [4, 0, 1, 0])).toBe(0);
+    expect(run(n, [4, 0, 2, 0])).toBe(1);
+    expect(run(n, [4, 0, 0, 0])).toBe(1);
+    expect(run(n, [4, 1, 1, 0])).toBe(1);
+    expect(run(n, [0, 0, 1])).toBe(1);
+    n.close();
+  });
+});
+
+test('the description follows the options', () => {
+  const setup = { mac: Uint8Array.of(2, 1, 2, 3, 4, 5), queuePairs: 2, queueSize: 256, mtu: 9000 };
+  const all = netDescription({ ...setup, tso: true, ufo: true, csum: true });
+  expect(all.queueSizes).toEqual([256, 256, 256, 256, 64]);
+  expect([...all.config]).toEqual([2, 1, 2, 3, 4, 5, 1, 0, 2, 0, 0x28, 0x23]);
+  expect(all.features).toContain(NetFeature.hostTso4);
+  const none = netDescription({ ...setup, tso: true, ufo: true, csum: false });
+  for (const feature of [NetFeature.csum, NetFeature.guestTso4, NetFeature.hostUfo])
+    expect(none.features).not.toContain(feature);
+});
+
+test.each([
+  ['receive', 0, false],
+  ['receive, packed', 0, true],
+  ['transmit', 1, false],
+  ['transmit, packed', 1, true],
+  ['control', 2, false],
+  ['control, packed', 2, true],
+] as const)(
+  'whatever a driver puts into its %s queue',
+  (_name, index, packed) => {
+    const guest = new TestGuest();
+    const kernel = new TapKernel();
+    const context = testContext(kernel);
+    const places = [0, 1, 2].map((queue) => new TestQueue(guest, queue, { size: 16, packed }));
+    const tables = guest.alloc(0x1000);
+    const buffer = fc.record({
+      address: fc.oneof(
+        { arbitrary: fc.integer({ min: 0x10_0000, max: 0x11_0000 }), weight: 9 },
+        { arbitrary: fc.constant(2 ** 33), weight: 1 },
+      ),
+      length: fc.oneof(
+        { arbitrary: fc.constantFrom(1, 2, 4, 10, 11, 12, 13, 64, 1526, 65562, 65563), weight: 9 },
+        { arbitrary: fc.constant(0), weight: 1 },
+      ),
+      write: fc.boolean(),
+    });
+    const chain = fc.record({ buffers: fc.array(buffer, { minLength: 1, maxLength: 4 }), indirect: fc.boolean() });
+    let back = 0;
+    let resets = 0;
+    fc.assert(
+      fc.property(fc.array(chain, { minLength: 1, maxLength: 4 }), fc.nat(70_000), (chains, arriving) => {
+        guest.rewind(tables);
+        const queues = places.map((at, queue) => new TestQueue(guest, queue, { size: 16, packed, at }));
+        context.resets.length = 0;
+        kernel.arriving.length = 0;
+        kernel.sent.length = 0;
+        const device = new NetDevice(context, { taps: [kernel.tap], setOffload: () => undefined });
+        const features = arriving % 2 === 0 ? [NetFeature.mergeRxBuffers] : [];
+        device.activate(testDriver(guest, queues, features));
+        let slots = 0;
+        for (const { buffers, indirect } of chains) {
+          slots += indirect ? 1 : buffers.length;
+          if (slots <= 16) queues[index].add(buffers, indirect);
+        }
+        kernel.arrive(Buffer.alloc(Math.min(arriving, 65_000)));
+        device.kick(queues[index].queue);
+        device.kick(queues[index].queue);
+        while (queues[index].used() !== undefined) back++;
+        if (context.resets.length > 0) resets++;
+        device.close();
+      }),
+      { numRuns: 10_000 },
+    );
+    expect(back).toBeGreaterThan(1000);
+    expect(resets).toBeGreaterThan(1000);
+    context.loop.close();
+    guest.close();
+  },
+  120_000,
+);
