@@ -14,14 +14,16 @@ const MIN_NODE = [20, 19];
 // Debian packages: the lab's emulator, the guest's user space, unpacking of modules and kernels.
 const GUEST = ['qemu-system-x86', 'busybox-static', 'kmod', 'xz-utils'];
 // What compiles the probes and judges the tables, besides.
-const TEST = ['acpica-tools', 'gcc', 'libc6-dev', 'util-linux', 'procps'];
+const TEST = ['acpica-tools', 'gcc', 'libc6-dev', 'util-linux', 'procps', 'qemu-utils'];
+// What guests and networks of end-to-end tests and benchmarks are made of.
+const DEVICES = ['e2fsprogs', 'fio', 'iperf3', 'iproute2', 'mmdebstrap'];
 
 const COMMANDS = {
-  install: { packages: [...GUEST, ...TEST] },
+  install: { packages: [...GUEST, ...TEST, ...DEVICES] },
   start: { packages: GUEST, program: 'dist/tools/start.js' },
   lab: { packages: GUEST, program: 'dist/tools/lab.js' },
-  bench: { packages: [...GUEST, 'gcc', 'libc6-dev'], program: 'dist/tools/bench.js' },
-  test: { packages: [...GUEST, ...TEST], program: 'dist/tools/test.js' },
+  bench: { packages: [...GUEST, ...DEVICES, 'gcc', 'libc6-dev'], program: 'dist/tools/bench.js' },
+  test: { packages: [...GUEST, ...TEST, ...DEVICES], program: 'dist/tools/test.js' },
 };
 
 function note(line) {

@@ -13,12 +13,19 @@ const ZEROS = new Uint8Array(65536);
 export class HostBlockFile implements BlockFile {
   readonly #device: boolean;
 
-  /** @param fd becomes this object's */
+  readonly #meta: number;
+
+  /**
+   * @param fd for data; becomes this object's
+   * @param meta of the same file, through the page cache, where `fd` is not: metadata is not aligned as O_DIRECT wants it
+   */
   constructor(
     private readonly kernel: HostKernel,
     readonly path: string,
     readonly fd: number,
+    meta?: number,
   ) {
+    this.#meta = meta ?? fd;
     this.#device = fs.fstatSync(fd).isBlockDevice();
   }
 
@@ -31,7 +38,7 @@ export class HostBlockFile implements BlockFile {
 
   read(offset: number, into: Uint8Array): void {
     for (let at = 0; at < into.length;) {
-      const count = this.kernel.readAt(this.fd, into.subarray(at), offset + at);
+      const count = this.kernel.readAt(this.#meta, into.subarray(at), offset + at);
       if (count === 0) {
         into.fill(0, at);
         return;
@@ -41,7 +48,7 @@ export class HostBlockFile implements BlockFile {
   }
 
   write(offset: number, bytes: Uint8Array): void {
-    for (let at = 0; at < bytes.length;) at += this.kernel.writeAt(this.fd, bytes.subarray(at), offset + at);
+    for (let at = 0; at < bytes.length;) at += this.kernel.writeAt(this.#meta, bytes.subarray(at), offset + at);
   }
 
   truncate(size: number): void {
@@ -65,5 +72,6 @@ export class HostBlockFile implements BlockFile {
 
   close(): void {
     this.kernel.close(this.fd);
+    if (this.#meta !== this.fd) this.kernel.close(this.#meta);
   }
 }

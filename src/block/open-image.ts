@@ -15,6 +15,8 @@ export interface ImageOptions {
   readonly sparse: boolean;
   /** Open descriptors by path: duplicates of these are used. */
   readonly files: ReadonlyMap<string, number>;
+  /** With `direct`: the image's file once more, through the page cache. */
+  readonly buffered?: number | undefined;
 }
 
 /** Bytes from the start of a file that tell its format. */
@@ -30,7 +32,9 @@ export function openImage(kernel: HostKernel, options: ImageOptions): DiskImage 
   const open = (file: string) => {
     const fd = files.get(path.resolve(file));
     if (fd === undefined) throw new Error(`${file} was not opened`);
-    return new HostBlockFile(kernel, file, kernel.duplicate(fd));
+    const meta =
+      options.buffered !== undefined && file === options.path ? kernel.duplicate(options.buffered) : undefined;
+    return new HostBlockFile(kernel, file, kernel.duplicate(fd), meta);
   };
   if (format === 'raw') return new RawImage(open(options.path), sparse);
   return openQcow2(options.path, open, { readonly, backingFiles, sparse });

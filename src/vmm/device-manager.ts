@@ -146,7 +146,7 @@ export class DeviceManager {
         wake,
       });
     }
-    resources.disks.forEach(({ config: disk, format, files, size, blockSize }, index) => {
+    resources.disks.forEach(({ config: disk, format, files, buffered, size, blockSize }, index) => {
       const { num_queues: queues, queue_size: queueSize, readonly } = disk;
       const limits = limiterOptions(disk.rate_limiter_config);
       const backend: BackendSpec = {
@@ -154,6 +154,7 @@ export class DeviceManager {
         path: disk.path,
         format,
         files,
+        buffered,
         readonly,
         direct: disk.direct,
         backingFiles: disk.backing_files,

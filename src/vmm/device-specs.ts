@@ -12,6 +12,7 @@ export type BackendSpec =
       readonly format: 'raw' | 'qcow2';
       /** Descriptors that main opened, and holds the locks of, by path. */
       readonly files: ReadonlyMap<string, number>;
+      readonly buffered: number | undefined;
       readonly readonly: boolean;
       readonly direct: boolean;
       readonly backingFiles: boolean;

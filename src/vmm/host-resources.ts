@@ -18,8 +18,10 @@ export interface DiskResource {
   readonly format: 'raw' | 'qcow2';
   /** By absolute path. */
   readonly files: ReadonlyMap<string, number>;
+  /** With `direct`: the image once more, through the page cache. */
+  readonly buffered: number | undefined;
   /** Bytes that the guest sees. */
-  size: number;
+  readonly size: number;
   /** Physical block, bytes. */
   readonly blockSize: number;
 }
@@ -111,7 +113,8 @@ export class HostResources {
       return fd;
     };
     const fd = openFile(config.path, config.readonly, config.direct);
-    const format = config.image_type ?? this.#probe(option, config.path);
+    const buffered = config.direct ? this.#open(option, config.path, { readonly: config.readonly }) : undefined;
+    const format = config.image_type ?? this.#probe(option, buffered ?? fd);
     const image = (() => {
       try {
         // Files behind it are opened as the image names them.
@@ -136,11 +139,10 @@ export class HostResources {
     const { size } = image;
     image.close();
     if (size === 0) throw new MachineError(`${option}: an empty image; accepted is one of at least 512 bytes`);
-    this.disks.push({ config, format, files, size, blockSize: blockSize(fd) });
+    this.disks.push({ config, format, files, buffered, size, blockSize: blockSize(fd) });
   }
 
-  #probe(option: string, file: string): 'raw' | 'qcow2' {
-    const fd = this.#open(option, file, { readonly: true });
+  #probe(option: string, fd: number): 'raw' | 'qcow2' {
     const first = new Uint8Array(PROBE_BYTES);
     try {
       this.kernel.readAt(fd, first, 0);

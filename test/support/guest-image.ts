@@ -23,7 +23,7 @@ mount -t devpts devpts /dev/pts
 mount -t tmpfs tmp /tmp
 mount -t tmpfs run /run
 /bin/busybox --install -s /bin
-export PATH=/bin HOME=/ TERM=linux
+export PATH=/bin:/usr/bin HOME=/ TERM=linux
 hostname guest
 [ -f /vmm/settings ] && . /vmm/settings
 for module in $(cat /vmm/modules 2>/dev/null); do insmod /vmm/$module; done
@@ -43,7 +43,7 @@ poweroff -f
 
 /** The archive that is the same for all guests. */
 export async function guestInitramfs(): Promise<string> {
-  const entry = await cached('guest-3', ['initramfs.gz'], (target) => {
+  const entry = await cached('guest-4', ['initramfs.gz'], (target) => {
     const entries: CpioEntry[] = [
       ...['bin', 'dev', 'proc', 'sys', 'vmm'].map(folder),
       { name: 'dev/console', mode: 0o020600, device: [5, 1] },
@@ -65,17 +65,20 @@ export interface GuestTask {
   readonly settings?: string;
   /** Kernel modules to load first. */
   readonly modules?: { readonly kernel: Kernel; readonly names: readonly string[] };
+  /** Executables, by their path in the guest. */
+  readonly files?: Readonly<Record<string, string>>;
   /** Further cpio archives, such as tools. */
   readonly archives?: readonly string[];
 }
 
 /** The archive that says what this guest is to do. */
-function taskArchive({ command, nonce = '', settings = '', modules }: GuestTask): Buffer {
+function taskArchive({ command, nonce = '', settings = '', modules, files: programs = {} }: GuestTask): Buffer {
   const files = modules === undefined ? [] : moduleFiles(modules.kernel, modules.names);
   const names = files.map((name) => path.basename(name).replace(/\.xz$/, ''));
   return cpio([
     file('vmm/settings', `nonce=${nonce}\n${settings}\n`),
     ...(command === undefined ? [] : [file('vmm/command', `${command}\n`)]),
+    ...Object.entries(programs).map(([name, source]) => file(name, fs.readFileSync(source), 0o100755)),
     file('vmm/modules', names.join('\n')),
     ...files.map((name, index) => file(`vmm/${names[index]}`, moduleBytes(name))),
   ]);

@@ -2,7 +2,13 @@
 import { GuestMemory } from '../../src/memory/guest-memory.js';
 import type { HostKernel } from '../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
-import { DEVICE_COUNTERS, type DeviceContext, type DeviceQueue, type Driver, featureWords } from '../../src/virtio/device.js';
+import {
+  DEVICE_COUNTERS,
+  type DeviceContext,
+  type DeviceQueue,
+  type Driver,
+  featureWords,
+} from '../../src/virtio/device.js';
 import { EpollLoop } from '../../src/virtio/epoll-loop.js';
 import { PACKED_START, PackedQueue } from '../../src/virtio/packed-queue.js';
 import { QUEUE_WORDS, QueueWord, type VirtQueue } from '../../src/virtio/queue.js';
@@ -273,5 +279,10 @@ export function testContext(host: HostKernel = kernel): TestContext {
 export function testDriver(guest: TestGuest, queues: readonly TestQueue[], features: readonly number[] = []): Driver {
   const byIndex: (DeviceQueue | undefined)[] = [];
   for (const { queue } of queues) byIndex[queue.index] = queue;
-  return { memory: guest.memory, features: featureWords(features), has: (feature) => features.includes(feature), queues: byIndex };
+  return {
+    memory: guest.memory,
+    features: featureWords(features),
+    has: (feature) => features.includes(feature),
+    queues: byIndex,
+  };
 }

@@ -90,7 +90,7 @@ function machine() {
     emit: () => undefined,
   };
   const runner = new VirtioRunner(handle, [0, 1], services, (context) => {
-    device.needsReset = context.needsReset;
+    device.needsReset = (reason) => context.needsReset(reason);
     return device;
   });
   const close = () => {

@@ -169,23 +169,26 @@ describe('what breaks a split queue', () => {
   const WRITE = 2;
   const INDIRECT = 4;
 
-  test.each<[string, (s: ReturnType<typeof setup>) => void, RegExp]>([
-    ['a loop', ({ raw, queue }) => (raw(0, 0x2000, 1, NEXT, 1), raw(1, 0x2000, 1, NEXT, 0), queue.offer(0)), /loops/],
-    ['an empty buffer', ({ raw, queue }) => (raw(0, 0x2000, 0, 0, 0), queue.offer(0)), /empty/],
-    ['a hole', ({ raw, queue }) => (raw(0, 0x8000_0000, 1, 0, 0), queue.offer(0)), /outside RAM/],
-    ['an end in a hole', ({ raw, queue }) => (raw(0, 0xff_ffff, 2, 0, 0), queue.offer(0)), /outside RAM/],
-    ['above 2^64', ({ raw, queue }) => (raw(0, 2 ** 63, 0xffff_ffff, 0, 0), queue.offer(0)), /outside RAM/],
-    [
-      'wrong order',
-      ({ raw, queue }) => (raw(0, 0x2000, 1, NEXT | WRITE, 1), raw(1, 0x2000, 1, 0, 0), queue.offer(0)),
-      /readable/,
-    ],
+  type Spoil = (s: ReturnType<typeof setup>) => void;
+  const offered = (...descriptors: readonly Parameters<ReturnType<typeof setup>['raw']>[]): Spoil => {
+    return ({ raw, queue }) => {
+      for (const descriptor of descriptors) raw(...descriptor);
+      queue.offer(0);
+    };
+  };
+  test.each<[string, Spoil, RegExp]>([
+    ['a loop', offered([0, 0x2000, 1, NEXT, 1], [1, 0x2000, 1, NEXT, 0]), /loops/],
+    ['an empty buffer', offered([0, 0x2000, 0, 0, 0]), /empty/],
+    ['a hole', offered([0, 0x8000_0000, 1, 0, 0]), /outside RAM/],
+    ['an end in a hole', offered([0, 0xff_ffff, 2, 0, 0]), /outside RAM/],
+    ['above 2^64', offered([0, 2 ** 63, 0xffff_ffff, 0, 0]), /outside RAM/],
+    ['wrong order', offered([0, 0x2000, 1, NEXT | WRITE, 1], [1, 0x2000, 1, 0, 0]), /readable/],
     ['a head outside', ({ queue }) => queue.offer(4), /head/],
-    ['a next outside', ({ raw, queue }) => (raw(0, 0x2000, 1, NEXT, 9), queue.offer(0)), /next/],
+    ['a next outside', offered([0, 0x2000, 1, NEXT, 9]), /next/],
     ['an index that jumps', ({ queue, guest }) => guest.memory.setU16(queue.driverArea + 2, 5), /jumps/],
-    ['indirect with next', ({ raw, queue }) => (raw(0, 0x2000, 16, NEXT | INDIRECT, 1), queue.offer(0)), /indirect/],
-    ['an odd table', ({ raw, queue }) => (raw(0, 0x2000, 17, INDIRECT, 0), queue.offer(0)), /odd/],
-    ['a table in a hole', ({ raw, queue }) => (raw(0, 0x8000_0000, 16, INDIRECT, 0), queue.offer(0)), /outside RAM/],
+    ['indirect with next', offered([0, 0x2000, 16, NEXT | INDIRECT, 1]), /indirect/],
+    ['an odd table', offered([0, 0x2000, 17, INDIRECT, 0]), /odd/],
+    ['a table in a hole', offered([0, 0x8000_0000, 16, INDIRECT, 0]), /outside RAM/],
   ])('%s', (_name, spoil, fault) => {
     const all = setup();
     spoil(all);

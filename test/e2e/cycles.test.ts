@@ -1,0 +1,90 @@
+/** Many machines one after the other: nothing is left of any of them. */
+import fs from 'node:fs';
+import path from 'node:path';
+import { afterAll, beforeAll, expect, test } from '@jest/globals';
+import { testFolder, VMM } from '../support/guest.js';
+import { TestHost } from '../support/host.js';
+import { elf, pvhNote, text } from '../support/synthetic-kernel.js';
+import { kernel } from '../lab/kernels.js';
+
+const CYCLES = 200;
+const RESETS = 50;
+const { folder, remove } = testFolder();
+const scratch = `/tmp/cycles-${process.pid}`;
+let host: TestHost;
+
+beforeAll(async () => {
+  host = await TestHost.open();
+  const { root } = await kernel('generic');
+  await host.shell(`mkdir -p ${scratch}; truncate -s 1M ${scratch}/disk; modprobe tun || modprobe -d ${root} tun`);
+});
+
+afterAll(async () => {
+  await host.shell(`rm -rf ${scratch}`);
+  host.close();
+  remove();
+});
+
+/** A kernel that writes one byte to a port, and stops there. */
+function kernelThat(port: number, value: number): string {
+  const code = Buffer.from([0x66, 0xba, port & 0xff, port >> 8, 0xb0, value, 0xee, 0xf4, 0xeb, 0xfd]);
+  const image = path.join(folder, `kernel-${port}-${value}`);
+  fs.writeFileSync(
+    image,
+    elf({ e_entry: 0x10_0000n, segments: [text({ data: code, p_memsz: 0x1000n }), pvhNote(0x10_0000)] }),
+  );
+  return image;
+}
+
+const devices = (name: string) => [
+  ...['--disk', `path=${scratch}/disk`, '--net', `tap=${name}`, '--vsock', `cid=3,socket=${scratch}/vsock`],
+  ...['--console', `socket=${scratch}/console`, '--serial', 'null', '--memory', 'size=16M'],
+];
+
+test(`${CYCLES} boots and power-offs leave no process, tap, socket or lock`, async () => {
+  // The sleep control register of ACPI: sleep type 5, enabled.
+  const argv = [...VMM, '--kernel', kernelThat(0x600, 0x34), ...devices('vmmcycle0')];
+  const before = await host.shell('ls /sys/class/net /dev/shm; ls -d /tmp/*; pgrep -c node');
+  const loop = `for i in $(seq ${CYCLES}); do "$@" </dev/null || exit 1; done; ls ${scratch}`;
+  const { status, stdout, stderr } = await host.run(['sh', '-c', loop, 'sh', ...argv]);
+  expect({ status, stdout, stderr }).toEqual({ status: 0, stdout: 'disk\n', stderr: expect.any(String) });
+  const after = await host.shell('ls /sys/class/net /dev/shm; ls -d /tmp/*; pgrep -c node');
+  expect(after.stdout).toBe(before.stdout);
+}, 900_000);
+
+test(`${RESETS} resets of one machine leave no descriptor, thread or mapping in its process`, async () => {
+  // The ACPI reset register, value 1.
+  const argv = [...VMM, '--kernel', kernelThat(0x600, 1), ...devices('vmmcycle1'), '-v'];
+  const process = host.spawn(argv);
+  let resets = 0;
+  const waiting: { count: number; resolve: () => void }[] = [];
+  process.stderr.on('data', (bytes: Buffer) => {
+    resets += bytes.toString().split('The guest resets the machine').length - 1;
+    for (const { count, resolve } of waiting) if (resets >= count) resolve();
+  });
+  const reach = (count: number) => new Promise<void>((resolve) => waiting.push({ count, resolve }));
+  const pid = await process.pid;
+  const count = async () => {
+    const { stdout } = await host.shell(
+      `ls /proc/${pid}/fd | wc -l; ls /proc/${pid}/task | wc -l; wc -l </proc/${pid}/maps`,
+    );
+    return stdout.split('\n').slice(0, 3).map(Number);
+  };
+  /** The most of several moments: a machine may be on its way up or down. */
+  const most = async () => {
+    const seen = [0, 0, 0];
+    for (let sample = 0; sample < 12; sample++)
+      (await count()).forEach((value, index) => (seen[index] = Math.max(seen[index], value)));
+    return seen;
+  };
+  await reach(5);
+  const early = await most();
+  await reach(5 + RESETS);
+  const late = await most();
+  process.kill('SIGTERM');
+  await process.exit;
+  expect(late[0]).toBeLessThanOrEqual(early[0] + 2);
+  expect(late[1]).toBeLessThanOrEqual(early[1] + 1);
+  // The heap grows by mappings of its own.
+  expect(late[2]).toBeLessThanOrEqual(early[2] + 60);
+}, 400_000);
