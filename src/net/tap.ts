@@ -17,6 +17,7 @@ export const TUN = {
 } as const;
 
 export const NETDEVICE = {
+  FIONBIO: 0x5421,
   SIOCGIFFLAGS: 0x8913,
   SIOCSIFFLAGS: 0x8914,
   SIOCSIFADDR: 0x8916,
@@ -76,11 +77,14 @@ export function openTap(kernel: HostKernel, options: TapOptions): number[] {
   }
 }
 
-/** The header that each packet has, on an opened or adopted descriptor. @throws TapError */
+/** The header that each packet has, and no waiting, on an opened or adopted descriptor. @throws TapError */
 export function prepareTap(kernel: HostKernel, fd: number): void {
   const size = new DataView(new ArrayBuffer(4));
   size.setInt32(0, NET_HEADER_BYTES, true);
   attempt('set the header size', () => control(kernel, fd, TUN.TUNSETVNETHDRSZ, size));
+  // Whoever hands a descriptor down may have opened it to block, as shells do: a worker would hang in its first read.
+  const yes = new DataView(Int32Array.of(1).buffer);
+  attempt('make it non-blocking', () => control(kernel, fd, NETDEVICE.FIONBIO, yes));
 }
 
 /** Which offloads the reader of a tap can take, as TUN_F_ bits. Never throws: a tap without them does the work itself. */
@@ -103,12 +107,15 @@ function configure(kernel: HostKernel, name: string, { ip, mask, hostMac, mtu }:
         hostMac.forEach((byte, index) => request.setUint8(NAME_BYTES + 2 + index, byte));
       });
     }
-    if (mtu !== undefined) set('set the MTU', NETDEVICE.SIOCSIFMTU, (request) => request.setInt32(NAME_BYTES, mtu, true));
+    if (mtu !== undefined)
+      set('set the MTU', NETDEVICE.SIOCSIFMTU, (request) => request.setInt32(NAME_BYTES, mtu, true));
     if (ip !== undefined) set('set the address', NETDEVICE.SIOCSIFADDR, (request) => writeAddress(request, ip));
     if (mask !== undefined) set('set the mask', NETDEVICE.SIOCSIFNETMASK, (request) => writeAddress(request, mask));
     const flags = set('read the flags', NETDEVICE.SIOCGIFFLAGS, () => undefined).getUint16(NAME_BYTES, true);
     if ((flags & NETDEVICE.IFF_UP) === 0) {
-      set('bring up', NETDEVICE.SIOCSIFFLAGS, (request) => request.setUint16(NAME_BYTES, flags | NETDEVICE.IFF_UP, true));
+      set('bring up', NETDEVICE.SIOCSIFFLAGS, (request) =>
+        request.setUint16(NAME_BYTES, flags | NETDEVICE.IFF_UP, true),
+      );
     }
   } finally {
     kernel.close(socket);

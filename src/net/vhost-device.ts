@@ -1,5 +1,5 @@
 /** A network device whose packets the host's kernel moves: this worker serves the control queue alone. */
-import type { DeviceContext, DeviceQueue, Driver, VirtioDevice } from '../virtio/device.js';
+import type { DeviceContext, DeviceQueue, Driver, Timer, VirtioDevice } from '../virtio/device.js';
 import { NetControl } from '../virtio/net-control.js';
 import { setOffload } from './tap.js';
 import { VhostPair, type VhostRegion } from './vhost.js';
@@ -14,12 +14,20 @@ export interface VhostNetOptions {
 export class VhostNetDevice implements VirtioDevice {
   readonly #pairs: VhostPair[] = [];
   readonly #control: NetControl;
+  readonly #controlAgain: Timer;
+  #controlQueue: DeviceQueue | undefined;
 
   constructor(
     private readonly context: DeviceContext,
     private readonly options: VhostNetOptions,
   ) {
-    this.#control = new NetControl((bits) => this.#setOffload(bits));
+    this.#controlAgain = context.loop.timer(() => {
+      if (this.#controlQueue !== undefined) this.kick(this.#controlQueue);
+    });
+    this.#control = new NetControl(
+      (bits) => this.#setOffload(bits),
+      () => this.#controlAgain.start(0),
+    );
   }
 
   #setOffload(bits: number): void {
@@ -29,6 +37,7 @@ export class VhostNetDevice implements VirtioDevice {
   activate(driver: Driver): void {
     const { kernel } = this.context;
     this.#control.activate(driver);
+    this.#controlQueue = driver.queues[this.options.taps.length * 2];
     this.#setOffload(this.#control.negotiated(driver));
     try {
       this.options.taps.forEach((tap, pair) => {
@@ -52,6 +61,8 @@ export class VhostNetDevice implements VirtioDevice {
   }
 
   deactivate(): void {
+    this.#controlAgain.stop();
+    this.#controlQueue = undefined;
     for (const pair of this.#pairs) pair.close();
     this.#pairs.length = 0;
   }

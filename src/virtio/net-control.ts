@@ -8,6 +8,8 @@ const ClassGuestOffloads = 5;
 const Acknowledge = { ok: 0, error: 1 } as const;
 /** Class, command, and the longest argument that is known. */
 const COMMAND_BYTES = 2 + 8;
+/** Commands served before others get their turn. */
+const BATCH = 64;
 
 /** Bits of linux/if_tun.h that stand for a guest's features. */
 const OFFLOADS: readonly (readonly [number, number])[] = [
@@ -24,8 +26,14 @@ export class NetControl {
   readonly #status = new Uint8Array(1);
   #driver?: Driver;
 
-  /** @param setOffload told which offloads the driver takes, as TUN_F_ bits */
-  constructor(private readonly setOffload: (bits: number) => void) {}
+  /**
+   * @param setOffload told which offloads the driver takes, as TUN_F_ bits
+   * @param again `serve` is to be called again soon: there may be more
+   */
+  constructor(
+    private readonly setOffload: (bits: number) => void,
+    private readonly again: () => void,
+  ) {}
 
   activate(driver: Driver): void {
     this.#driver = driver;
@@ -39,7 +47,7 @@ export class NetControl {
   /** @returns why the queue is broken; empty: it is not */
   serve(queue: DeviceQueue): string {
     const { ring } = queue;
-    for (;;) {
+    for (let count = 0; count < BATCH; count++) {
       const taken = ring.pop();
       if (taken === Pop.Broken) return ring.fault;
       if (taken === Pop.Empty) {
@@ -52,6 +60,9 @@ export class NetControl {
       this.#status[0] = length < 2 ? Acknowledge.error : this.#execute(length);
       ring.push(chain.id, chain.write(0, this.#status, 0, 1));
     }
+    queue.signal();
+    this.again();
+    return '';
   }
 
   #execute(length: number): number {
@@ -67,9 +78,12 @@ export class NetControl {
       case ClassGuestOffloads: {
         if (length < 10) return Acknowledge.error;
         const wanted = this.#view.getUint32(2, true);
-        const allowed = OFFLOADS.reduce((all, [feature]) => (this.#driver!.has(feature) ? all | (1 << feature) : all), 0);
+        const allowed = OFFLOADS.reduce(
+          (all, [feature]) => (this.#driver!.has(feature) ? all | (1 << feature) : all),
+          0,
+        );
         if ((wanted & ~allowed) !== 0 || this.#view.getUint32(6, true) !== 0) return Acknowledge.error;
-        this.setOffload(OFFLOADS.reduce((bits, [feature, bit]) => ((wanted >> feature) & 1) * bit | bits, 0));
+        this.setOffload(OFFLOADS.reduce((bits, [feature, bit]) => (((wanted >> feature) & 1) * bit) | bits, 0));
         return Acknowledge.ok;
       }
       default:

@@ -6,7 +6,7 @@
  * the control queue for offloads and pairs, rate limits. Not modelled: receive filters (a tap gets what its bridge sends it),
  * VLAN filters, RSS, announcements.
  */
-import { EPOLL } from '../sys/host-kernel.js';
+import { EPOLL, type HostMapping } from '../sys/host-kernel.js';
 import type { DeviceContext, DeviceQueue, Driver, Timer, VirtioDevice } from './device.js';
 import { IovecArray } from './iovec.js';
 import { NetControl } from './net-control.js';
@@ -22,13 +22,27 @@ const NUM_BUFFERS = 10;
 const LARGEST = 65536 + HEADER_BYTES + 14;
 /** Packets of one kind served before others get their turn. */
 const BATCH = 128;
-/** Receive chains held ready, each of at least one buffer. */
-const HELD = 64;
+/** Receive chains held ready at most, and elements of the vector that describes their buffers. */
+const HELD = 256;
+const VECTOR = 4 * MAX_CHAIN;
+/** Most elements that one system call takes (UIO_MAXIOV). */
+const MAX_ELEMENTS = 1024;
+const EINTR = 4;
 const EAGAIN = 11;
 const EBADFD = 77;
+/** Milliseconds after which a tap that fails is asked again. */
+const RETRY = 100;
 
 /** Words of `DeviceContext.counters`. */
-export const NET_COUNTERS = ['received', 'sent', 'receivedBytes', 'sentBytes', 'dropped', 'malformed', 'limited'] as const;
+export const NET_COUNTERS = [
+  'received',
+  'sent',
+  'receivedBytes',
+  'sentBytes',
+  'dropped',
+  'malformed',
+  'limited',
+] as const;
 const Counter = { received: 0, sent: 1, receivedBytes: 2, sentBytes: 3, dropped: 4, malformed: 5, limited: 6 } as const;
 
 export interface NetOptions {
@@ -47,16 +61,36 @@ interface Shared {
   broken(fault: string): void;
 }
 
+/** Timers of a pair. They outlive it: a loop keeps every timer that it made, and a guest may reset its device for ever. */
+interface PairTimers {
+  readonly transmit: Timer;
+  readonly receive: Timer;
+}
+
 export class NetDevice implements VirtioDevice {
   readonly #pairs: Pair[] = [];
+  readonly #timers: readonly PairTimers[];
   readonly #control: NetControl;
+  readonly #controlAgain: Timer;
+  #controlQueue: DeviceQueue | undefined;
   #broken = false;
 
   constructor(
     private readonly context: DeviceContext,
     private readonly options: NetOptions,
   ) {
-    this.#control = new NetControl((bits) => this.#setOffload(bits));
+    const { loop } = context;
+    this.#timers = options.taps.map((_, index) => ({
+      transmit: loop.timer(() => (this.#pairs[index] as Pair | undefined)?.transmit()),
+      receive: loop.timer(() => (this.#pairs[index] as Pair | undefined)?.receive()),
+    }));
+    this.#controlAgain = loop.timer(() => {
+      if (this.#controlQueue !== undefined) this.kick(this.#controlQueue);
+    });
+    this.#control = new NetControl(
+      (bits) => this.#setOffload(bits),
+      () => this.#controlAgain.start(0),
+    );
   }
 
   #setOffload(bits: number): void {
@@ -66,20 +100,27 @@ export class NetDevice implements VirtioDevice {
   activate(driver: Driver): void {
     this.#broken = false;
     this.#control.activate(driver);
+    this.#controlQueue = driver.queues[this.options.taps.length * 2];
     this.#setOffload(this.#control.negotiated(driver));
     const shared: Shared = {
       context: this.context,
       options: this.options,
-      broken: (fault) => {
-        this.#broken = true;
-        this.context.needsReset(fault);
-      },
+      broken: (fault) => this.#break(fault),
     };
     this.options.taps.forEach((tap, index) => {
       const [receive, transmit] = driver.queues.slice(index * 2, index * 2 + 2);
       if (receive === undefined || transmit === undefined) return;
-      this.#pairs[index] = new Pair(shared, tap, receive, transmit, driver.has(NetFeature.mergeRxBuffers));
+      const mergeable = driver.has(NetFeature.mergeRxBuffers);
+      this.#pairs[index] = new Pair(shared, tap, receive, transmit, mergeable, this.#timers[index]);
     });
+  }
+
+  /** Nothing is served any more until the reset: a tap that is ready would otherwise find the same fault for ever. */
+  #break(fault: string): void {
+    if (this.#broken) return;
+    this.#broken = true;
+    for (const pair of this.#pairs as (Pair | undefined)[]) pair?.stop();
+    this.context.needsReset(fault);
   }
 
   kick(queue: DeviceQueue): void {
@@ -87,12 +128,14 @@ export class NetDevice implements VirtioDevice {
     const pair = this.#pairs[queue.index >> 1] as Pair | undefined;
     if (queue.index === this.options.taps.length * 2) {
       const fault = this.#control.serve(queue);
-      if (fault !== '') this.context.needsReset(fault);
+      if (fault !== '') this.#break(fault);
     } else if (queue.index % 2 === 0) pair?.receive();
     else pair?.transmit();
   }
 
   deactivate(): void {
+    this.#controlAgain.stop();
+    this.#controlQueue = undefined;
     for (const pair of this.#pairs as (Pair | undefined)[]) pair?.close();
     this.#pairs.length = 0;
   }
@@ -106,20 +149,29 @@ export class NetDevice implements VirtioDevice {
 class Pair {
   readonly #transmitVector: IovecArray;
   readonly #receiveVector: IovecArray;
-  readonly #again: Timer;
+  /** Takes what of a packet has no room in the chains at hand. */
+  readonly #spill: HostMapping;
+  readonly #spillBytes: Uint8Array;
   /** Chains taken for packets to come, in the order in which they are filled; `#first` is the next. */
   readonly #ids = new Int32Array(HELD);
   readonly #sizes = new Float64Array(HELD);
-  /** Buffers of each, and the guest address of its first one. */
+  /** Buffers of each. */
   readonly #buffers = new Int32Array(HELD);
-  readonly #addresses = new Float64Array(HELD);
   #first = 0;
   #held = 0;
   #heldBytes = 0;
-  /** Elements of the receive vector in use: from `#vectorFirst` on, `#vectorCount`. */
+  /** Elements of the receive vector in use: from `#vectorFirst` on, `#vectorCount`. Their guest addresses are beside. */
+  readonly #guest = new Float64Array(VECTOR);
   #vectorFirst = 0;
   #vectorCount = 0;
+  /** A packet that was read and waits for more chains: its bytes, and how many of them lie in the chains held already. */
+  #pending = 0;
+  #placed = 0;
+  /** The limit has counted the next packet to send. */
+  #paid = false;
   #watched = EPOLL.IN as number;
+  /** The tap is watched no more: it is gone, or the device is broken. */
+  #deaf = false;
 
   constructor(
     private readonly shared: Shared,
@@ -127,14 +179,13 @@ class Pair {
     private readonly receiveQueue: DeviceQueue,
     private readonly transmitQueue: DeviceQueue,
     private readonly mergeable: boolean,
+    private readonly timers: PairTimers,
   ) {
     const { kernel, loop } = shared.context;
     this.#transmitVector = new IovecArray(kernel, MAX_CHAIN);
-    this.#receiveVector = new IovecArray(kernel, 4 * MAX_CHAIN);
-    this.#again = loop.timer(() => {
-      this.transmit();
-      this.receive();
-    });
+    this.#receiveVector = new IovecArray(kernel, VECTOR + 1);
+    this.#spill = kernel.map({ length: LARGEST, shared: false });
+    this.#spillBytes = new Uint8Array(this.#spill.view(0, LARGEST));
     loop.watch(tap, EPOLL.IN, (ready) => {
       if ((ready & EPOLL.OUT) !== 0) this.transmit();
       if ((ready & ~EPOLL.OUT) !== 0) this.receive();
@@ -142,9 +193,16 @@ class Pair {
   }
 
   #watch(events: number): void {
-    if (events === this.#watched) return;
+    if (events === this.#watched || this.#deaf) return;
     this.#watched = events;
     this.shared.context.loop.rewatch(this.tap, events);
+  }
+
+  /** Hears of the tap no more: epoll would report an error of it without end. */
+  #unwatch(): void {
+    if (this.#deaf) return;
+    this.#deaf = true;
+    this.shared.context.loop.unwatch(this.tap);
   }
 
   /** Sends what the driver has queued. */
@@ -155,7 +213,7 @@ class Pair {
     ring.suppressKicks();
     for (let count = 0; ; count++) {
       if (count === BATCH) {
-        this.#again.start(0);
+        this.timers.transmit.start(0);
         break;
       }
       const taken = ring.pop();
@@ -178,16 +236,18 @@ class Pair {
         ring.push(chain.id, 0);
         continue;
       }
-      if (limit?.take(bytes) === false) {
+      if (!this.#paid && limit?.take(bytes) === false) {
         ring.unpop();
         counters[Counter.limited]++;
-        this.#again.start(Math.max(limit.delay(bytes), 1));
+        this.timers.transmit.start(Math.max(limit.delay(bytes), 1));
+        this.#watch(this.#watched & ~EPOLL.OUT);
         break;
       }
       for (let index = 0; index < chain.readable; index++) {
         this.#transmitVector.set(index, chain.host[index], chain.length[index]);
       }
       const result = kernel.writevRaw(this.tap, this.#transmitVector.address(0), chain.readable);
+      this.#paid = result === -EAGAIN;
       if (result === -EAGAIN) {
         // The tap's queue is full: the kernel says when it is not.
         ring.unpop();
@@ -206,43 +266,126 @@ class Pair {
 
   /** Takes in what has arrived. */
   receive(): void {
-    const { counters, kernel } = this.shared.context;
-    const limit = this.shared.options.receiveLimit;
+    let events = this.#watched | EPOLL.IN;
     for (let count = 0; count < BATCH; count++) {
-      if (!this.#hold()) {
-        // No room: the driver kicks when there is some, and the tap drops what does not fit its own queue.
-        this.#watch(this.#watched & ~EPOLL.IN);
+      if (!this.#receiveOne()) {
+        events = this.#receiveEvents;
         break;
       }
-      // The packet's size is not known before it is here: one of the largest kind has to be allowed for.
-      if (limit !== undefined && limit.delay(1) > 0) {
-        counters[Counter.limited]++;
-        this.#watch(this.#watched & ~EPOLL.IN);
-        this.#again.start(Math.max(limit.delay(1), 1));
-        break;
-      }
-      const elements = this.mergeable ? this.#vectorCount : this.#buffers[this.#first];
-      const bytes = kernel.readvRaw(this.tap, this.#receiveVector.address(this.#vectorFirst), elements);
-      if (bytes < 0) {
-        if (bytes !== -EAGAIN && bytes !== -EBADFD) counters[Counter.dropped]++;
-        this.#watch(this.#watched | EPOLL.IN);
-        break;
-      }
-      limit?.charge(bytes);
-      if (bytes < HEADER_BYTES) counters[Counter.dropped]++;
-      else this.#deliver(bytes);
     }
+    // After a full batch too: who comes from a kick may have found the tap unwatched.
+    this.#watch(events);
     this.receiveQueue.signal();
   }
 
-  /** Makes sure that chains for the next packet are at hand. @returns false when the driver has offered too few */
-  #hold(): boolean {
-    const wanted = this.mergeable ? LARGEST : 1;
+  /** What `#receiveOne` wants watched when it says that it is over. */
+  #receiveEvents = 0;
+
+  /** @returns false when there is nothing more to do now */
+  #receiveOne(): boolean {
+    const { counters } = this.shared.context;
+    this.#receiveEvents = this.#watched & ~EPOLL.IN;
+    if (this.#pending > 0) return this.#finish();
+    // No room: the driver kicks when there is some, and the tap drops what does not fit its own queue.
+    if (!this.#hold(this.mergeable ? LARGEST : 1)) return false;
+    const limit = this.shared.options.receiveLimit;
+    // The packet's size is not known before it is here: it is charged afterwards.
+    const delay = limit?.delay(1) ?? 0;
+    if (delay > 0) {
+      counters[Counter.limited]++;
+      this.timers.receive.start(Math.max(delay, 1));
+      return false;
+    }
+    const elements = Math.min(this.#vectorCount, MAX_ELEMENTS - 1);
+    const bytes = this.#read(elements);
+    if (bytes < 0) {
+      if (bytes === -EINTR) return true;
+      if (bytes === -EAGAIN) this.#receiveEvents = this.#watched | EPOLL.IN;
+      else if (bytes === -EBADFD) {
+        this.shared.context.log('warn', 'The tap is gone');
+        this.#unwatch();
+      } else {
+        counters[Counter.dropped]++;
+        this.timers.receive.start(RETRY);
+      }
+      return false;
+    }
+    limit?.charge(bytes);
+    if (bytes < HEADER_BYTES) {
+      counters[Counter.dropped]++;
+      return true;
+    }
+    if (this.#placed >= bytes) {
+      this.#deliver(bytes);
+      return true;
+    }
+    if (!this.mergeable && bytes > this.#heldBytes) {
+      counters[Counter.dropped]++;
+      return true;
+    }
+    this.#pending = bytes;
+    return this.#finish();
+  }
+
+  /** One packet into the chains held, and what does not fit into the spill. */
+  #read(elements: number): number {
+    const vector = this.#receiveVector;
+    const end = this.#vectorFirst + elements;
+    if (elements === this.#vectorCount) this.#placed = this.#heldBytes;
+    else {
+      this.#placed = 0;
+      for (let index = this.#vectorFirst; index < end; index++) this.#placed += vector.length(index);
+    }
+    const [host, length] = [vector.host(end), vector.length(end)];
+    vector.set(end, Number(this.#spill.handle.address), LARGEST);
+    const bytes = this.shared.context.kernel.readvRaw(this.tap, vector.address(this.#vectorFirst), elements + 1);
+    vector.set(end, host, length);
+    return bytes;
+  }
+
+  /** Gives the pending packet to the driver, if it has offered enough by now. @returns false when it has not */
+  #finish(): boolean {
+    const bytes = this.#pending;
+    if (!this.#hold(bytes)) return false;
+    if (this.#heldBytes < bytes) {
+      // A driver that can offer no more would wait for ever.
+      const { size } = this.receiveQueue.ring;
+      if (this.#held < size && this.#vectorCount < size && this.#hasRoom()) return false;
+      this.#pending = 0;
+      this.shared.context.counters[Counter.dropped]++;
+      return true;
+    }
+    this.#pending = 0;
+    const { memory } = this.receiveQueue.ring.chain;
+    const vector = this.#receiveVector;
+    let skip = this.#placed;
+    let done = 0;
+    for (let at = this.#vectorFirst; this.#placed + done < bytes; at++) {
+      const size = vector.length(at);
+      if (skip >= size) {
+        skip -= size;
+        continue;
+      }
+      const count = Math.min(size - skip, bytes - this.#placed - done);
+      memory.copyIn(this.#guest[at] + skip, this.#spillBytes, done, count);
+      done += count;
+      skip = 0;
+    }
+    this.#deliver(bytes);
+    return true;
+  }
+
+  /** Takes chains until there are `wanted` bytes at hand. @returns false when there are none, or the ring is broken */
+  #hold(wanted: number): boolean {
     if (this.#heldBytes >= wanted) return true;
     const { ring } = this.receiveQueue;
-    this.#compact();
     ring.suppressKicks();
-    while (this.#heldBytes < wanted && this.#first + this.#held < HELD) {
+    for (let count = 0; this.#heldBytes < wanted && this.#hasRoom(); count++) {
+      if (count === BATCH + HELD) {
+        // Malformed ones without end: others get their turn.
+        this.timers.receive.start(0);
+        break;
+      }
       const taken = ring.pop();
       if (taken === Pop.Broken) {
         this.shared.broken(ring.fault);
@@ -259,22 +402,29 @@ class Pair {
     return this.#held > 0;
   }
 
+  /** Whether another chain of any kind can be held. */
+  #hasRoom(): boolean {
+    if (this.#first + this.#held < HELD && this.#vectorFirst + this.#vectorCount + MAX_CHAIN <= VECTOR) return true;
+    this.#compact();
+    return this.#held < HELD && this.#vectorCount + MAX_CHAIN <= VECTOR;
+  }
+
   #take(chain: Chain): void {
     const vectorEnd = this.#vectorFirst + this.#vectorCount;
-    // 5.1.6.3.1: the header is in one buffer with room for it, and all of the chain is the device's to write.
-    if (chain.readable > 0 || chain.length[0] < HEADER_BYTES || chain.count > 2 * MAX_CHAIN) {
+    // 5.1.6.3.1: there is room for the header, and all of the chain is the device's to write.
+    if (chain.readable > 0 || chain.writableBytes < HEADER_BYTES) {
       this.shared.context.counters[Counter.malformed]++;
       this.receiveQueue.ring.push(chain.id, 0);
       return;
     }
     for (let index = 0; index < chain.count; index++) {
       this.#receiveVector.set(vectorEnd + index, chain.host[index], chain.length[index]);
+      this.#guest[vectorEnd + index] = chain.address[index];
     }
     const at = this.#first + this.#held;
     this.#ids[at] = chain.id;
     this.#sizes[at] = chain.writableBytes;
     this.#buffers[at] = chain.count;
-    this.#addresses[at] = chain.address[0];
     this.#held++;
     this.#heldBytes += chain.writableBytes;
     this.#vectorCount += chain.count;
@@ -287,7 +437,7 @@ class Pair {
     this.#ids.copyWithin(0, from, end);
     this.#sizes.copyWithin(0, from, end);
     this.#buffers.copyWithin(0, from, end);
-    this.#addresses.copyWithin(0, from, end);
+    this.#guest.copyWithin(0, this.#vectorFirst, this.#vectorFirst + this.#vectorCount);
     const vector = this.#receiveVector;
     for (let index = 0; index < this.#vectorCount; index++) {
       vector.set(index, vector.host(this.#vectorFirst + index), vector.length(this.#vectorFirst + index));
@@ -296,14 +446,24 @@ class Pair {
     this.#vectorFirst = 0;
   }
 
+  /** num_buffers: mostly in the first buffer, but a driver may cut its header anywhere (2.7.4.1). */
+  #setBuffers(count: number): void {
+    const { memory } = this.receiveQueue.ring.chain;
+    let at = this.#vectorFirst;
+    let skip = NUM_BUFFERS;
+    for (let byte = 0; byte < 2; byte++, skip++) {
+      while (skip >= this.#receiveVector.length(at)) skip -= this.#receiveVector.length(at++);
+      memory.setU8(this.#guest[at] + skip, (count >> (byte * 8)) & 0xff);
+    }
+  }
+
   /** A packet lies in the first of the chains held: gives those back that it fills. */
   #deliver(bytes: number): void {
     const { counters } = this.shared.context;
     const { ring } = this.receiveQueue;
-    const header = this.#addresses[this.#first];
     let used = 0;
     for (let left = bytes; left > 0; used++) left -= this.#sizes[this.#first + used];
-    ring.chain.memory.setU16(header + NUM_BUFFERS, used);
+    this.#setBuffers(used);
     let left = bytes;
     for (let index = 0; index < used; index++) {
       const at = this.#first + index;
@@ -321,10 +481,17 @@ class Pair {
     counters[Counter.receivedBytes] += bytes;
   }
 
+  /** Serves nothing any more. */
+  stop(): void {
+    this.timers.transmit.stop();
+    this.timers.receive.stop();
+    this.#unwatch();
+  }
+
   close(): void {
-    this.#again.stop();
-    this.shared.context.loop.unwatch(this.tap);
+    this.stop();
     this.#transmitVector.close();
     this.#receiveVector.close();
+    this.#spill.unmap();
   }
 }

@@ -4,24 +4,26 @@
  */
 import { spawnSync } from 'node:child_process';
 import { parseArgs } from 'node:util';
-import { benchBlock } from './block.js';
+import { benchBlock, prepareBlock } from './block.js';
 import { benchBoot } from './boot.js';
 import { benchFreestanding } from './freestanding.js';
-import { benchNet } from './net.js';
+import { benchNet, prepareNet } from './net.js';
 import { benchExits } from './exits.js';
 import { type Row, table } from './report.js';
 
 interface Benchmark {
   /** Whether it boots stock kernels. */
   readonly stock: boolean;
+  /** Fetches what it needs: before a lab is entered, which has no network. */
+  prepare?(): Promise<void>;
   run(note: (line: string) => void): Row[] | Promise<Row[]>;
 }
 
 const BENCHMARKS: Readonly<Partial<Record<string, Benchmark>>> = {
   exits: { stock: false, run: benchExits },
   boot: { stock: true, run: benchBoot },
-  block: { stock: true, run: benchBlock },
-  net: { stock: true, run: benchNet },
+  block: { stock: true, prepare: prepareBlock, run: benchBlock },
+  net: { stock: true, prepare: prepareNet, run: benchNet },
   freestanding: { stock: false, run: benchFreestanding },
 };
 
@@ -53,6 +55,7 @@ const { values, positionals } = (() => {
 })();
 const benchmark = positionals.length === 1 ? BENCHMARKS[positionals[0]] : undefined;
 if (benchmark === undefined) usage();
+if (process.env['VMM_IN_LAB'] === undefined) await benchmark.prepare?.();
 const status = benchmark.stock ? inLab(args) : undefined;
 if (status === undefined) {
   const rows = await benchmark.run(note);

@@ -31,7 +31,7 @@ test('console and serial port at once, both ways, and what the guest says of rng
         'cat /sys/class/misc/hw_random/rng_current; dd if=/dev/hwrng bs=1k count=1 2>/dev/null | wc -c',
         // The balloon holds 64 of 512 MiB.
         'until [ $(awk "/MemTotal/ {print \\$2}" /proc/meminfo) -lt 440000 ]; do :; done; echo inflated',
-        'echo to-the-console >/dev/hvc0; head -n 1 </dev/hvc0 >/tmp/line; cat /tmp/line',
+        'head -n 1 </dev/hvc0 >/tmp/line; cat /tmp/line; echo to-the-console >/dev/hvc0',
       ].join('; '),
       modules: { kernel: cloud, names: ['virtio_pci', 'virtio_console', 'virtio-rng', 'virtio_balloon'] },
     },
@@ -40,8 +40,10 @@ test('console and serial port at once, both ways, and what the guest says of rng
   await guest.waitFor('inflated');
   expect(guest.console).toMatch(/virtio_rng\.0\r?\n1024\r?\n/);
   const node = [
-    `const s = require('node:net').connect('${scratch}/console');`,
-    `s.write('from-the-host\\n'); s.once('data', (bytes) => { process.stdout.write(bytes); s.end(); });`,
+    `const s = require('node:net').connect('${scratch}/console'); let seen = '';`,
+    `s.write('from-the-host\\n'); s.setTimeout(60000, () => s.destroy());`,
+    `s.on('data', (bytes) => { seen += bytes; if (seen.includes('to-the-console')) s.end(); });`,
+    `s.on('close', () => process.stdout.write(seen));`,
   ].join(' ');
   const peer = await host.run([process.execPath, '-e', node]);
   expect(peer.stdout).toMatch(/to-the-console/);
@@ -75,7 +77,8 @@ test('a guest that reboots finds its devices as new', async () => {
   const guest = await Guest.start(host, folder, {
     kernel: cloud,
     task: {
-      command: 'head -n 1 /dev/vda; echo "guest-ready"; read line; echo "$line" >/dev/vda; sync; reboot -f',
+      command:
+        'head -c 20 /dev/vda | tr -d "\\0"; echo "guest-ready"; read line; echo "$line" | dd of=/dev/vda conv=fsync 2>/dev/null; reboot -f',
       modules: { kernel: cloud, names: ['virtio_pci', 'virtio_blk', 'virtio-rng'] },
     },
     vmm: ['--disk', `path=${scratch}/disk`],
