@@ -94,11 +94,13 @@ export class ConsoleDevice implements VirtioDevice {
           this.context.emit({ kind: 'console-output' });
           return;
         }
-        this.#sent += output.write(this.#chunk, 0, count);
+        const written = output.write(this.#chunk, 0, count);
+        this.#sent += written;
+        // Main has read everything before this: it has to be told that there is more.
+        if (output.used <= written) this.context.emit({ kind: 'console-output' });
       }
       this.#sent = 0;
       ring.push(chain.id, 0);
-      this.context.emit({ kind: 'console-output' });
     }
   }
 
