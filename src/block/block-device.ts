@@ -40,15 +40,6 @@ const UNMAP = 1;
 const WRITEBACK = 32;
 
 /** Words of `DeviceContext.counters`. */
-export const BLOCK_COUNTERS = [
-  'reads',
-  'writes',
-  'readSectors',
-  'writtenSectors',
-  'flushes',
-  'errors',
-  'limited',
-] as const;
 const Counter = { reads: 0, writes: 1, readSectors: 2, writtenSectors: 3, flushes: 4, errors: 5, limited: 6 } as const;
 
 export interface BlockOptions {

@@ -203,11 +203,8 @@ export const platformSchema = z.strictObject({
 
 export type DiskConfig = z.infer<typeof diskSchema>;
 export type NetConfig = z.infer<typeof netSchema>;
-export type RngConfig = z.infer<typeof rngSchema>;
-export type BalloonConfig = z.infer<typeof balloonSchema>;
 export type PmemConfig = z.infer<typeof pmemSchema>;
 export type VsockConfig = z.infer<typeof vsockSchema>;
-export type PlatformConfig = z.infer<typeof platformSchema>;
 
 /** Names and places of a device, which every kind has. */
 export interface PciPlacement {

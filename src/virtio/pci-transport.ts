@@ -38,10 +38,9 @@ const MSIX_TABLE_AT = 0x8000;
 const MSIX_PENDING_AT = 0xc000;
 const BAR_SIZE = 0x1_0000;
 const REGION_SIZE = 0x1000;
+/** Room for 1024 queues, and for as many vectors: more than the configuration allows. */
 const NOTIFY_BYTES = 4;
 const COMMON_BYTES = 0x40;
-/** Room in the notify region and in the vector table. */
-export const MAX_QUEUES = 1023;
 
 /** 4.1.4: cfg_type. */
 const CAP_COMMON = 1;
