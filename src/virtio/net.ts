@@ -30,6 +30,8 @@ const MAX_ELEMENTS = 1024;
 const EINTR = 4;
 const EAGAIN = 11;
 const EBADFD = 77;
+/** Room that is given to a packet at the least: one of an Ethernet with its usual MTU. */
+const SMALL = 2048;
 /** Milliseconds after which a tap that fails is asked again. */
 const RETRY = 100;
 
@@ -167,6 +169,8 @@ class Pair {
   /** A packet that was read and waits for more chains: its bytes, and how many of them lie in the chains held already. */
   #pending = 0;
   #placed = 0;
+  /** Bytes that the next packet is likely to have at most. */
+  #expected = SMALL;
   /** The limit has counted the next packet to send. */
   #paid = false;
   #watched = EPOLL.IN as number;
@@ -296,8 +300,7 @@ class Pair {
       this.timers.receive.start(Math.max(delay, 1));
       return false;
     }
-    const elements = Math.min(this.#vectorCount, MAX_ELEMENTS - 1);
-    const bytes = this.#read(elements);
+    const bytes = this.#read(this.#elements());
     if (bytes < 0) {
       if (bytes === -EINTR) return true;
       if (bytes === -EAGAIN) this.#receiveEvents = this.#watched | EPOLL.IN;
@@ -311,6 +314,7 @@ class Pair {
       return false;
     }
     limit?.charge(bytes);
+    this.#expected = bytes > this.#expected ? bytes : Math.max(this.#expected - (this.#expected - bytes) / 8, SMALL);
     if (bytes < HEADER_BYTES) {
       counters[Counter.dropped]++;
       return true;
@@ -325,6 +329,20 @@ class Pair {
     }
     this.#pending = bytes;
     return this.#finish();
+  }
+
+  /**
+   * How much of the receive vector to give to the next read. All of it, for a packet of the largest kind, would cost a small
+   * one more than its own copy does; one that is larger than its predecessors goes through the spill.
+   */
+  #elements(): number {
+    const most = Math.min(this.#vectorCount, MAX_ELEMENTS - 1);
+    let bytes = 0;
+    for (let count = 0; count < most; count++) {
+      if (bytes >= this.#expected) return count;
+      bytes += this.#receiveVector.length(this.#vectorFirst + count);
+    }
+    return most;
   }
 
   /** One packet into the chains held, and what does not fit into the spill. */
