@@ -24,59 +24,71 @@ import {
 
 const libc = koffi.load('libc.so.6');
 
-// `ioctl` and `open` are variadic in C. Both supported ABIs pass the first variadic integer where a fixed one would go.
+// `ioctl`, `open` and `fcntl` are variadic in C. Both supported ABIs pass a variadic integer where a fixed one would go.
+
+/** What every thread calls. */
 const c = {
-  open: libc.func('int open(const char *path, int flags, int mode)'),
   close: libc.func('int close(int fd)'),
-  dup: libc.func('fcntl', 'int', ['int', 'int', 'int']),
-  pread: libc.func('long pread(int fd, void *data, size_t length, int64_t offset)'),
-  pwrite: libc.func('long pwrite(int fd, const void *data, size_t length, int64_t offset)'),
-  fdatasync: libc.func('int fdatasync(int fd)'),
-  fallocate: libc.func('int fallocate(int fd, int mode, int64_t offset, int64_t length)'),
-  fcntlLock: libc.func('fcntl', 'int', ['int', 'int', 'void *']),
-  readRaw: libc.func('long read(int fd, uintptr_t address, size_t length)'),
-  writeRaw: libc.func('long write(int fd, uintptr_t address, size_t length)'),
-  readv: libc.func('long readv(int fd, uintptr_t iovecs, int count)'),
-  writev: libc.func('long writev(int fd, uintptr_t iovecs, int count)'),
-  preadv: libc.func('long preadv(int fd, uintptr_t iovecs, int count, int64_t offset)'),
-  pwritev: libc.func('long pwritev(int fd, uintptr_t iovecs, int count, int64_t offset)'),
-  epollCreate: libc.func('int epoll_create1(int flags)'),
-  epollCtl: libc.func('int epoll_ctl(int epoll, int operation, int fd, void *event)'),
-  epollWait: libc.func('int epoll_wait(int epoll, uintptr_t events, int most, int timeout)'),
-  // glibc has no wrappers for these. Both supported ABIs pass a variadic integer where a fixed one would go.
-  syscall6: libc.func('syscall', 'long', ['long', 'long', 'long', 'long', 'long', 'long', 'long']),
-  syscallBuffer: libc.func('syscall', 'long', ['long', 'long', 'void *']),
-  socket: libc.func('int socket(int domain, int type, int protocol)'),
-  bind: libc.func('int bind(int fd, const void *address, uint32_t length)'),
-  listen: libc.func('int listen(int fd, int backlog)'),
-  accept4: libc.func('int accept4(int fd, void *address, void *length, int flags)'),
-  connect: libc.func('int connect(int fd, const void *address, uint32_t length)'),
-  shutdown: libc.func('int shutdown(int fd, int how)'),
-  read: libc.func('long read(int fd, void *data, size_t length)'),
   write: libc.func('long write(int fd, const void *data, size_t length)'),
   ioctlValue: libc.func('ioctl', 'int', ['int', 'unsigned long', 'long']),
   ioctlBuffer: libc.func('ioctl', 'int', ['int', 'unsigned long', 'void *']),
-  mmap: libc.func('uintptr_t mmap(uintptr_t address, size_t length, int prot, int flags, int fd, int64_t offset)'),
-  munmap: libc.func('int munmap(uintptr_t address, size_t length)'),
-  madvise: libc.func('int madvise(uintptr_t address, size_t length, int advice)'),
-  memfdCreate: libc.func('int memfd_create(const char *name, unsigned int flags)'),
-  ftruncate: libc.func('int ftruncate(int fd, int64_t length)'),
-  eventfd: libc.func('int eventfd(unsigned int value, int flags)'),
   gettid: libc.func('int gettid()'),
   getpid: libc.func('int getpid()'),
   tgkill: libc.func('int tgkill(int process, int thread, int signal)'),
   pthreadSigmask: libc.func('int pthread_sigmask(int how, const void *set, void *old)'),
   sigtimedwait: libc.func('int sigtimedwait(const void *set, void *info, const void *timeout)'),
   schedSetaffinity: libc.func('int sched_setaffinity(int thread, size_t size, const void *mask)'),
-  posixOpenpt: libc.func('int posix_openpt(int flags)'),
-  grantpt: libc.func('int grantpt(int fd)'),
-  unlockpt: libc.func('int unlockpt(int fd)'),
-  ptsname: libc.func('int ptsname_r(int fd, void *buffer, size_t length)'),
-  tcgetattr: libc.func('int tcgetattr(int fd, void *termios)'),
-  tcsetattr: libc.func('int tcsetattr(int fd, int actions, const void *termios)'),
-  cfmakeraw: libc.func('void cfmakeraw(void *termios)'),
-  getrlimit: libc.func('int getrlimit(int resource, void *limit)'),
 };
+
+/** What vCPU threads have no use for: each function costs a thread some kilobytes and the time to define it. */
+function defineOthers() {
+  return {
+    open: libc.func('int open(const char *path, int flags, int mode)'),
+    dup: libc.func('fcntl', 'int', ['int', 'int', 'int']),
+    pread: libc.func('long pread(int fd, void *data, size_t length, int64_t offset)'),
+    pwrite: libc.func('long pwrite(int fd, const void *data, size_t length, int64_t offset)'),
+    fdatasync: libc.func('int fdatasync(int fd)'),
+    fallocate: libc.func('int fallocate(int fd, int mode, int64_t offset, int64_t length)'),
+    fcntlLock: libc.func('fcntl', 'int', ['int', 'int', 'void *']),
+    readRaw: libc.func('long read(int fd, uintptr_t address, size_t length)'),
+    writeRaw: libc.func('long write(int fd, uintptr_t address, size_t length)'),
+    readv: libc.func('long readv(int fd, uintptr_t iovecs, int count)'),
+    writev: libc.func('long writev(int fd, uintptr_t iovecs, int count)'),
+    preadv: libc.func('long preadv(int fd, uintptr_t iovecs, int count, int64_t offset)'),
+    pwritev: libc.func('long pwritev(int fd, uintptr_t iovecs, int count, int64_t offset)'),
+    epollCreate: libc.func('int epoll_create1(int flags)'),
+    epollCtl: libc.func('int epoll_ctl(int epoll, int operation, int fd, void *event)'),
+    epollWait: libc.func('int epoll_wait(int epoll, uintptr_t events, int most, int timeout)'),
+    // glibc has no wrappers for these. Both supported ABIs pass a variadic integer where a fixed one would go.
+    syscall6: libc.func('syscall', 'long', ['long', 'long', 'long', 'long', 'long', 'long', 'long']),
+    syscallBuffer: libc.func('syscall', 'long', ['long', 'long', 'void *']),
+    socket: libc.func('int socket(int domain, int type, int protocol)'),
+    bind: libc.func('int bind(int fd, const void *address, uint32_t length)'),
+    listen: libc.func('int listen(int fd, int backlog)'),
+    accept4: libc.func('int accept4(int fd, void *address, void *length, int flags)'),
+    connect: libc.func('int connect(int fd, const void *address, uint32_t length)'),
+    shutdown: libc.func('int shutdown(int fd, int how)'),
+    read: libc.func('long read(int fd, void *data, size_t length)'),
+    mmap: libc.func('uintptr_t mmap(uintptr_t address, size_t length, int prot, int flags, int fd, int64_t offset)'),
+    munmap: libc.func('int munmap(uintptr_t address, size_t length)'),
+    madvise: libc.func('int madvise(uintptr_t address, size_t length, int advice)'),
+    memfdCreate: libc.func('int memfd_create(const char *name, unsigned int flags)'),
+    ftruncate: libc.func('int ftruncate(int fd, int64_t length)'),
+    eventfd: libc.func('int eventfd(unsigned int value, int flags)'),
+    posixOpenpt: libc.func('int posix_openpt(int flags)'),
+    grantpt: libc.func('int grantpt(int fd)'),
+    unlockpt: libc.func('int unlockpt(int fd)'),
+    ptsname: libc.func('int ptsname_r(int fd, void *buffer, size_t length)'),
+    tcgetattr: libc.func('int tcgetattr(int fd, void *termios)'),
+    tcsetattr: libc.func('int tcsetattr(int fd, int actions, const void *termios)'),
+    cfmakeraw: libc.func('void cfmakeraw(void *termios)'),
+    getrlimit: libc.func('int getrlimit(int resource, void *limit)'),
+  };
+}
+let others: ReturnType<typeof defineOthers> | undefined;
+function io(): ReturnType<typeof defineOthers> {
+  return (others ??= defineOthers());
+}
 
 const O_RDWR = 0o2;
 const O_NOCTTY = 0o400;
@@ -170,7 +182,7 @@ class Mapping implements HostMapping {
     if (!this.#mapped || !this.owned) return;
     this.#mapped = false;
     // SAFETY: exactly the range that mmap returned, once.
-    check('munmap', c.munmap(this.handle.address, this.handle.length) as number);
+    check('munmap', io().munmap(this.handle.address, this.handle.length) as number);
   }
 }
 
@@ -188,7 +200,7 @@ export class LinuxKernel implements HostKernel {
     if (options.nonblocking === true) flags |= O_NONBLOCK;
     if (options.create !== undefined) flags |= O_CREAT;
     // SAFETY: koffi copies the string, NUL-terminated, for the call.
-    return check(`open ${path}`, c.open(path, flags, options.create ?? 0) as number);
+    return check(`open ${path}`, io().open(path, flags, options.create ?? 0) as number);
   }
 
   close(fd: number): void {
@@ -196,36 +208,36 @@ export class LinuxKernel implements HostKernel {
   }
 
   duplicate(fd: number): number {
-    return check('fcntl', c.dup(fd, F_DUPFD_CLOEXEC, 0) as number);
+    return check('fcntl', io().dup(fd, F_DUPFD_CLOEXEC, 0) as number);
   }
 
   readAt(fd: number, into: Uint8Array, offset: number): number {
     // SAFETY: the buffer's own length is given.
-    return check('pread', c.pread(fd, into, into.length, offset) as number);
+    return check('pread', io().pread(fd, into, into.length, offset) as number);
   }
 
   writeAt(fd: number, bytes: Uint8Array, offset: number): number {
     // SAFETY: as in `readAt`.
-    return check('pwrite', c.pwrite(fd, bytes, bytes.length, offset) as number);
+    return check('pwrite', io().pwrite(fd, bytes, bytes.length, offset) as number);
   }
 
   truncate(fd: number, size: number): void {
-    check('ftruncate', c.ftruncate(fd, size) as number);
+    check('ftruncate', io().ftruncate(fd, size) as number);
   }
 
   dataSync(fd: number): void {
-    check('fdatasync', c.fdatasync(fd) as number);
+    check('fdatasync', io().fdatasync(fd) as number);
   }
 
   allocate(fd: number, mode: number, offset: number, length: number): void {
-    check('fallocate', c.fallocate(fd, mode, offset, length) as number);
+    check('fallocate', io().fallocate(fd, mode, offset, length) as number);
   }
 
   lockFile(fd: number, exclusive: boolean): boolean {
     const lock = new Uint8Array(FLOCK_BYTES);
     new DataView(lock.buffer).setInt16(0, exclusive ? F_WRLCK : F_RDLCK, true);
     // SAFETY: a whole struct flock; start and length 0 stand for all of the file.
-    if ((c.fcntlLock(fd, F_OFD_SETLK, lock) as number) === 0) return true;
+    if ((io().fcntlLock(fd, F_OFD_SETLK, lock) as number) === 0) return true;
     const errno = koffi.errno();
     return errno === os.constants.errno.EAGAIN || errno === os.constants.errno.EACCES ? false : fail('fcntl', errno);
   }
@@ -234,59 +246,59 @@ export class LinuxKernel implements HostKernel {
   // is guest RAM; RAM is unmapped only after every thread that makes these calls has ended.
 
   readRaw(fd: number, address: number, length: number): number {
-    return raw(c.readRaw(fd, address, length) as number);
+    return raw(io().readRaw(fd, address, length) as number);
   }
 
   writeRaw(fd: number, address: number, length: number): number {
-    return raw(c.writeRaw(fd, address, length) as number);
+    return raw(io().writeRaw(fd, address, length) as number);
   }
 
   readvRaw(fd: number, iovecs: number, count: number): number {
-    return raw(c.readv(fd, iovecs, count) as number);
+    return raw(io().readv(fd, iovecs, count) as number);
   }
 
   writevRaw(fd: number, iovecs: number, count: number): number {
-    return raw(c.writev(fd, iovecs, count) as number);
+    return raw(io().writev(fd, iovecs, count) as number);
   }
 
   readvAtRaw(fd: number, iovecs: number, count: number, offset: number): number {
-    return raw(c.preadv(fd, iovecs, count, offset) as number);
+    return raw(io().preadv(fd, iovecs, count, offset) as number);
   }
 
   writevAtRaw(fd: number, iovecs: number, count: number, offset: number): number {
-    return raw(c.pwritev(fd, iovecs, count, offset) as number);
+    return raw(io().pwritev(fd, iovecs, count, offset) as number);
   }
 
   allocateRaw(fd: number, mode: number, offset: number, length: number): number {
-    return raw(c.fallocate(fd, mode, offset, length) as number);
+    return raw(io().fallocate(fd, mode, offset, length) as number);
   }
 
   dataSyncRaw(fd: number): number {
-    return raw(c.fdatasync(fd) as number);
+    return raw(io().fdatasync(fd) as number);
   }
 
   ringEnterRaw(fd: number, submit: number, complete: number, flags: number): number {
-    return raw(c.syscall6(SYS.ioUringEnter, fd, submit, complete, flags, 0, 0) as number);
+    return raw(io().syscall6(SYS.ioUringEnter, fd, submit, complete, flags, 0, 0) as number);
   }
 
   aioSubmitRaw(context: number, count: number, blocks: number): number {
-    return raw(c.syscall6(SYS.ioSubmit, context, count, blocks, 0, 0, 0) as number);
+    return raw(io().syscall6(SYS.ioSubmit, context, count, blocks, 0, 0, 0) as number);
   }
 
   aioEventsRaw(context: number, least: number, most: number, events: number): number {
-    return raw(c.syscall6(SYS.ioGetevents, context, least, most, events, 0, 0) as number);
+    return raw(io().syscall6(SYS.ioGetevents, context, least, most, events, 0, 0) as number);
   }
 
   discardRaw(address: number, length: number, shared: boolean): number {
-    return raw(c.madvise(address, length, shared ? MADV_REMOVE : MADV_DONTNEED) as number);
+    return raw(io().madvise(address, length, shared ? MADV_REMOVE : MADV_DONTNEED) as number);
   }
 
   epollWaitRaw(epoll: number, events: number, most: number, timeout: number): number {
-    return raw(c.epollWait(epoll, events, most, timeout) as number);
+    return raw(io().epollWait(epoll, events, most, timeout) as number);
   }
 
   epollCreate(): number {
-    return check('epoll_create1', c.epollCreate(O_CLOEXEC) as number);
+    return check('epoll_create1', io().epollCreate(O_CLOEXEC) as number);
   }
 
   epollAdd(epoll: number, fd: number, events: number, token: number): void {
@@ -307,40 +319,40 @@ export class LinuxKernel implements HostKernel {
     view.setUint32(0, events, true);
     view.setUint32(EPOLL_EVENT.data, token, true);
     // SAFETY: a whole struct epoll_event, copied by the kernel.
-    check('epoll_ctl', c.epollCtl(epoll, operation, fd, event) as number);
+    check('epoll_ctl', io().epollCtl(epoll, operation, fd, event) as number);
   }
 
   ringSetup(entries: number, parameters: Uint8Array): number {
     if (parameters.length < RING_PARAMETERS_BYTES) throw new RangeError('io_uring parameters');
     // SAFETY: a whole struct io_uring_params.
-    return check('io_uring_setup', c.syscallBuffer(SYS.ioUringSetup, entries, parameters) as number);
+    return check('io_uring_setup', io().syscallBuffer(SYS.ioUringSetup, entries, parameters) as number);
   }
 
   aioSetup(entries: number): number {
     const context = new Uint8Array(8);
     // SAFETY: the context is one zeroed 64-bit word, which the kernel fills.
-    check('io_setup', c.syscallBuffer(SYS.ioSetup, entries, context) as number);
+    check('io_setup', io().syscallBuffer(SYS.ioSetup, entries, context) as number);
     return Number(new DataView(context.buffer).getBigUint64(0, true));
   }
 
   aioDestroy(context: number): void {
-    c.syscall6(SYS.ioDestroy, context, 0, 0, 0, 0, 0);
+    io().syscall6(SYS.ioDestroy, context, 0, 0, 0, 0, 0);
   }
 
   controlSocket(): number {
-    return check('socket', c.socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0) as number);
+    return check('socket', io().socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0) as number);
   }
 
   listenUnix(path: string, backlog: number): number {
     return this.#unixSocket(path, (fd, address) => {
-      check(`bind ${path}`, c.bind(fd, address, address.length) as number);
-      check('listen', c.listen(fd, backlog) as number);
+      check(`bind ${path}`, io().bind(fd, address, address.length) as number);
+      check('listen', io().listen(fd, backlog) as number);
     });
   }
 
   connectUnix(path: string): number {
     return this.#unixSocket(path, (fd, address) => {
-      check(`connect ${path}`, c.connect(fd, address, address.length) as number);
+      check(`connect ${path}`, io().connect(fd, address, address.length) as number);
     });
   }
 
@@ -351,7 +363,7 @@ export class LinuxKernel implements HostKernel {
     const address = new Uint8Array(2 + UNIX_PATH_BYTES);
     address[0] = AF_UNIX;
     address.set(name, 2);
-    const fd = check('socket', c.socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0) as number);
+    const fd = check('socket', io().socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0) as number);
     try {
       use(fd, address);
       return fd;
@@ -363,11 +375,11 @@ export class LinuxKernel implements HostKernel {
 
   acceptUnix(listener: number): number {
     // SAFETY: no address is asked for.
-    return raw(c.accept4(listener, null, null, SOCK_NONBLOCK | SOCK_CLOEXEC) as number);
+    return raw(io().accept4(listener, null, null, SOCK_NONBLOCK | SOCK_CLOEXEC) as number);
   }
 
   shutdownSocket(fd: number, how: 0 | 1 | 2): void {
-    c.shutdown(fd, how);
+    io().shutdown(fd, how);
   }
 
   ioctl(fd: number, request: number, value = 0): number {
@@ -399,7 +411,7 @@ export class LinuxKernel implements HostKernel {
     if (populate) flags |= MAP_POPULATE;
     if (fd < 0 && hugepageSize !== undefined) flags |= MAP_HUGETLB | (Math.log2(hugepageSize) << HUGE_SHIFT);
     // SAFETY: no address is asked for, so the kernel picks a range that nothing else uses.
-    const result = c.mmap(0, length, PROT_READ_WRITE, flags, fd, offset) as number | bigint;
+    const result = io().mmap(0, length, PROT_READ_WRITE, flags, fd, offset) as number | bigint;
     const address = BigInt(result);
     if (address === 0xffff_ffff_ffff_ffffn) fail('mmap');
     return new Mapping({ address, length }, true);
@@ -412,14 +424,14 @@ export class LinuxKernel implements HostKernel {
   advise(mapping: HostMapping, advice: MemoryAdvice): void {
     const { address, length } = mapping.handle;
     // SAFETY: a live mapping's own range; none of these advices discards data.
-    check('madvise', c.madvise(address, length, ADVICE[advice]) as number);
+    check('madvise', io().madvise(address, length, ADVICE[advice]) as number);
   }
 
   memfd(name: string, options: MemfdOptions): number {
     let flags = MFD_CLOEXEC;
     if (options.hugepageSize !== undefined) flags |= MFD_HUGETLB | (Math.log2(options.hugepageSize) << HUGE_SHIFT);
-    const fd = check('memfd_create', c.memfdCreate(name, flags) as number);
-    if ((c.ftruncate(fd, options.size) as number) < 0) {
+    const fd = check('memfd_create', io().memfdCreate(name, flags) as number);
+    if ((io().ftruncate(fd, options.size) as number) < 0) {
       const errno = koffi.errno();
       this.close(fd);
       fail('ftruncate', errno);
@@ -428,7 +440,7 @@ export class LinuxKernel implements HostKernel {
   }
 
   eventfd(): number {
-    return check('eventfd', c.eventfd(0, O_CLOEXEC | O_NONBLOCK) as number);
+    return check('eventfd', io().eventfd(0, O_CLOEXEC | O_NONBLOCK) as number);
   }
 
   signal(eventfd: number): void {
@@ -438,7 +450,7 @@ export class LinuxKernel implements HostKernel {
 
   drainEvent(eventfd: number): boolean {
     // SAFETY: eight bytes that live as long as this object.
-    return (c.read(eventfd, this.#counter, 8) as number) === 8;
+    return (io().read(eventfd, this.#counter, 8) as number) === 8;
   }
 
   threadId(): number {
@@ -473,19 +485,19 @@ export class LinuxKernel implements HostKernel {
   }
 
   openPty(): { fd: number; path: string } {
-    const fd = check('posix_openpt', c.posixOpenpt(O_RDWR | O_NOCTTY | O_CLOEXEC) as number);
+    const fd = check('posix_openpt', io().posixOpenpt(O_RDWR | O_NOCTTY | O_CLOEXEC) as number);
     try {
-      check('grantpt', c.grantpt(fd) as number);
-      check('unlockpt', c.unlockpt(fd) as number);
+      check('grantpt', io().grantpt(fd) as number);
+      check('unlockpt', io().unlockpt(fd) as number);
       const name = new Uint8Array(64);
       // SAFETY: the buffer's length is given; the name comes back NUL-terminated inside it. It returns the errno.
-      const errno = c.ptsname(fd, name, name.length) as number;
+      const errno = io().ptsname(fd, name, name.length) as number;
       if (errno !== 0) fail('ptsname_r', errno);
       const termios = new Uint8Array(TERMIOS_BYTES);
       // SAFETY: the buffer holds a whole struct termios.
-      check('tcgetattr', c.tcgetattr(fd, termios) as number);
-      c.cfmakeraw(termios);
-      check('tcsetattr', c.tcsetattr(fd, 0, termios) as number);
+      check('tcgetattr', io().tcgetattr(fd, termios) as number);
+      io().cfmakeraw(termios);
+      check('tcsetattr', io().tcsetattr(fd, 0, termios) as number);
       return { fd, path: Buffer.from(name.subarray(0, name.indexOf(0))).toString() };
     } catch (error) {
       this.close(fd);
@@ -496,7 +508,7 @@ export class LinuxKernel implements HostKernel {
   resourceLimit(resource: 'memlock' | 'nofile'): number {
     const limit = new BigUint64Array(2);
     // SAFETY: struct rlimit is two 64-bit words.
-    check('getrlimit', c.getrlimit(RLIMIT[resource], new Uint8Array(limit.buffer)) as number);
+    check('getrlimit', io().getrlimit(RLIMIT[resource], new Uint8Array(limit.buffer)) as number);
     const soft = limit[0];
     return soft === 0xffff_ffff_ffff_ffffn ? Infinity : Number(soft);
   }
