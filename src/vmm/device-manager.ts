@@ -218,7 +218,7 @@ export class DeviceManager {
     const { memory, hypervisor, config } = this.options;
     const pools: { wake: number; devices: ServedDevice[]; affinity?: readonly number[] }[] = [];
     const newPool = (affinity?: readonly number[]) => {
-      const pool = { wake: this.kernel.eventfd(), devices: [], affinity };
+      const pool = { wake: this.#eventfd(), devices: [], affinity };
       pools.push(pool);
       return pool;
     };

@@ -23,7 +23,7 @@ interface Thread {
 export class IoManager {
   readonly #threads: Thread[];
 
-  /** @param plan one entry for each worker; their wake-up events become this object's */
+  /** @param plan one entry for each worker */
   constructor(
     private readonly kernel: HostKernel,
     plan: readonly IoWorkerData[],
@@ -64,6 +64,5 @@ export class IoManager {
       this.kernel.signal(data.wake);
     }
     await Promise.all(this.#threads.map(({ gone }) => gone));
-    for (const { data } of this.#threads) this.kernel.close(data.wake);
   }
 }
