@@ -159,7 +159,7 @@ describe('the end of a machine', () => {
   });
 
   test('a killed process leaves no other behind', async () => {
-    const guest = await Guest.start(host, folder, { kernel: cloud, task: { command: 'echo up; read line' } });
+    const guest = await Guest.start(host, folder, { kernel: cloud, task: { command: 'echo guest-ready; read line' } });
     await guest.waitFor('guest-ready');
     guest.process.kill('SIGKILL');
     expect(await guest.end()).toMatchObject({ status: null, signal: 'SIGKILL' });
@@ -206,7 +206,7 @@ test('vCPU threads are bound to the CPUs of the command line, and named', async 
   await onTwoCpus(async (two) => {
     const guest = await Guest.start(two, folder, {
       kernel: cloud,
-      task: { command: 'echo up; read line' },
+      task: { command: 'echo guest-ready; read line' },
       vmm: ['--cpus', 'boot=3,affinity=[0@[1],1@[0]]'],
     });
     await guest.waitFor('guest-ready');
