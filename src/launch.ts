@@ -9,7 +9,8 @@ import path from 'node:path';
 import vm from 'node:vm';
 
 const BUNDLE = path.join(__dirname, 'main.js');
-const CACHE = path.join(__dirname, 'main.cache');
+/** V8 does not look at the architecture that a cache was made on, and runs its code. */
+const CACHE = path.join(__dirname, `main.${process.arch}.cache`);
 
 function readCache(): Buffer | undefined {
   try {

@@ -13,17 +13,20 @@ const MIN_NODE = [20, 19];
 
 // Debian packages: the lab's emulator, the guest's user space, unpacking of modules and kernels.
 const GUEST = ['qemu-system-x86', 'busybox-static', 'kmod', 'xz-utils'];
-// What compiles the probes and judges the tables, besides.
+// The Arm lab's emulator.
+const ARM = ['qemu-system-arm'];
+// What compiles the probes and judges the tables, besides; and compiles what runs on Arm.
 const TEST = ['acpica-tools', 'gcc', 'libc6-dev', 'util-linux', 'procps', 'qemu-utils'];
+const CROSS = ['gcc-aarch64-linux-gnu', 'libc6-dev-arm64-cross'];
 // What guests and networks of end-to-end tests and benchmarks are made of.
 const DEVICES = ['e2fsprogs', 'fio', 'iperf3', 'iproute2', 'mmdebstrap'];
 
 const COMMANDS = {
-  install: { packages: [...GUEST, ...TEST, ...DEVICES] },
+  install: { packages: [...GUEST, ...ARM, ...TEST, ...CROSS, ...DEVICES] },
   start: { packages: GUEST, program: 'dist/tools/start.js' },
-  lab: { packages: GUEST, program: 'dist/tools/lab.js' },
+  lab: { packages: process.argv.includes('aarch64') ? [...GUEST, ...ARM] : GUEST, program: 'dist/tools/lab.js' },
   bench: { packages: [...GUEST, ...DEVICES, 'gcc', 'libc6-dev'], program: 'dist/tools/bench.js' },
-  test: { packages: [...GUEST, ...TEST, ...DEVICES], program: 'dist/tools/test.js' },
+  test: { packages: [...GUEST, ...ARM, ...TEST, ...CROSS, ...DEVICES], program: 'dist/tools/test.js' },
 };
 
 function note(line) {

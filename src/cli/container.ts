@@ -3,12 +3,14 @@
  *
  * Bindings are functions, not decorators: a class of the product names no container.
  */
+import fs from 'node:fs';
 import { Container, type ServiceIdentifier } from 'inversify';
 import type { ProcessOptions, VmConfig } from '../config/vm-config.js';
 import { type Hypervisor, HypervisorError } from '../hypervisor/hypervisor.js';
+import { openKvmArm64 } from '../hypervisor/kvm/aarch64/kvm.js';
 import { openKvm } from '../hypervisor/kvm/kvm.js';
+import { MSHV_DEVICE, openMshv } from '../hypervisor/mshv/mshv.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import { LinuxKernel } from '../sys/linux-kernel.js';
 import type { Logger } from '../vmm/logger.js';
 import { openTaps } from '../vmm/taps.js';
 import { Machine } from '../vmm/machine.js';
@@ -25,6 +27,7 @@ export interface WorkerScripts {
 }
 
 export function machineContainer(
+  kernel: HostKernel,
   config: VmConfig,
   options: ProcessOptions,
   logger: Logger,
@@ -32,7 +35,7 @@ export function machineContainer(
 ): Container {
   const container = new Container({ defaultScope: 'Singleton' });
   container.bind(LOGGER).toConstantValue(logger);
-  container.bind(HOST_KERNEL).toDynamicValue(() => new LinuxKernel());
+  container.bind(HOST_KERNEL).toConstantValue(kernel);
   container.bind(HYPERVISOR).toDynamicValue((context) => openHypervisor(options, context.get(HOST_KERNEL)));
   container.bind(MACHINE).toDynamicValue(
     (context) =>
@@ -49,10 +52,18 @@ export function machineContainer(
   return container;
 }
 
-/** @throws HypervisorError when the chosen one does not work here */
-function openHypervisor(options: ProcessOptions, kernel: HostKernel): Hypervisor {
-  if (options.hypervisor === 'mshv') {
-    throw new HypervisorError('--hypervisor mshv: not available on this host; accepted is kvm');
+/** The hypervisor of the user's choice, or the first that works. @throws HypervisorError when it does not work here */
+function openHypervisor({ hypervisor }: ProcessOptions, kernel: HostKernel): Hypervisor {
+  if (process.arch === 'arm64') {
+    if (hypervisor !== 'mshv') return openKvmArm64(kernel);
+    throw new HypervisorError('--hypervisor mshv: not built for aarch64 yet; accepted is kvm');
   }
-  return openKvm(kernel);
+  if (hypervisor === 'kvm') return openKvm(kernel);
+  if (hypervisor === 'mshv') return openMshv(kernel);
+  try {
+    return openKvm(kernel);
+  } catch (error) {
+    if (!(error instanceof HypervisorError) || !fs.existsSync(MSHV_DEVICE)) throw error;
+    return openMshv(kernel);
+  }
 }

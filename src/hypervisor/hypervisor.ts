@@ -1,5 +1,6 @@
 /**
- * The hypervisor as everything above sees it: a virtual machine, its virtual CPUs and the exits that they take.
+ * The hypervisor as everything above sees it: a virtual machine, its virtual CPUs and the exits that they take. What the
+ * architectures have in common is Vm and Vcpu; what a machine of one of them needs besides is in its own interfaces.
  *
  * Main creates the VM and its vCPUs and sets their state; each vCPU then runs on a thread of its own, whose composition
  * root (src/threads/) attaches to it by its handle. State crosses in hypervisor-neutral records (x86-state.ts), so nothing above names an ioctl.
@@ -8,6 +9,7 @@ import type { MappingHandle } from '../sys/host-kernel.js';
 import type { CpuidEntry, Msr, X86Fpu, X86Registers, X86SpecialRegisters } from './x86-state.js';
 
 export type HypervisorName = 'kvm' | 'mshv';
+export type ArchitectureName = 'x86_64' | 'aarch64';
 
 /** The hypervisor cannot be used, or refused what was asked of it. The message says what to do where that is known. */
 export class HypervisorError extends Error {
@@ -55,7 +57,10 @@ export interface VcpuExit {
 export interface VcpuHandle {
   readonly id: number;
   readonly fd: number;
+  /** Pages through which the hypervisor tells why the vCPU stopped. */
   readonly run: MappingHandle;
+  /** The page in which the hypervisor keeps the vCPU's registers, where it shares one. */
+  readonly registerPage?: MappingHandle | undefined;
 }
 
 export interface Vcpu {
@@ -70,6 +75,8 @@ export interface Vcpu {
   setData(index: number, value: number): void;
   /** The instruction pointer, for reports. */
   instructionPointer(): bigint;
+  /** What the guest has stopped for so far, by the hypervisor's own names, where exits do not tell all of it. */
+  intercepts(): Readonly<Record<string, number>>;
 
   /** Prepares the calling thread for `run`. @returns the thread's id, to be given to `kick` */
   enterThread(): number;
@@ -78,6 +85,10 @@ export interface Vcpu {
   /** On the vCPU's own thread after `Interrupted`: takes the kick back, so that the next `run` goes on. */
   acknowledgeKick(): void;
 
+  close(): void;
+}
+
+export interface X86Vcpu extends Vcpu {
   setCpuid(entries: readonly CpuidEntry[]): void;
   setRegisters(registers: X86Registers): void;
   registers(): X86Registers;
@@ -87,8 +98,13 @@ export interface Vcpu {
   setMsrs(msrs: readonly Msr[]): void;
   /** Sets the local APIC's two local interrupt inputs: LINT0 to ExtINT and LINT1 to NMI. */
   setLocalInterrupts(): void;
+}
 
-  close(): void;
+export interface Arm64Vcpu extends Vcpu {
+  /** Sets the state in which a kernel is entered (Documentation/arch/arm64/booting.rst): EL1h, interrupts masked. */
+  setBootState(pc: bigint, x0: bigint): void;
+  /** MPIDR_EL1: the processor's affinity. */
+  mpidr(): number;
 }
 
 /** An interrupt input as an eventfd: writing to it raises one edge. Structured-cloneable. */
@@ -104,9 +120,21 @@ export interface MemorySlot {
 }
 
 /** Guest physical addresses that the hypervisor may need for itself, outside RAM and devices. */
-export interface VmOptions {
+export interface X86VmOptions {
   readonly tssAddress: number;
   readonly identityMapAddress: number;
+}
+
+export interface Arm64VmOptions {
+  /** Size of the guest physical address space: 2 to the power of this many. */
+  readonly ipaBits: number;
+  /** Guest physical addresses of the GICv3's parts, and how many shared peripheral interrupts it has. */
+  readonly gic: {
+    readonly distributor: number;
+    readonly redistributors: number;
+    readonly its: number;
+    readonly spis: number;
+  };
 }
 
 /** What another thread needs to reach a VM that main created. Structured-cloneable. */
@@ -114,6 +142,8 @@ export interface VmHandle {
   readonly fd: number;
   /** The hypervisor's table of interrupt routes, which it takes only as a whole. */
   readonly routes: SharedArrayBuffer;
+  /** Memory for the arguments of each thread's calls, for a hypervisor that takes pointers. */
+  readonly slots?: MappingHandle | undefined;
 }
 
 /** The VM as the threads that serve its devices use it. */
@@ -131,29 +161,59 @@ export interface VmSignals {
   connectMsi(route: number, eventfd: number): void;
   disconnectMsi(route: number, eventfd: number): void;
   setMsiRoute(route: number, addressLow: number, addressHigh: number, data: number, requester: number): void;
+  /** What the eventfd of this route signals from now on goes nowhere. */
+  clearMsiRoute(route: number): void;
 }
 
 export interface Vm {
   readonly handle: VmHandle;
   readonly signals: VmSignals;
   addMemory(slot: MemorySlot): void;
-  createVcpu(id: number): Vcpu;
-  /** @param pin the IOAPIC's input */
+  /** @param pin the input of the machine's interrupt controller: the IOAPIC's, or the number of the GIC's SPI */
   createInterrupt(pin: number): InterruptHandle;
   /** A route for {@link VmSignals.connectMsi}: for interrupts that the host's kernel raises by itself (vhost). */
   allocateMsiRoute(): number;
-  /** Frequency of the guest's time-stamp counter in kHz, where the hypervisor tells it. */
-  tscKhz(): number | undefined;
   /** Closes the VM. Its vCPUs are closed first, by their owner. */
   close(): void;
 }
 
-export interface Hypervisor {
+export interface X86Vm extends Vm {
+  /**
+   * Whether the hypervisor has an IOAPIC. Else the machine brings its own, which sets the MSI route of each pin: the route of
+   * a pin has the pin's number.
+   */
+  readonly ioapic: boolean;
+  /** CPUID as the host and the hypervisor together can give it to a guest. */
+  supportedCpuid(): CpuidEntry[];
+  createVcpu(id: number): X86Vcpu;
+  /** Frequency of the guest's time-stamp counter in kHz, where the hypervisor tells it. */
+  tscKhz(): number | undefined;
+}
+
+export interface Arm64Vm extends Vm {
+  /** @param poweredOff it waits for the guest to start it (PSCI CPU_ON) */
+  createVcpu(id: number, poweredOff: boolean): Arm64Vcpu;
+  /** Makes the interrupt controller, when the last vCPU is there; interrupts may be created from then on. */
+  finishVcpus(): void;
+}
+
+interface AnyHypervisor {
   readonly name: HypervisorName;
   /** Most vCPUs that one VM can have. */
   readonly maxVcpus: number;
-  createVm(options: VmOptions): Vm;
-  /** CPUID as the host and the hypervisor together can give it to a guest. */
-  supportedCpuid(): CpuidEntry[];
   close(): void;
 }
+
+export interface X86Hypervisor extends AnyHypervisor {
+  readonly architecture: 'x86_64';
+  createVm(options: X86VmOptions): X86Vm;
+}
+
+export interface Arm64Hypervisor extends AnyHypervisor {
+  readonly architecture: 'aarch64';
+  /** Largest `ipaBits` of a VM. */
+  readonly ipaBits: number;
+  createVm(options: Arm64VmOptions): Arm64Vm;
+}
+
+export type Hypervisor = X86Hypervisor | Arm64Hypervisor;

@@ -61,6 +61,9 @@ export class PciSegment {
   }
 }
 
+/** Configuration space of one bus: 32 devices of 8 functions, 4 KiB each (PCI Express base specification, 7.2.2). Bytes. */
+export const ECAM_BUS_SIZE = 0x10_0000;
+
 /** One bus of a segment as memory. */
 export class PciEcam implements BusDevice {
   constructor(private readonly segment: PciSegment) {}

@@ -205,6 +205,11 @@ export interface HostKernel {
   setAffinity(cpus: readonly number[]): void;
   /** Blocks {@link KICK_SIGNAL} in the calling thread: only a vCPU's own run call lets it through. */
   blockKickSignal(): void;
+  /**
+   * Lets {@link KICK_SIGNAL} end a blocking call of the calling thread with EINTR, for a hypervisor whose run call has no
+   * signal mask of its own. A signal that comes while the thread is in no call is lost.
+   */
+  allowKickSignal(): void;
   /** Sends {@link KICK_SIGNAL} to a thread of this process. A thread that has ended is no error. */
   kick(threadId: number): void;
   /** Takes a pending {@link KICK_SIGNAL} off the calling thread; none pending is no error. */

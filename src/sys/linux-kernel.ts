@@ -83,6 +83,8 @@ function defineOthers() {
     tcsetattr: libc.func('int tcsetattr(int fd, int actions, const void *termios)'),
     cfmakeraw: libc.func('void cfmakeraw(void *termios)'),
     getrlimit: libc.func('int getrlimit(int resource, void *limit)'),
+    sigaction: libc.func('int sigaction(int signal, const void *action, void *old)'),
+    dlsym: libc.func('uintptr_t dlsym(uintptr_t handle, const char *name)'),
   };
 }
 let others: ReturnType<typeof defineOthers> | undefined;
@@ -131,6 +133,9 @@ const ADVICE: Record<MemoryAdvice, number> = { mergeable: 12, hugepage: 14, nohu
 const MADV_DONTNEED = 4;
 const MADV_REMOVE = 9;
 const SIG_BLOCK = 0;
+const SIG_UNBLOCK = 1;
+/** glibc's struct sigaction: the handler at 0, a signal set, the flags and the restorer. */
+const SIGACTION_BYTES = 152;
 const RLIMIT = { nofile: 7, memlock: 8 };
 /** Larger views abort Node 20. */
 const MAX_VIEW = 0x4000_0000;
@@ -473,8 +478,21 @@ export class LinuxKernel implements HostKernel {
     if (errno !== 0) fail('pthread_sigmask', errno);
   }
 
+  allowKickSignal(): void {
+    // SAFETY: handle 0 is RTLD_DEFAULT; a symbol that every libc has.
+    const handler = io().dlsym(0, 'abs') as number | bigint;
+    const action = new Uint8Array(SIGACTION_BYTES);
+    new DataView(action.buffer).setBigUint64(0, BigInt(handler), true);
+    // SAFETY: a full-size struct sigaction. The handler is a function of libc that takes the signal's number, touches no
+    // memory and keeps no state: as a handler it does nothing, but the call that the thread is in ends with EINTR.
+    check('sigaction', io().sigaction(KICK_SIGNAL, action, null) as number);
+    // SAFETY: the calling thread's own mask, a full-size sigset_t, no old set asked for. It returns the errno.
+    const errno = c.pthreadSigmask(SIG_UNBLOCK, this.#kickSet, null) as number;
+    if (errno !== 0) fail('pthread_sigmask', errno);
+  }
+
   kick(threadId: number): void {
-    // SAFETY: no pointer. The receiver has the signal blocked outside KVM_RUN, so no handler is ever needed.
+    // SAFETY: no pointer. The receiver has the signal blocked outside its run call, or a handler that does nothing.
     const result = c.tgkill(this.#pid, threadId, KICK_SIGNAL) as number;
     if (result < 0 && koffi.errno() !== os.constants.errno.ESRCH) fail('tgkill');
   }

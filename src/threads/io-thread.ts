@@ -4,10 +4,7 @@ import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_thread
 import { BlockDevice } from '../block/block-device.js';
 import { openEngine } from '../block/engine.js';
 import { openImage } from '../block/open-image.js';
-import type { HypervisorName, VmHandle, VmSignals } from '../hypervisor/hypervisor.js';
-import { attachKvmSignals } from '../hypervisor/kvm/signals.js';
-import { EPOLL } from '../sys/host-kernel.js';
-import { LinuxKernel } from '../sys/linux-kernel.js';
+import { EPOLL, type HostKernel } from '../sys/host-kernel.js';
 import { setOffload } from '../net/tap.js';
 import { VhostNetDevice } from '../net/vhost-device.js';
 import { BalloonDevice } from '../virtio/balloon.js';
@@ -24,100 +21,100 @@ import { VsockDevice } from '../virtio/vsock.js';
 import { WatchdogDevice } from '../virtio/watchdog.js';
 import type { BackendSpec, IoCommand, IoMessage, IoWorkerData, ServedDevice } from '../vmm/device-specs.js';
 import { attachMemory } from '../vmm/memory-manager.js';
+import { attachSignals } from './backends.js';
 
 /** Transfers under way for each disk. */
 const ENGINE_DEPTH = 128;
 /** Lines that a guest's mistakes may add to the log, for each worker. */
 const LOG_LIMIT = 200;
 
-function attachSignals(hypervisor: HypervisorName, vm: VmHandle): VmSignals {
-  if (hypervisor === 'kvm') return attachKvmSignals(kernel, vm);
-  throw new Error(`No ${hypervisor} on this thread`);
-}
+/** Serves queues until main ends the worker. */
+export function runIoThread(kernel: HostKernel): void {
+  const data = workerData as IoWorkerData;
+  fs.writeFileSync(`/proc/self/task/${kernel.threadId()}/comm`, data.name);
+  if (data.affinity !== undefined) kernel.setAffinity(data.affinity);
+  const post = (message: IoMessage) => parentPort!.postMessage(message);
+  const loop = new EpollLoop(kernel);
+  const memory = attachMemory(data.memory, kernel);
+  const command = new Int32Array(data.command);
 
-const data = workerData as IoWorkerData;
-const kernel = new LinuxKernel();
-fs.writeFileSync(`/proc/self/task/${kernel.threadId()}/comm`, data.name);
-if (data.affinity !== undefined) kernel.setAffinity(data.affinity);
-const post = (message: IoMessage) => parentPort!.postMessage(message);
-const loop = new EpollLoop(kernel);
-const memory = attachMemory(data.memory, kernel);
-const command = new Int32Array(data.command);
-
-let lines = 0;
-function log(level: 'info' | 'warn', line: string): void {
-  if (++lines < LOG_LIMIT) post({ kind: 'log', level, line });
-  else if (lines === LOG_LIMIT) post({ kind: 'log', level, line: `${data.name}: no further lines of this kind` });
-}
-
-function limiter(options: LimiterOptions | undefined): RateLimiter | undefined {
-  return options === undefined ? undefined : new RateLimiter(options, () => loop.now());
-}
-
-function build(spec: BackendSpec, context: DeviceContext): VirtioDevice {
-  switch (spec.kind) {
-    case 'block': {
-      const image = openImage(kernel, spec);
-      const engine = openEngine(kernel, spec.direct, ENGINE_DEPTH, spec.engine);
-      const { readonly, serial, format } = spec;
-      return new BlockDevice(context, {
-        readonly,
-        serial,
-        image,
-        engine,
-        raw: format === 'raw',
-        limiter: limiter(spec.limits),
-      });
-    }
-    case 'net':
-      return new NetDevice(context, {
-        taps: spec.taps,
-        receiveLimit: limiter(spec.limits),
-        transmitLimit: limiter(spec.limits),
-        setOffload: (tap, bits) => setOffload(kernel, tap, bits),
-      });
-    case 'vhost-net': {
-      const regions = memory.ranges().map((range) => ({ ...range, hostAddress: memory.hostAddress(range.address, 1) }));
-      return new VhostNetDevice(context, { taps: spec.taps, calls: spec.calls, regions });
-    }
-    case 'vsock':
-      return new VsockDevice(context, spec);
-    case 'console':
-      return new ConsoleDevice(context, { pipe: new BytePipe(spec.pipe), wake: spec.wake });
-    case 'entropy':
-      return new EntropyDevice(context, { source: spec.source });
-    case 'balloon':
-      return new BalloonDevice(context, {
-        discard: (address, length) => {
-          const host = memory.hostAddress(address, length);
-          if (host >= 0) kernel.discardRaw(host, length, data.sharedMemory);
-        },
-      });
-    case 'pmem':
-      return new PmemDevice(context, { fd: spec.fd });
-    case 'watchdog':
-      return new WatchdogDevice(context, { expired: () => context.emit({ kind: 'watchdog-expired' }) });
+  let lines = 0;
+  function log(level: 'info' | 'warn', line: string): void {
+    if (++lines < LOG_LIMIT) post({ kind: 'log', level, line });
+    else if (lines === LOG_LIMIT) post({ kind: 'log', level, line: `${data.name}: no further lines of this kind` });
   }
-}
 
-const runners = new Map<string, VirtioRunner>();
-function add({ handle, queues, backend }: ServedDevice): void {
-  const emit = (device: string, message: unknown) => post({ kind: 'device', device, message });
-  const signals = attachSignals(data.hypervisor, data.vm);
-  const services = { kernel, loop, memory, signals, log, emit };
-  runners.set(handle.id, new VirtioRunner(handle, queues, services, (context) => build(backend, context)));
-}
-
-for (const device of data.devices) add(device);
-loop.watch(data.wake, EPOLL.IN | EPOLL.EDGE, () => {
-  for (let received = receiveMessageOnPort(parentPort!); received !== undefined;) {
-    const { device, message } = received.message as IoCommand;
-    runners.get(device)?.control(message);
-    received = receiveMessageOnPort(parentPort!);
+  function limiter(options: LimiterOptions | undefined): RateLimiter | undefined {
+    return options === undefined ? undefined : new RateLimiter(options, () => loop.now());
   }
-  for (const runner of runners.values()) runner.update();
-});
-while (Atomics.load(command, 0) === 0) loop.turn(-1);
-for (const runner of runners.values()) runner.close();
-loop.unwatch(data.wake);
-loop.close();
+
+  function build(spec: BackendSpec, context: DeviceContext): VirtioDevice {
+    switch (spec.kind) {
+      case 'block': {
+        const image = openImage(kernel, spec);
+        const engine = openEngine(kernel, spec.direct, ENGINE_DEPTH, spec.engine);
+        const { readonly, serial, format } = spec;
+        return new BlockDevice(context, {
+          readonly,
+          serial,
+          image,
+          engine,
+          raw: format === 'raw',
+          limiter: limiter(spec.limits),
+        });
+      }
+      case 'net':
+        return new NetDevice(context, {
+          taps: spec.taps,
+          receiveLimit: limiter(spec.limits),
+          transmitLimit: limiter(spec.limits),
+          setOffload: (tap, bits) => setOffload(kernel, tap, bits),
+        });
+      case 'vhost-net': {
+        const regions = memory
+          .ranges()
+          .map((range) => ({ ...range, hostAddress: memory.hostAddress(range.address, 1) }));
+        return new VhostNetDevice(context, { taps: spec.taps, calls: spec.calls, regions });
+      }
+      case 'vsock':
+        return new VsockDevice(context, spec);
+      case 'console':
+        return new ConsoleDevice(context, { pipe: new BytePipe(spec.pipe), wake: spec.wake });
+      case 'entropy':
+        return new EntropyDevice(context, { source: spec.source });
+      case 'balloon':
+        return new BalloonDevice(context, {
+          discard: (address, length) => {
+            const host = memory.hostAddress(address, length);
+            if (host >= 0) kernel.discardRaw(host, length, data.sharedMemory);
+          },
+        });
+      case 'pmem':
+        return new PmemDevice(context, { fd: spec.fd });
+      case 'watchdog':
+        return new WatchdogDevice(context, { expired: () => context.emit({ kind: 'watchdog-expired' }) });
+    }
+  }
+
+  const signals = attachSignals(data.hypervisor, kernel, data.vm);
+  const runners = new Map<string, VirtioRunner>();
+  function add({ handle, queues, backend }: ServedDevice): void {
+    const emit = (device: string, message: unknown) => post({ kind: 'device', device, message });
+    const services = { kernel, loop, memory, signals, log, emit };
+    runners.set(handle.id, new VirtioRunner(handle, queues, services, (context) => build(backend, context)));
+  }
+
+  for (const device of data.devices) add(device);
+  loop.watch(data.wake, EPOLL.IN | EPOLL.EDGE, () => {
+    for (let received = receiveMessageOnPort(parentPort!); received !== undefined;) {
+      const { device, message } = received.message as IoCommand;
+      runners.get(device)?.control(message);
+      received = receiveMessageOnPort(parentPort!);
+    }
+    for (const runner of runners.values()) runner.update();
+  });
+  while (Atomics.load(command, 0) === 0) loop.turn(-1);
+  for (const runner of runners.values()) runner.close();
+  loop.unwatch(data.wake);
+  loop.close();
+}

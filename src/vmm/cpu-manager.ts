@@ -1,10 +1,12 @@
 /**
  * The vCPU threads: one Worker per vCPU, started, kicked and ended from main.
  */
-import { Worker } from 'node:worker_threads';
+import { type ResourceLimits, Worker } from 'node:worker_threads';
 import { EXIT_KINDS, type HypervisorName, type Vcpu, type VcpuHandle } from '../hypervisor/hypervisor.js';
 import { StateBlock } from '../state/state-block.js';
-import type { PlatformEvent, PlatformHandle } from './platform.js';
+import type { MemoryHandle } from './memory-manager.js';
+import type { PlatformHandle } from './platform.js';
+import type { PlatformEvent } from './platform-parts.js';
 import { VcpuCommand, type VcpuControl, vcpuControlLayout, type VcpuEnd } from './vcpu-loop.js';
 
 /** What a vCPU worker is started with. */
@@ -13,6 +15,8 @@ export interface VcpuWorkerData {
   readonly name: string;
   readonly hypervisor: HypervisorName;
   readonly vcpu: VcpuHandle;
+  /** For a hypervisor that leaves instructions on guest memory to be emulated. */
+  readonly memory: MemoryHandle;
   readonly control: SharedArrayBuffer;
   readonly platform: PlatformHandle;
   /** Host CPUs that the thread is bound to. */
@@ -28,9 +32,12 @@ const KICK_INTERVAL_MILLISECONDS = 10;
 
 /**
  * A worker's heap in MiB. The run loop allocates nothing, so a small one costs nothing; the defaults would let each vCPU
- * take a megabyte more.
+ * take a megabyte more. A hypervisor that leaves instructions to be emulated needs room for a decoder.
  */
-const WORKER_HEAP = { maxYoungGenerationSizeMb: 1, maxOldGenerationSizeMb: 8 };
+const WORKER_HEAP: Readonly<Record<HypervisorName, ResourceLimits>> = {
+  kvm: { maxYoungGenerationSizeMb: 1, maxOldGenerationSizeMb: 8 },
+  mshv: { maxYoungGenerationSizeMb: 4, maxOldGenerationSizeMb: 64 },
+};
 
 interface Thread {
   readonly vcpu: Vcpu;
@@ -50,11 +57,13 @@ export interface CpuManagerEvents {
 
 export class CpuManager {
   readonly #threads: Thread[];
+  #lastIntercepts: Record<string, number> | undefined;
 
   /** @param vcpus created and set up; closed by `close` */
   constructor(
     private readonly hypervisor: HypervisorName,
     vcpus: readonly Vcpu[],
+    private readonly memory: MemoryHandle,
     private readonly workerScript: URL,
     private readonly events: CpuManagerEvents,
   ) {
@@ -73,6 +82,7 @@ export class CpuManager {
         name,
         hypervisor: this.hypervisor,
         vcpu: thread.vcpu.handle,
+        memory: this.memory,
         control: thread.control.buffer,
         platform,
         affinity: affinity.get(id),
@@ -80,7 +90,7 @@ export class CpuManager {
       const worker = new Worker(this.workerScript, {
         workerData: data,
         name,
-        resourceLimits: WORKER_HEAP,
+        resourceLimits: WORKER_HEAP[this.hypervisor],
       });
       thread.worker = worker;
       worker.on('message', (message: VcpuMessage) => {
@@ -120,6 +130,16 @@ export class CpuManager {
     );
   }
 
+  /** What the hypervisor tells beyond exits, of all vCPUs so far, by its own names. */
+  intercepts(): Record<string, number> {
+    if (this.#lastIntercepts !== undefined) return this.#lastIntercepts;
+    const sum: Record<string, number> = {};
+    for (const { vcpu } of this.#threads) {
+      for (const [name, count] of Object.entries(vcpu.intercepts())) sum[name] = (sum[name] ?? 0) + count;
+    }
+    return sum;
+  }
+
   /** Where each vCPU stopped; after `stop`. */
   instructionPointers(): bigint[] {
     return this.#threads.map(({ vcpu }) => vcpu.instructionPointer());
@@ -127,6 +147,8 @@ export class CpuManager {
 
   /** After `stop`. */
   close(): void {
+    // Counted in pages that go away with the vCPUs.
+    this.#lastIntercepts = this.intercepts();
     for (const { vcpu } of this.#threads) vcpu.close();
   }
 }

@@ -4,7 +4,7 @@
  * A reset takes everything down that the guest could have touched (vCPUs, VM, RAM, devices) and builds it anew from the
  * configuration; the process, the terminal and the log stay.
  */
-import type { PlatformEvent } from './platform.js';
+import type { PlatformEvent } from './platform-parts.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { CpuManagerEvents } from './cpu-manager.js';
 import { HostResources } from './host-resources.js';
@@ -75,6 +75,8 @@ export class Machine {
 
   #logCounters(incarnation: Incarnation): void {
     this.parts.logger.info(`Exits: ${JSON.stringify(incarnation.exits())}`);
+    const intercepts = incarnation.intercepts();
+    if (Object.keys(intercepts).length > 0) this.parts.logger.info(`Intercepts: ${JSON.stringify(intercepts)}`);
     this.parts.logger.info(`Devices: ${JSON.stringify(incarnation.deviceCounters())}`);
   }
 

@@ -1,20 +1,12 @@
 /**
  * Guest RAM: allocated on the host the way `--memory` says, and given to the VM as slots.
- *
- * RAM lies below the 32-bit MMIO hole and, when there is more, from 4 GiB on: at most two ranges, a mapping each.
+ * Each range of RAM has a mapping of its own.
  */
-import { HIGH_MEMORY, HIGH_RAM_START, LOW_RAM_END, PLATFORM_AREA_SIZE } from '../arch/x86_64/layout.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { Vm } from '../hypervisor/hypervisor.js';
 import { GuestMemory, type MemoryRange, type MemoryWindow, WINDOW_SIZE } from '../memory/guest-memory.js';
 import { type HostKernel, type HostMapping, type MappingHandle, SystemError } from '../sys/host-kernel.js';
 import { MachineError } from './machine-error.js';
-
-/** Where RAM of this size lies. @param size bytes */
-export function ramRanges(size: number): MemoryRange[] {
-  const low: MemoryRange = { address: 0, size: Math.min(size, LOW_RAM_END) };
-  return size > LOW_RAM_END ? [low, { address: HIGH_RAM_START, size: size - LOW_RAM_END }] : [low];
-}
 
 /** Guest RAM as another thread finds it. Structured-cloneable. */
 export type MemoryHandle = readonly { readonly range: MemoryRange; readonly mapping: MappingHandle }[];
@@ -30,24 +22,14 @@ export class MemoryManager {
   readonly #fds: number[] = [];
 
   /**
-   * @param physicalBits the guest's physical address bits; RAM and the platform area fit below them
+   * @param ranges where RAM lies, ascending
    * @throws MachineError when the host cannot map the memory asked for
    */
   constructor(
     private readonly kernel: HostKernel,
     private readonly config: VmConfig['memory'],
-    physicalBits: number,
+    ranges: readonly MemoryRange[],
   ) {
-    const ranges = ramRanges(config.size);
-    if (config.size < HIGH_MEMORY) {
-      throw new MachineError(`--memory size=${config.size}: accepted is a size that holds the kernel, 1M at the least`);
-    }
-    const last = ranges.at(-1)!;
-    if (last.address + last.size > 2 ** physicalBits - PLATFORM_AREA_SIZE) {
-      throw new MachineError(
-        `--memory size=${config.size}: more than a guest of ${physicalBits} physical address bits can have`,
-      );
-    }
     try {
       for (const range of ranges) this.#mappings.push({ range, mapping: this.#allocate(range.size) });
     } catch (error) {

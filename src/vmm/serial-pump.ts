@@ -2,6 +2,8 @@
 import type { SerialBackend } from './serial-backend.js';
 
 const CHUNK = 4096;
+/** A guest writes byte by byte; what it writes within this time is taken at once, as each taking costs two threads a switch. */
+const GATHER_MILLISECONDS = 2;
 
 /** A character device's end for main. */
 export interface BytePort {
@@ -16,6 +18,7 @@ export class SerialPump {
   /** Input that the device had no room for yet. */
   #waiting: Uint8Array = new Uint8Array(0);
   #stalled = false;
+  #timer: NodeJS.Timeout | undefined;
 
   /** @param backend none: output is thrown away and no input comes */
   constructor(
@@ -25,7 +28,7 @@ export class SerialPump {
     if (backend === undefined) return;
     backend.onDrain = () => {
       this.#stalled = false;
-      this.output();
+      this.#drain();
     };
     backend.onInput = (bytes) => {
       this.#waiting = this.#waiting.length === 0 ? bytes : Buffer.concat([this.#waiting, bytes]);
@@ -36,6 +39,13 @@ export class SerialPump {
 
   /** The device has bytes for the host. */
   output(): void {
+    this.#timer ??= setTimeout(() => {
+      this.#timer = undefined;
+      this.#drain();
+    }, GATHER_MILLISECONDS);
+  }
+
+  #drain(): void {
     while (!this.#stalled) {
       const count = this.device.drainTransmit(this.#chunk);
       if (count === 0) return;
@@ -54,8 +64,9 @@ export class SerialPump {
 
   /** The device goes away: its last bytes are written, the host end stays. */
   close(): void {
+    clearTimeout(this.#timer);
     this.#stalled = false;
-    this.output();
+    this.#drain();
     if (this.backend === undefined) return;
     this.backend.onDrain = () => undefined;
     this.backend.onInput = () => false;

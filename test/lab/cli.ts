@@ -1,7 +1,7 @@
 /** `npm run lab -- [--arch ARCH] [--cpus N] [--memory MIB] COMMAND ARGS`: runs a command in a fresh lab. */
 import os from 'node:os';
 import { parseArgs } from 'node:util';
-import { type Lab, withLab } from './lab.js';
+import { type Lab, type LabOptions, withLab } from './lab.js';
 
 function usage(line: string): never {
   process.stderr.write(`lab: ${line}\n`);
@@ -9,13 +9,14 @@ function usage(line: string): never {
 }
 
 /** Options come before the command; from there on everything is the command's. */
-function parse(argv: readonly string[]): { cpus: number; memoryMib: number; command: string[] } {
+function parse(argv: readonly string[]): LabOptions & { command: string[] } {
   const options = { arch: { type: 'string' }, cpus: { type: 'string' }, memory: { type: 'string' } } as const;
   let at = 0;
   while (/^--(arch|cpus|memory)(=|$)/.test(argv[at] ?? '')) at += argv[at].includes('=') ? 1 : 2;
   const { values } = parseArgs({ args: argv.slice(0, at), options });
-  if ((values.arch ?? 'x86_64') !== 'x86_64')
-    usage(`--arch ${values.arch}: accepted is x86_64; others are not there yet`);
+  const architecture = values.arch ?? 'x86_64';
+  if (architecture !== 'x86_64' && architecture !== 'aarch64')
+    usage(`--arch ${architecture}: accepted is x86_64 or aarch64`);
   const cpus = Number(values.cpus ?? 1);
   if (!Number.isInteger(cpus) || cpus < 1) usage(`--cpus ${values.cpus}: accepted is a number from 1 on`);
   const memoryMib = Number(values.memory ?? 4096);
@@ -23,7 +24,7 @@ function parse(argv: readonly string[]): { cpus: number; memoryMib: number; comm
     usage(`--memory ${values.memory}: accepted is a number of MiB from 1024 on`);
   const command = argv.slice(at);
   if (command.length === 0 && !process.stdin.isTTY) usage('accepted is a command to run');
-  return { cpus, memoryMib, command: command.length > 0 ? command : ['bash'] };
+  return { architecture, cpus, memoryMib, command: command.length > 0 ? command : ['bash'] };
 }
 
 async function runInLab(lab: Lab, command: readonly string[]): Promise<number> {

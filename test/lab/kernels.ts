@@ -5,6 +5,7 @@ import path from 'node:path';
 import { cached, cacheRoot } from './cache.js';
 
 export type Flavour = 'cloud' | 'generic' | 'backports';
+export type Architecture = 'x86_64' | 'aarch64';
 
 export interface Kernel {
   /** As `uname -r` says it. */
@@ -14,27 +15,35 @@ export interface Kernel {
   readonly root: string;
 }
 
+/** The metapackages without the architecture. */
 const METAPACKAGES: Readonly<Record<Flavour, string>> = {
-  cloud: 'linux-image-cloud-amd64',
-  generic: 'linux-image-amd64',
-  backports: 'linux-image-cloud-amd64',
+  cloud: 'linux-image-cloud',
+  generic: 'linux-image',
+  backports: 'linux-image-cloud',
 };
+/** What Debian calls them. */
+const DEBIAN_ARCHITECTURES: Readonly<Record<Architecture, string>> = { x86_64: 'amd64', aarch64: 'arm64' };
 const BACKPORTS = 'trixie-backports';
 const KEYRING = '/usr/share/keyrings/debian-archive-keyring.gpg';
 
-function run(command: string, args: readonly string[], cwd?: string): string {
+export function run(command: string, args: readonly string[], cwd?: string): string {
   return execFileSync(command, args, { cwd, encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'], maxBuffer: 2 ** 26 });
 }
 
-function note(line: string): void {
+export function note(line: string): void {
   process.stderr.write(`${line}\n`);
 }
 
-/** Options that make apt use lists of its own, so that neither root nor the machine's lists are needed. */
-function privateApt(folder: string, sources?: string): string[] {
+/**
+ * Options that make apt use lists of its own, so that neither root nor the machine's lists are needed, and know nothing of
+ * what the machine has installed.
+ */
+function privateApt(folder: string, architecture: Architecture, sources?: string): string[] {
   fs.mkdirSync(path.join(folder, 'lists', 'partial'), { recursive: true });
   fs.mkdirSync(path.join(folder, 'archives', 'partial'), { recursive: true });
+  const debian = DEBIAN_ARCHITECTURES[architecture];
   const options = [`Dir::State::Lists=${folder}/lists`, `Dir::Cache=${folder}`, 'APT::Sandbox::User=root'];
+  options.push('Dir::State::Status=/dev/null', `APT::Architecture=${debian}`, `APT::Architectures=${debian}`);
   if (sources !== undefined) {
     const file = path.join(folder, 'sources.list');
     fs.writeFileSync(file, sources);
@@ -54,35 +63,54 @@ function mirror(): string {
   return site;
 }
 
-/** Apt options under which the flavour's package can be found, with fresh lists. */
-function aptFor(flavour: Flavour): string[] {
-  const folder = path.join(cacheRoot(), 'apt', flavour === 'backports' ? 'backports' : 'own');
-  if (flavour !== 'backports') {
-    if (dependency([], METAPACKAGES[flavour]) !== undefined) return [];
-    const options = privateApt(folder);
-    run('apt-get', [...options, 'update']);
-    return options;
-  }
-  const options = privateApt(folder, `deb [signed-by=${KEYRING}] ${mirror()} ${BACKPORTS} main\n`);
+/** Apt options for an architecture's packages of the machine's own release, with fresh lists. */
+export function aptOf(architecture: Architecture): string[] {
+  const options = privateApt(path.join(cacheRoot(), 'apt', `own-${architecture}`), architecture);
   run('apt-get', [...options, 'update']);
   return options;
 }
 
+/** Apt options under which the flavour's package can be found, with fresh lists. */
+export function aptFor(flavour: Flavour, architecture: Architecture): string[] {
+  if (flavour !== 'backports') {
+    const own = run('dpkg', ['--print-architecture']).trim() === DEBIAN_ARCHITECTURES[architecture];
+    if (own && dependency([], metapackage(flavour, architecture)) !== undefined) return [];
+    return aptOf(architecture);
+  }
+  const folder = path.join(cacheRoot(), 'apt', `backports-${architecture}`);
+  const options = privateApt(folder, architecture, `deb [signed-by=${KEYRING}] ${mirror()} ${BACKPORTS} main\n`);
+  run('apt-get', [...options, 'update']);
+  return options;
+}
+
+function metapackage(flavour: Flavour, architecture: Architecture): string {
+  return `${METAPACKAGES[flavour]}-${DEBIAN_ARCHITECTURES[architecture]}`;
+}
+
 /** The package with the kernel itself, which the metapackage depends on. */
-function dependency(options: readonly string[], metapackage: string): string | undefined {
-  const output = run('apt-cache', [...options, 'depends', metapackage]);
+function dependency(options: readonly string[], name: string): string | undefined {
+  const output = run('apt-cache', [...options, 'depends', name]);
   return /^ +Depends: (linux-image-\d\S+)$/m.exec(output)?.[1];
 }
 
+/** Unpacks the Debian packages that lie in a folder, and removes them. */
+export function unpack(archives: string, target: string): void {
+  for (const name of fs.readdirSync(archives).filter((file) => file.endsWith('.deb'))) {
+    run('dpkg-deb', ['-x', path.join(archives, name), target]);
+    fs.rmSync(path.join(archives, name));
+  }
+}
+
 /** The newest kernel of a flavour; at most once a day the newest is looked for. */
-export async function kernel(flavour: Flavour): Promise<Kernel> {
+export async function kernel(flavour: Flavour, architecture: Architecture = 'x86_64'): Promise<Kernel> {
   const day = new Date().toISOString().slice(0, 10);
-  const marker = path.join(cacheRoot(), 'kernels', `${flavour}.${day}`);
+  const marker = path.join(cacheRoot(), 'kernels', `${metapackage(flavour, architecture)}.${flavour}.${day}`);
   let name: string;
   if (fs.existsSync(marker)) name = fs.readFileSync(marker, 'utf8');
   else {
-    const found = dependency(aptFor(flavour), METAPACKAGES[flavour]);
-    if (found === undefined) throw new Error(`No package ${METAPACKAGES[flavour]} in the apt lists`);
+    const wanted = metapackage(flavour, architecture);
+    const found = dependency(aptFor(flavour, architecture), wanted);
+    if (found === undefined) throw new Error(`No package ${wanted} in the apt lists`);
     name = found;
     fs.mkdirSync(path.dirname(marker), { recursive: true });
     fs.writeFileSync(`${marker}.${process.pid}`, name);
@@ -92,15 +120,12 @@ export async function kernel(flavour: Flavour): Promise<Kernel> {
   const vmlinuz = path.join('boot', `vmlinuz-${release}`);
   const root = await cached(path.join('kernels', name), [vmlinuz], (folder) => {
     note(`Fetching the Debian package ${name}`);
-    const options = aptFor(flavour);
+    const options = aptFor(flavour, architecture);
     // Packages of late leave the kernel and its modules to two others.
     const parts = run('apt-cache', [...options, 'depends', name]).match(/linux-(binary|modules)-\S+$/gm) ?? [];
     // apt checks the packages against the release's signed checksums.
     run('apt-get', [...options, 'download', name, ...parts], folder);
-    for (const archive of fs.readdirSync(folder).filter((file) => file.endsWith('.deb'))) {
-      run('dpkg-deb', ['-x', archive, '.'], folder);
-      fs.rmSync(path.join(folder, archive));
-    }
+    unpack(folder, folder);
     // Newer packages keep everything below usr, and the kernel with its modules.
     if (!fs.existsSync(path.join(folder, 'lib'))) fs.symlinkSync('usr/lib', path.join(folder, 'lib'));
     if (!fs.existsSync(path.join(folder, vmlinuz))) {

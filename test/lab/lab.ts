@@ -1,6 +1,7 @@
 /**
- * A machine with real KVM on any machine: QEMU emulates a processor with SVM, a stock Debian kernel boots on it, and its
- * root is the host's own root, read-only over 9p, under a RAM overlay. docs/testing.md says why and how quick it is.
+ * A machine with real KVM on any machine: QEMU emulates a processor with SVM, or an Armv8 one with EL2 and a GICv3, a stock
+ * Debian kernel boots on it, and its root is the host's own root, read-only over 9p, under a RAM overlay. In an Arm lab, Arm
+ * programs lie between the two (arm.ts). docs/testing.md says why and how quick it is.
  *
  * A lab's QEMU and the connection to its agent are two things: any process may connect to a running lab by its socket, one
  * at a time.
@@ -13,9 +14,10 @@ import os from 'node:os';
 import path from 'node:path';
 import { PassThrough, Writable } from 'node:stream';
 import { gzipSync } from 'node:zlib';
+import { armUserland } from './arm.js';
 import { cached } from './cache.js';
 import { cpio, file, folder } from './cpio.js';
-import { type Kernel, kernel, moduleBytes, moduleFiles } from './kernels.js';
+import { type Architecture, type Kernel, kernel, moduleBytes, moduleFiles } from './kernels.js';
 import { encodeFrame, type ExitReport, Frame, FrameReader, type SpawnRequest } from './protocol.js';
 
 /** Characters of a failed lab's console that its error repeats, from the sign of failure on. */
@@ -38,9 +40,27 @@ const DEFAULT_LIMIT_SECONDS = 3600;
 const BUSYBOX = '/bin/busybox';
 const PORT_NAME = 'vmm.lab';
 
-const MODULES = [...['virtio_pci', 'virtio_console', '9pnet_virtio', '9p', 'overlay'], 'kvm-amd', 'tun'];
+const MODULES = ['virtio_pci', 'virtio_console', '9pnet_virtio', '9p', 'overlay', 'tun'];
+
+/** What QEMU emulates, and what its kernel needs to be told and given besides. */
+const MACHINES: Readonly<
+  Record<Architecture, { qemu: readonly string[]; append: string; modules: readonly string[] }>
+> = {
+  x86_64: {
+    qemu: ['qemu-system-x86_64', '-M', 'q35', '-cpu', 'max,-xsave,-avx,-avx2,-f16c,-vaes'],
+    append: 'console=ttyS0 tsc=reliable',
+    modules: ['kvm-amd'],
+  },
+  aarch64: {
+    // Pointer authentication by the architecture's own algorithm makes the emulation several times slower.
+    qemu: ['qemu-system-aarch64', '-M', 'virt,virtualization=on,gic-version=3', '-cpu', 'max,pauth-impdef=on'],
+    append: 'console=ttyAMA0',
+    modules: [],
+  },
+};
 
 export interface LabOptions {
+  readonly architecture?: Architecture;
   /** Emulated processors; more than one makes the lab itself less reliable. */
   readonly cpus?: number;
   readonly memoryMib?: number;
@@ -58,10 +78,16 @@ for module in ${modules.join(' ')}; do insmod /modules/$module; done
 for port in /sys/class/virtio-ports/*; do
   [ "$(cat $port/name)" = ${PORT_NAME} ] && device=/dev/\${port##*/}
 done
-mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro host /lower
+. /agent.env
+layers=
+for tag in $TAGS; do
+  mkdir -p /lower/$tag
+  mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro $tag /lower/$tag
+  layers=$layers:/lower/$tag
+done
 mount -t tmpfs -o size=80% rw /rw
 mkdir -p /rw/upper /rw/work
-mount -t overlay -o lowerdir=/lower,upperdir=/rw/upper,workdir=/rw/work overlay /new
+mount -t overlay -o lowerdir=\${layers#:},upperdir=/rw/upper,workdir=/rw/work overlay /new
 mount --move /dev /new/dev
 mount --move /proc /new/proc
 mount --move /sys /new/sys
@@ -73,21 +99,25 @@ mount -t hugetlbfs huge /new/dev/hugepages
 ln -sf /proc/self/fd /new/dev/fd
 hostname lab
 ip link set lo up
-. /agent.env
+if [ -n "$ARM_NODE" ]; then
+  mount --bind "/new$ARM_NODE" "/new$NODE"
+  mkdir -p "/new$KOFFI"
+  mount --bind "/new$ARM_KOFFI" "/new$KOFFI"
+fi
 export PORT=$device
 exec switch_root /new /bin/sh -c '"$NODE" "$AGENT" "$PORT" >/dev/console 2>&1; echo o >/proc/sysrq-trigger; sleep 10'
 `;
 }
 
 /** The part of the initramfs that only depends on the kernel. */
-async function labInitramfs(image: Kernel): Promise<string> {
-  const entry = await cached(`labs/${image.release}-3`, ['initramfs.gz'], (target) => {
-    const files = moduleFiles(image, MODULES);
+async function labInitramfs(image: Kernel, architecture: Architecture, busybox: string): Promise<string> {
+  const entry = await cached(`labs/${image.release}-4`, ['initramfs.gz'], (target) => {
+    const files = moduleFiles(image, [...MODULES, ...MACHINES[architecture].modules]);
     const names = files.map((name) => path.basename(name).replace(/\.xz$/, ''));
     const archive = cpio([
       ...['bin', 'modules', 'dev', 'proc', 'sys', 'lower', 'rw', 'new'].map(folder),
       { name: 'dev/console', mode: 0o020600, device: [5, 1] },
-      file('bin/busybox', fs.readFileSync(BUSYBOX), 0o100755),
+      file('bin/busybox', fs.readFileSync(busybox), 0o100755),
       ...files.map((name, index) => file(`modules/${names[index]}`, moduleBytes(name))),
       file('init', initScript(names), 0o100755),
     ]);
@@ -117,20 +147,37 @@ export class LabMachine {
 
   /** @throws LabFailure when it does not come up */
   static async start(options: LabOptions = {}): Promise<LabMachine> {
-    const { cpus = 1, memoryMib = 4096, limitSeconds = DEFAULT_LIMIT_SECONDS } = options;
-    const image = await kernel('generic');
-    const base = await labInitramfs(image);
+    const { architecture = 'x86_64', cpus = 1, memoryMib = 4096, limitSeconds = DEFAULT_LIMIT_SECONDS } = options;
+    const { qemu: emulator, append } = MACHINES[architecture];
+    const image = await kernel('generic', architecture);
+    const arm = architecture === 'aarch64' ? await armUserland() : undefined;
+    const base = await labInitramfs(image, architecture, arm?.busybox ?? BUSYBOX);
+    const shares = { ...(arm !== undefined && { arm: arm.root }), host: '/' };
     const directory = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-lab-'));
-    const settings = `NODE=${quote(process.execPath)} AGENT=${quote(path.resolve('dist/tools/agent.js'))}\nexport NODE AGENT\n`;
+    const settings = Object.entries({
+      NODE: process.execPath,
+      AGENT: path.resolve('dist/tools/agent.js'),
+      TAGS: Object.keys(shares).join(' '),
+      ...(arm !== undefined && {
+        ARM_NODE: arm.node,
+        ARM_KOFFI: arm.koffi,
+        KOFFI: path.resolve('node_modules/@koromix/koffi-linux-arm64'),
+      }),
+    }).map(([name, value]) => `export ${name}=${quote(value)}\n`);
     const initramfs = path.join(directory, 'initramfs');
-    fs.writeFileSync(initramfs, Buffer.concat([padded(fs.readFileSync(base)), cpio([file('agent.env', settings)])]));
+    fs.writeFileSync(
+      initramfs,
+      Buffer.concat([padded(fs.readFileSync(base)), cpio([file('agent.env', settings.join(''))])]),
+    );
     const qemu = [
-      ...['qemu-system-x86_64', '-accel', 'tcg,thread=multi,tb-size=192', '-cpu', 'max,-xsave,-avx,-avx2,-f16c,-vaes'],
-      ...['-smp', String(cpus), '-m', String(memoryMib), '-M', 'q35', '-display', 'none', '-nodefaults'],
-      ...['-no-user-config', '-monitor', 'none', '-no-reboot', '-serial', `file:${directory}/console`],
-      ...['-kernel', image.vmlinuz, '-initrd', initramfs],
-      ...['-append', 'console=ttyS0 panic=-1 quiet mitigations=off tsc=reliable'],
-      ...['-virtfs', 'local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap'],
+      ...[...emulator, '-accel', 'tcg,thread=multi,tb-size=192', '-smp', String(cpus), '-m', String(memoryMib)],
+      ...['-display', 'none', '-nodefaults', '-no-user-config', '-monitor', 'none', '-no-reboot'],
+      ...['-serial', `file:${directory}/console`, '-kernel', image.vmlinuz, '-initrd', initramfs],
+      ...['-append', `${append} panic=-1 quiet mitigations=off`],
+      ...Object.entries(shares).flatMap(([tag, folder]) => [
+        '-virtfs',
+        `local,path=${folder},mount_tag=${tag},security_model=none,readonly=on,multidevs=remap`,
+      ]),
       ...['-device', 'virtio-serial-pci', '-chardev', `socket,id=agent,path=${directory}/agent,server=on,wait=off`],
       ...['-device', `virtserialport,chardev=agent,name=${PORT_NAME}`],
     ];

@@ -7,9 +7,10 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { gzipSync } from 'node:zlib';
+import { armUserland } from '../lab/arm.js';
 import { cached } from '../lab/cache.js';
 import { cpio, type CpioEntry, file, folder, link } from '../lab/cpio.js';
-import { type Kernel, moduleBytes, moduleFiles } from '../lab/kernels.js';
+import { type Architecture, type Kernel, moduleBytes, moduleFiles } from '../lab/kernels.js';
 
 const BUSYBOX = '/bin/busybox';
 
@@ -41,13 +42,14 @@ fi
 poweroff -f
 `;
 
-/** The archive that is the same for all guests. */
-export async function guestInitramfs(): Promise<string> {
-  const entry = await cached('guest-4', ['initramfs.gz'], (target) => {
+/** The archive that is the same for all guests of an architecture. */
+export async function guestInitramfs(architecture: Architecture = 'x86_64'): Promise<string> {
+  const busybox = architecture === 'aarch64' ? (await armUserland()).busybox : BUSYBOX;
+  const entry = await cached(`guest-4-${architecture}`, ['initramfs.gz'], (target) => {
     const entries: CpioEntry[] = [
       ...['bin', 'dev', 'proc', 'sys', 'vmm'].map(folder),
       { name: 'dev/console', mode: 0o020600, device: [5, 1] },
-      file('bin/busybox', fs.readFileSync(BUSYBOX), 0o100755),
+      file('bin/busybox', fs.readFileSync(busybox), 0o100755),
       ...['sh', 'mount', 'mkdir'].map((name) => link(`bin/${name}`, 'busybox')),
       file('init', INIT, 0o100755),
     ];
@@ -57,6 +59,7 @@ export async function guestInitramfs(): Promise<string> {
 }
 
 export interface GuestTask {
+  readonly architecture?: Architecture;
   /** A shell script; without one the guest ends in a shell. */
   readonly command?: string;
   /** Tells this run's markers from anything else on the console. */
@@ -86,7 +89,7 @@ function taskArchive({ command, nonce = '', settings = '', modules, files: progr
 
 /** Writes a whole initramfs for one run. */
 export async function writeInitramfs(target: string, task: GuestTask): Promise<void> {
-  const base = fs.readFileSync(await guestInitramfs());
+  const base = fs.readFileSync(await guestInitramfs(task.architecture));
   const padding = Buffer.alloc(-base.length & 3);
   const archives = (task.archives ?? []).map((name) => fs.readFileSync(name));
   fs.writeFileSync(target, Buffer.concat([base, padding, taskArchive(task), ...archives]));

@@ -1,6 +1,6 @@
 /** A kernel or initramfs file, read piece by piece straight into guest memory: no buffer holds the whole of it. */
 import fs from 'node:fs';
-import type { GuestMemory } from '../../../memory/guest-memory.js';
+import type { GuestMemory } from '../../memory/guest-memory.js';
 import { BootError } from './boot-error.js';
 
 /** Bytes as whole MiB, rounded up, for messages. */
@@ -74,5 +74,15 @@ export class PayloadFile {
     } catch (error) {
       throw new BootError(`${this.option} ${this.path}: accepted is a file that can be read`, { cause: error });
     }
+  }
+}
+
+/** Opens a file for as long as `use` needs it. @throws BootError */
+export function withPayload<T>(option: string, path: string, use: (file: PayloadFile) => T): T {
+  const file = PayloadFile.open(option, path);
+  try {
+    return use(file);
+  } finally {
+    file.close();
   }
 }

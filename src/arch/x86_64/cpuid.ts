@@ -24,8 +24,6 @@ const TIMING_LEAF = 0x4000_0010;
 /** KVM's local APIC timer counts nanoseconds. */
 const APIC_BUS_KHZ = 1_000_000;
 
-const ECX_X2APIC = 1 << 21;
-const ECX_TSC_DEADLINE = 1 << 24;
 const ECX_HYPERVISOR = 1 << 31;
 const EDX_HTT = 1 << 28;
 const AMD_ECX_CMP_LEGACY = 1 << 1;
@@ -113,7 +111,7 @@ function processorLeaf(entry: CpuidEntry, id: number, logical: number, ids: numb
   return {
     ...entry,
     ebx: ((id << 24) | (Math.min(ids, 0xff) << 16) | (entry.ebx & 0xffff)) >>> 0,
-    ecx: (entry.ecx | ECX_HYPERVISOR | ECX_X2APIC | ECX_TSC_DEADLINE) >>> 0,
+    ecx: (entry.ecx | ECX_HYPERVISOR) >>> 0,
     edx: (logical > 1 ? entry.edx | EDX_HTT : entry.edx & ~EDX_HTT) >>> 0,
   };
 }

@@ -2,6 +2,7 @@
  * The x86_64 machine's memory map, ports and interrupt numbers, those of Cloud Hypervisor, so that a guest moved from
  * there finds its machine unchanged. Guest physical addresses and sizes in bytes.
  */
+import type { MemoryRange } from '../../memory/guest-memory.js';
 
 export const LOW_RAM_END = 0xc000_0000;
 export const HIGH_RAM_START = 0x1_0000_0000;
@@ -54,6 +55,12 @@ export const PORT_PCI_CONFIG = 0xcf8;
 
 export const IRQ_COM1 = 4;
 export const IRQ_GED = 13;
+
+/** Where RAM of this size lies: below the 32-bit hole and, when there is more, from 4 GiB on. */
+export function ramRanges(size: number): MemoryRange[] {
+  const low: MemoryRange = { address: 0, size: Math.min(size, LOW_RAM_END) };
+  return size > LOW_RAM_END ? [low, { address: HIGH_RAM_START, size: size - LOW_RAM_END }] : [low];
+}
 
 /** End of the 64-bit MMIO space is this much below 2^physical bits; the platform area is taken from its top. */
 export const PLATFORM_AREA_SIZE = 0x10_0000;

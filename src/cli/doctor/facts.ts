@@ -4,7 +4,8 @@ import fs from 'node:fs';
 import os from 'node:os';
 import { KVM_CAP, type KvmCapability } from '../../hypervisor/kvm/abi.js';
 import { KVM_DEVICE, openKvm, probeCapabilities } from '../../hypervisor/kvm/kvm.js';
-import { LinuxKernel } from '../../sys/linux-kernel.js';
+import { MSHV_DEVICE, openMshv } from '../../hypervisor/mshv/mshv.js';
+import type { HostKernel } from '../../sys/host-kernel.js';
 import { type LiveResult, liveTest } from './live-test.js';
 
 export type DeviceState = 'usable' | 'no permission' | 'absent';
@@ -17,6 +18,8 @@ export interface Facts {
   readonly capabilities?: Readonly<Record<KvmCapability, number>>;
   /** Why KVM cannot be used. */
   readonly kvmProblem?: string;
+  /** Why the Microsoft hypervisor cannot be used. */
+  readonly mshvProblem?: string;
   readonly live: readonly LiveResult[];
   readonly cpu: string;
   readonly cpuFlags: readonly string[];
@@ -29,7 +32,7 @@ export interface Facts {
   readonly memoryAvailable: number;
 }
 
-const DEVICES = [KVM_DEVICE, '/dev/mshv', '/dev/net/tun', '/dev/vhost-net', '/dev/vhost-vsock', '/dev/vfio/vfio'];
+const DEVICES = [KVM_DEVICE, MSHV_DEVICE, '/dev/net/tun', '/dev/vhost-net', '/dev/vhost-vsock', '/dev/vfio/vfio'];
 
 /** Set in the child process that runs the live test, whose end the parent does not depend on. */
 const PROBE_VARIABLE = 'VMM_DOCTOR_PROBE';
@@ -71,9 +74,8 @@ function hugepages(): Record<string, number> {
 }
 
 /** In the child: runs the live test and prints its results. @returns whether this process is that child */
-export function runProbe(): boolean {
+export function runProbe(kernel: HostKernel): boolean {
   if (process.env[PROBE_VARIABLE] === undefined) return false;
-  const kernel = new LinuxKernel();
   const hypervisor = openKvm(kernel);
   process.stdout.write(JSON.stringify(liveTest(hypervisor, kernel)));
   hypervisor.close();
@@ -96,16 +98,30 @@ function liveResults(): LiveResult[] {
   }
 }
 
-export function gatherFacts(): Facts {
-  const kernel = new LinuxKernel();
+/** @returns what is wrong, if anything @param open opens the hypervisor and closes it again */
+function problemOf(open: () => void): string | undefined {
+  try {
+    open();
+    return undefined;
+  } catch (error) {
+    return error instanceof Error ? error.message : String(error);
+  }
+}
+
+/** A partition is made and given back: what the driver and the hypervisor refuse shows then. */
+function tryMshv(kernel: HostKernel): void {
+  const hypervisor = openMshv(kernel);
+  try {
+    hypervisor.createVm().close();
+  } finally {
+    hypervisor.close();
+  }
+}
+
+export function gatherFacts(kernel: HostKernel): Facts {
   const cpuinfo = read('/proc/cpuinfo');
   const devices = Object.fromEntries(DEVICES.map((path) => [path, deviceState(path)]));
-  let kvmProblem: string | undefined;
-  try {
-    openKvm(kernel).close();
-  } catch (error) {
-    kvmProblem = error instanceof Error ? error.message : String(error);
-  }
+  const kvmProblem = problemOf(() => openKvm(kernel).close());
   const names = Object.keys(KVM_CAP) as KvmCapability[];
   return {
     node: process.versions.node,
@@ -114,6 +130,7 @@ export function gatherFacts(): Facts {
     capabilities:
       devices[KVM_DEVICE] === 'usable' && kvmProblem === undefined ? probeCapabilities(kernel, names) : undefined,
     kvmProblem,
+    mshvProblem: problemOf(() => tryMshv(kernel)),
     live: kvmProblem === undefined ? liveResults() : [],
     cpu: /^model name\s*: (.*)$/m.exec(cpuinfo)?.[1] ?? 'unknown',
     cpuFlags: /^flags\s*: (.*)$/m.exec(cpuinfo)?.[1]?.split(' ') ?? [],

@@ -1,6 +1,7 @@
 /** The doctor's judgement: from what was found on a host to what it can do, and what to do about the rest. */
 import { KVM_CAP, type KvmCapability } from '../../hypervisor/kvm/abi.js';
 import { KVM_DEVICE, REQUIRED_CAPABILITIES } from '../../hypervisor/kvm/kvm.js';
+import { MSHV_DEVICE } from '../../hypervisor/mshv/mshv.js';
 import type { DeviceState, Facts } from './facts.js';
 
 export type Status = 'ok' | 'warn' | 'fail';
@@ -61,10 +62,15 @@ function checkKvm({ kvmProblem }: Facts): Check {
       };
 }
 
-function checkMshv(state: DeviceState): Check {
-  const detail = state === 'absent' ? 'no /dev/mshv: no Microsoft hypervisor root partition' : `/dev/mshv: ${state}`;
+function checkMshv({ devices, mshvProblem }: Facts): Check {
   // KVM hosts have none, and are none the worse for it.
-  return { id: 'mshv', status: 'ok', detail };
+  const absent = devices[MSHV_DEVICE] === 'absent';
+  if (absent && mshvProblem !== undefined) {
+    return { id: 'mshv', status: 'ok', detail: `no ${MSHV_DEVICE}: no Microsoft hypervisor root partition` };
+  }
+  if (mshvProblem === undefined) return { id: 'mshv', status: 'ok', detail: `${MSHV_DEVICE} can be used` };
+  const advice = 'use the root partition of a Microsoft hypervisor, with Linux 6.15 or later';
+  return { id: 'mshv', status: 'warn', detail: mshvProblem, advice };
 }
 
 function checkCapabilities({ capabilities }: Facts): Check[] {
@@ -152,22 +158,26 @@ function checkLimits({ nofile, memlock, memoryAvailable }: Facts): Check[] {
 }
 
 export function judge(facts: Facts): Report {
+  const mshv = facts.mshvProblem === undefined;
+  // Where guests run on the other hypervisor, what KVM lacks is told and stops nobody.
+  const kvm = (check: Check): Check => (mshv && check.status === 'fail' ? { ...check, status: 'warn' } : check);
   const checks = [
     checkNode(facts),
     checkArchitecture(facts),
-    checkKvm(facts),
-    ...checkLive(facts),
-    checkMshv(facts.devices['/dev/mshv'] ?? 'absent'),
+    kvm(checkKvm(facts)),
+    ...checkLive(facts).map(kvm),
+    checkMshv(facts),
     checkCpu(facts),
-    ...checkCapabilities(facts),
+    ...checkCapabilities(facts).map(kvm),
     ...Object.keys(DEVICE_ADVICE).map((path) => checkDevice(path, facts.devices[path] ?? 'absent')),
     ...checkHugepages(facts),
     ...checkLimits(facts),
   ];
   const failure = checks.find(({ status }) => status === 'fail');
+  const works = [checkKvm(facts), ...checkLive(facts)].every(({ status }) => status !== 'fail');
   return {
     canRunStockGuests: failure === undefined,
-    reason: failure?.detail ?? 'KVM runs code at the speed of a processor',
+    reason: failure?.detail ?? (works ? 'KVM runs code at the speed of a processor' : 'the Microsoft hypervisor works'),
     checks,
   };
 }

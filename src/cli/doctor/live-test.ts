@@ -9,7 +9,7 @@ import {
   bootSpecialRegisters,
   writeBootStructures,
 } from '../../arch/x86_64/boot/entry.js';
-import { ExitKind, type Hypervisor, type Vcpu } from '../../hypervisor/hypervisor.js';
+import { ExitKind, type X86Hypervisor, type X86Vcpu } from '../../hypervisor/hypervisor.js';
 import { KVM_IDENTITY_MAP, KVM_TSS } from '../../arch/x86_64/layout.js';
 import { GuestMemory } from '../../memory/guest-memory.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
@@ -45,7 +45,7 @@ const LOOPS: Readonly<Record<Mode, readonly number[]>> = {
 };
 
 /** Puts the vCPU at the code in the mode's state, the one that a kernel's entry has. */
-function enter(vcpu: Vcpu, mode: Mode, memory: GuestMemory): void {
+function enter(vcpu: X86Vcpu, mode: Mode, memory: GuestMemory): void {
   const entry: BootEntry = { protocol: mode === 'long' ? 'linux64' : 'pvh', address: CODE };
   writeBootStructures(entry, memory);
   const special = vcpu.specialRegisters();
@@ -60,11 +60,11 @@ function enter(vcpu: Vcpu, mode: Mode, memory: GuestMemory): void {
 }
 
 /** Each mode on a VM of its own. Every loop ends in an exit; the caller bounds the time all the same. */
-function runMode(mode: Mode, hypervisor: Hypervisor, kernel: HostKernel): LiveResult {
+function runMode(mode: Mode, hypervisor: X86Hypervisor, kernel: HostKernel): LiveResult {
   const vm = hypervisor.createVm({ tssAddress: KVM_TSS, identityMapAddress: KVM_IDENTITY_MAP });
   const ram = kernel.map({ length: RAM, shared: false });
   const memory = new GuestMemory([{ address: 0, buffer: ram.view(0, RAM) }]);
-  let vcpu: Vcpu | undefined;
+  let vcpu: X86Vcpu | undefined;
   try {
     memory.write(CODE, Uint8Array.from(LOOPS[mode]));
     vm.addMemory({ slot: 0, guestAddress: 0, mapping: ram.handle });
@@ -92,7 +92,7 @@ function runMode(mode: Mode, hypervisor: Hypervisor, kernel: HostKernel): LiveRe
   }
 }
 
-export function liveTest(hypervisor: Hypervisor, kernel: HostKernel): LiveResult[] {
+export function liveTest(hypervisor: X86Hypervisor, kernel: HostKernel): LiveResult[] {
   return MODES.map((mode) => {
     try {
       return runMode(mode, hypervisor, kernel);

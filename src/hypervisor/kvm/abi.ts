@@ -130,6 +130,8 @@ export const IOEVENTFD_SIZE = 64;
 export const KVM_IOEVENTFD_FLAG_DEASSIGN = 4;
 /** struct kvm_msi: address_lo at 0, address_hi at 4, data at 8, flags at 12, devid at 16. */
 export const MSI_SIZE = 32;
+/** In the flags of struct kvm_msi and of an MSI route: the sender's identity stands in devid. An error but for an Arm ITS. */
+export const KVM_MSI_VALID_DEVID = 1;
 export const KVM_IRQ_ROUTING_MSI = 2;
 export const PIT_CONFIG_SIZE = 64;
 /** struct kvm_irq_routing's header, and struct kvm_irq_routing_entry. */

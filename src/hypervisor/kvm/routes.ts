@@ -32,6 +32,11 @@ export function wirePins(routes: Routes): void {
   }
 }
 
+/** A GIC's: GSI n is shared peripheral interrupt n. */
+export function wireSpis(routes: Routes, spis: number): void {
+  for (let gsi = 0; gsi < spis; gsi++) addPin(routes, gsi, 0, gsi);
+}
+
 function addPin(routes: Routes, gsi: number, chip: number, pin: number): void {
   const entry = appendEntry(routes, gsi);
   routes.words[entry + 1] = abi.KVM_IRQ_ROUTING_IRQCHIP;
@@ -50,20 +55,57 @@ function appendEntry({ words }: Routes, gsi: number): number {
   return entry;
 }
 
+/** Whether this host's interrupt controller asks who sends a message: an Arm ITS does. */
+export const MSI_FLAGS = process.arch === 'arm64' ? abi.KVM_MSI_VALID_DEVID : 0;
+
+/**
+ * The ITS's name for a PCI function. KVM's ITS takes 16 bits (VITS_TYPER_DEVBITS), and a segment has one bus, so the bits are
+ * the segment's number, slot and function. The guest is told the same (`msi-map`, IORT).
+ */
+export function msiDeviceId(requester: number): number {
+  return ((requester >>> 8) & 0xff00) | (requester & 0xff);
+}
+
 /** Makes a GSI send a message. The caller holds the block's lock. */
-export function routeMsi(routes: Routes, gsi: number, low: number, high: number, data: number): void {
+export function routeMsi(
+  routes: Routes,
+  gsi: number,
+  low: number,
+  high: number,
+  data: number,
+  requester: number,
+): void {
   const { words } = routes;
-  const { table } = kvmRoutesLayout.at;
-  let entry = -1;
-  for (let index = 0; index < words[table]; index++) {
-    const at = table + HEADER_WORDS + index * ENTRY_WORDS;
-    if (words[at] === gsi) entry = at;
-  }
+  let entry = findEntry(routes, gsi);
   if (entry < 0) entry = appendEntry(routes, gsi);
   words[entry + 1] = abi.KVM_IRQ_ROUTING_MSI;
+  words[entry + 2] = MSI_FLAGS;
   words[entry + 4] = low;
   words[entry + 5] = high;
   words[entry + 6] = data;
+  if (MSI_FLAGS !== 0) words[entry + 7] = msiDeviceId(requester);
+}
+
+/** Takes a GSI's route away; the last entry takes its place. The caller holds the block's lock. */
+export function unroute(routes: Routes, gsi: number): void {
+  const entry = findEntry(routes, gsi);
+  if (entry < 0) return;
+  const { words } = routes;
+  const { table } = kvmRoutesLayout.at;
+  words[table]--;
+  const last = table + HEADER_WORDS + words[table] * ENTRY_WORDS;
+  words.copyWithin(entry, last, last + ENTRY_WORDS);
+  words.fill(0, last, last + ENTRY_WORDS);
+}
+
+/** @returns the entry's first word; negative: none */
+function findEntry({ words }: Routes, gsi: number): number {
+  const { table } = kvmRoutesLayout.at;
+  for (let index = 0; index < words[table]; index++) {
+    const at = table + HEADER_WORDS + index * ENTRY_WORDS;
+    if (words[at] === gsi) return at;
+  }
+  return -1;
 }
 
 /** Gives the table to KVM. */

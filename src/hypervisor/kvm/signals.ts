@@ -3,7 +3,7 @@ import { StateBlock } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VmHandle, VmSignals } from '../hypervisor.js';
 import * as abi from './abi.js';
-import { kvmRoutesLayout, routeMsi, setRouting } from './routes.js';
+import { kvmRoutesLayout, MSI_FLAGS, msiDeviceId, routeMsi, setRouting, unroute } from './routes.js';
 
 export function attachKvmSignals(kernel: HostKernel, handle: VmHandle): VmSignals {
   return new KvmSignals(kernel, handle);
@@ -23,14 +23,15 @@ class KvmSignals implements VmSignals {
     this.#routes = new StateBlock(kvmRoutesLayout, handle.routes);
     this.#msiBytes = new Uint8Array(abi.MSI_SIZE);
     this.#msi = new Uint32Array(this.#msiBytes.buffer);
+    this.#msi[3] = MSI_FLAGS;
   }
 
-  // The requester matters to an Arm ITS alone: KVM_MSI_VALID_DEVID is an error on x86.
-  signalMsi(addressLow: number, addressHigh: number, data: number): void {
+  signalMsi(addressLow: number, addressHigh: number, data: number, requester: number): void {
     const message = this.#msi;
     message[0] = addressLow;
     message[1] = addressHigh;
     message[2] = data;
+    if (MSI_FLAGS !== 0) message[4] = msiDeviceId(requester);
     // 0: the guest has the interrupt blocked; negative: it wrote an address that is no interrupt controller's.
     this.kernel.ioctlBufferRaw(this.#fd, abi.KVM_SIGNAL_MSI, this.#msiBytes);
   }
@@ -70,10 +71,18 @@ class KvmSignals implements VmSignals {
     this.kernel.ioctlBuffer(this.#fd, abi.KVM_IRQFD, argument);
   }
 
-  setMsiRoute(route: number, addressLow: number, addressHigh: number, data: number): void {
+  clearMsiRoute(route: number): void {
+    this.#change(() => unroute(this.#routes, route));
+  }
+
+  setMsiRoute(route: number, addressLow: number, addressHigh: number, data: number, requester: number): void {
+    this.#change(() => routeMsi(this.#routes, route, addressLow, addressHigh, data, requester));
+  }
+
+  #change(change: () => void): void {
     this.#routes.lock();
     try {
-      routeMsi(this.#routes, route, addressLow, addressHigh, data);
+      change();
       setRouting(this.kernel, this.#fd, this.#routes);
     } finally {
       this.#routes.unlock();

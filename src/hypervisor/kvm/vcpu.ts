@@ -1,16 +1,8 @@
-/**
- * A KVM vCPU on x86_64: its run loop step and its registers.
- *
- * `run` and the data accessors are the hot path: they read the shared kvm_run pages through typed arrays that are made
- * once, allocate nothing, and never throw.
- */
-import os from 'node:os';
-import type { HostKernel, HostMapping } from '../../sys/host-kernel.js';
-import { ExitKind, HypervisorError, type Vcpu, type VcpuExit, type VcpuHandle } from '../hypervisor.js';
+/** A KVM vCPU on x86_64: its registers. */
+import { ExitKind, HypervisorError, type X86Vcpu } from '../hypervisor.js';
 import type { CpuidEntry, Msr, X86Fpu, X86Registers, X86Segment, X86SpecialRegisters } from '../x86-state.js';
 import * as abi from './abi.js';
-
-const { EINTR, EAGAIN } = os.constants.errno;
+import { KvmRunner } from './run.js';
 
 /** The order of struct kvm_regs. */
 const REGISTER_ORDER = [
@@ -30,38 +22,9 @@ const APIC_LVT_LINT1 = 0x360;
 const APIC_DELIVERY_EXTINT = 0x700;
 const APIC_DELIVERY_NMI = 0x400;
 
-export class KvmVcpu implements Vcpu {
-  readonly exit: VcpuExit = { address: 0, size: 1, count: 0, stride: 0, detail: '' };
-  readonly #bytes: Uint8Array;
-  readonly #halves: Uint16Array;
-  readonly #words: Uint32Array;
-  /** Where the current exit's data lies in the kvm_run pages, in bytes. */
-  #data = 0;
-
-  constructor(
-    private readonly kernel: HostKernel,
-    readonly handle: VcpuHandle,
-    private readonly mapping: HostMapping,
-  ) {
-    const buffer = mapping.view(0, handle.run.length);
-    this.#bytes = new Uint8Array(buffer);
-    this.#halves = new Uint16Array(buffer);
-    this.#words = new Uint32Array(buffer);
-  }
-
-  run(): ExitKind {
-    const result = this.kernel.ioctlRaw(this.handle.fd, abi.KVM_RUN, 0);
-    if (result < 0) {
-      if (result === -EINTR || result === -EAGAIN) return ExitKind.Interrupted;
-      return this.#failed(`KVM_RUN failed with errno ${-result}`);
-    }
-    switch (this.#words[abi.RUN.exitReason >> 2]) {
-      case abi.KVM_EXIT.IO:
-        return this.#portExit();
-      case abi.KVM_EXIT.MMIO:
-        return this.#mmioExit();
-      case abi.KVM_EXIT.INTR:
-        return ExitKind.Interrupted;
+export class KvmVcpu extends KvmRunner implements X86Vcpu {
+  protected override architectureExit(reason: number): ExitKind | undefined {
+    switch (reason) {
       case abi.KVM_EXIT.IRQ_WINDOW_OPEN:
       case abi.KVM_EXIT.SET_TPR:
       case abi.KVM_EXIT.TPR_ACCESS:
@@ -70,94 +33,14 @@ export class KvmVcpu implements Vcpu {
         return ExitKind.Halt;
       case abi.KVM_EXIT.SHUTDOWN:
         return ExitKind.TripleFault;
-      case abi.KVM_EXIT.SYSTEM_EVENT:
-        return this.#systemEvent();
-      case abi.KVM_EXIT.FAIL_ENTRY:
-        return this.#failed(
-          `the processor refused to enter the guest, hardware reason ${this.#hex(abi.RUN.hardwareReason)}`,
-        );
-      case abi.KVM_EXIT.INTERNAL_ERROR:
-        return this.#failed(`KVM internal error, suberror ${this.#words[abi.RUN.internalSuberror >> 2]}`);
       default:
-        return this.#failed(`KVM exit ${this.#words[abi.RUN.exitReason >> 2]} is not known`);
+        return undefined;
     }
-  }
-
-  #portExit(): ExitKind {
-    const exit = this.exit;
-    exit.address = this.#halves[abi.RUN.ioPort >> 1]!;
-    exit.size = this.#bytes[abi.RUN.ioSize] as 1 | 2 | 4;
-    exit.count = this.#words[abi.RUN.ioCount >> 2]!;
-    exit.stride = 0;
-    this.#data = this.#words[abi.RUN.ioDataOffset >> 2]!;
-    return this.#bytes[abi.RUN.ioDirection] === abi.KVM_EXIT_IO_OUT ? ExitKind.PortWrite : ExitKind.PortRead;
-  }
-
-  #mmioExit(): ExitKind {
-    const exit = this.exit;
-    const length = this.#words[abi.RUN.mmioLength >> 2];
-    exit.address = this.#words[abi.RUN.mmioAddress >> 2] + this.#words[(abi.RUN.mmioAddress >> 2) + 1] * 0x1_0000_0000;
-    // KVM gives 1 to 8 bytes; an access that crosses a page comes in odd pieces, taken apart into bytes.
-    exit.size = length === 4 || length === 8 ? 4 : length === 2 ? 2 : 1;
-    exit.count = length / exit.size;
-    exit.stride = exit.size;
-    this.#data = abi.RUN.mmioData;
-    return this.#bytes[abi.RUN.mmioIsWrite] !== 0 ? ExitKind.MmioWrite : ExitKind.MmioRead;
-  }
-
-  #systemEvent(): ExitKind {
-    const type = this.#words[abi.RUN.systemEventType >> 2];
-    if (type === abi.KVM_SYSTEM_EVENT_SHUTDOWN) return ExitKind.SystemPowerOff;
-    if (type === abi.KVM_SYSTEM_EVENT_RESET) return ExitKind.SystemReset;
-    return this.#failed(`KVM system event ${type} is not known`);
-  }
-
-  #failed(detail: string): ExitKind {
-    this.exit.detail = detail;
-    return ExitKind.Failed;
-  }
-
-  #hex(offset: number): string {
-    return `0x${this.#words[offset >> 2].toString(16)}`;
-  }
-
-  data(index: number): number {
-    const { size } = this.exit;
-    if (size === 1) return this.#bytes[this.#data + index];
-    if (size === 2) return this.#halves[(this.#data >> 1) + index];
-    return this.#words[(this.#data >> 2) + index];
-  }
-
-  setData(index: number, value: number): void {
-    const { size } = this.exit;
-    if (size === 1) this.#bytes[this.#data + index] = value;
-    else if (size === 2) this.#halves[(this.#data >> 1) + index] = value;
-    else this.#words[(this.#data >> 2) + index] = value;
   }
 
   instructionPointer(): bigint {
     const regs = this.#get(abi.KVM_GET_REGS, abi.REGS_SIZE);
     return regs.getBigUint64(RIP_OFFSET, true);
-  }
-
-  enterThread(): number {
-    this.kernel.blockKickSignal();
-    // Inside KVM_RUN nothing is blocked, so a kick ends it with EINTR: api.rst, 4.19. The set is the kernel's 64 bits.
-    const mask = new Uint8Array(4 + 8);
-    new DataView(mask.buffer).setUint32(0, 8, true);
-    this.kernel.ioctlBuffer(this.handle.fd, abi.KVM_SET_SIGNAL_MASK, mask);
-    return this.kernel.threadId();
-  }
-
-  kick(threadId: number): void {
-    // The flag covers a kick that arrives before KVM_RUN; the signal, one during it.
-    Atomics.store(this.#bytes, abi.RUN.immediateExit, 1);
-    this.kernel.kick(threadId);
-  }
-
-  acknowledgeKick(): void {
-    Atomics.store(this.#bytes, abi.RUN.immediateExit, 0);
-    this.kernel.drainKick();
   }
 
   setCpuid(entries: readonly CpuidEntry[]): void {
@@ -244,11 +127,6 @@ export class KvmVcpu implements Vcpu {
     view.setUint32(APIC_LVT_LINT0, APIC_DELIVERY_EXTINT, true);
     view.setUint32(APIC_LVT_LINT1, APIC_DELIVERY_NMI, true);
     this.#set(abi.KVM_SET_LAPIC, view);
-  }
-
-  close(): void {
-    this.mapping.unmap();
-    this.kernel.close(this.handle.fd);
   }
 
   #get(request: number, size: number): DataView {

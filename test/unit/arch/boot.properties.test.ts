@@ -4,7 +4,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { BootError } from '../../../src/arch/x86_64/boot/boot-error.js';
+import { BootError } from '../../../src/arch/boot/boot-error.js';
 import { loadPayload } from '../../../src/arch/x86_64/boot/load.js';
 import * as layout from '../../../src/arch/x86_64/layout.js';
 import { GuestMemory } from '../../../src/memory/guest-memory.js';

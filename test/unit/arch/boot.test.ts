@@ -2,7 +2,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
-import { BootError } from '../../../src/arch/x86_64/boot/boot-error.js';
+import { BootError } from '../../../src/arch/boot/boot-error.js';
 import {
   type BootEntry,
   bootRegisters,

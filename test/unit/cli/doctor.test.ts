@@ -18,6 +18,7 @@ const GOOD: Facts = {
     '/dev/vfio/vfio': 'usable',
   },
   capabilities: Object.fromEntries(Object.keys(KVM_CAP).map((name) => [name, 1])) as Capabilities,
+  mshvProblem: 'No /dev/mshv on this host',
   live: (['real', 'protected', 'long'] as const).map((mode) => ({ mode, speed: 2_000_000_000 })),
   cpu: 'A processor',
   cpuFlags: ['vmx', 'ept'],
@@ -51,6 +52,19 @@ describe('the doctor', () => {
     });
     expect(judge(slow('real'))).toMatchObject({ canRunStockGuests: true });
     expect(statuses(slow('real'))['live.real']).toBe('warn');
+  });
+
+  test('takes the Microsoft hypervisor where KVM does not work', () => {
+    const azure = {
+      ...GOOD,
+      devices: { ...GOOD.devices, '/dev/kvm': 'absent' as const, '/dev/mshv': 'usable' as const },
+    };
+    const facts = { ...azure, live: [], capabilities: undefined, kvmProblem: 'No /dev/kvm', mshvProblem: undefined };
+    expect(judge(facts)).toMatchObject({ canRunStockGuests: true, reason: 'the Microsoft hypervisor works' });
+    expect(statuses(facts)).toMatchObject({ kvm: 'warn', mshv: 'ok' });
+    const old = { ...facts, mshvProblem: '/dev/mshv creates no partition' };
+    expect(judge(old)).toMatchObject({ canRunStockGuests: false, reason: 'No /dev/kvm' });
+    expect(statuses(old)).toMatchObject({ kvm: 'fail', mshv: 'warn' });
   });
 
   test('accepts an emulated processor that really runs KVM guests', () => {

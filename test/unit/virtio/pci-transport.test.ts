@@ -76,6 +76,7 @@ function machine() {
     connectMsi: () => undefined,
     disconnectMsi: () => undefined,
     setMsiRoute: () => undefined,
+    clearMsiRoute: () => undefined,
   };
   VirtioPciDevice.powerOn(handle, BAR, kernel, signals);
   const pci = new VirtioPciDevice(handle, kernel, signals);

@@ -6,7 +6,7 @@
  */
 import type { GuestMemory } from '../../../memory/guest-memory.js';
 import { HIGH_MEMORY } from '../layout.js';
-import { mib, type PayloadFile } from './payload-file.js';
+import { mib, type PayloadFile } from '../../boot/payload-file.js';
 
 const SETUP_SECTS = 0x1f1;
 const SYSSIZE = 0x1f4;

@@ -7,7 +7,7 @@
  */
 import type { GuestMemory } from '../../../memory/guest-memory.js';
 import { HIGH_MEMORY } from '../layout.js';
-import type { PayloadFile } from './payload-file.js';
+import type { PayloadFile } from '../../boot/payload-file.js';
 
 /** vmlinux has five; a file that claims more than this is not a kernel. */
 const MAX_PROGRAM_HEADERS = 64;

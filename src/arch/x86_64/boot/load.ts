@@ -1,12 +1,13 @@
 /** Puts a kernel, its initramfs and its command line into guest memory, with the structures its boot protocol wants. */
 import type { GuestMemory } from '../../../memory/guest-memory.js';
 import * as layout from '../layout.js';
-import { BootError } from './boot-error.js';
+import { BootError } from '../../boot/boot-error.js';
 import { loadBzImage } from './bzimage.js';
 import { isElf, loadElf } from './elf.js';
 import { type BootEntry, writeBootStructures } from './entry.js';
 import { E820_RAM, type MapEntry, memoryMap } from './memory-map.js';
-import { PayloadFile } from './payload-file.js';
+import { kernelArchitecture } from '../../boot/foreign-kernel.js';
+import { type PayloadFile, withPayload } from '../../boot/payload-file.js';
 
 export interface Payload {
   readonly kernel: string;
@@ -39,26 +40,17 @@ const DEFAULT_CMDLINE_MAX = 2047;
 export function loadPayload(payload: Payload, memory: GuestMemory): BootEntry {
   // Where a scan for the RSDP starts (ACPI 6.5, 5.2.5.1), for a kernel that ignores what its boot protocol tells.
   memory.setU16(EBDA_POINTER, layout.EBDA_START >> 4);
-  const kernel = withFile('--kernel', payload.kernel, (file) => loadKernel(file, memory));
+  const kernel = withPayload('--kernel', payload.kernel, (file) => loadKernel(file, memory));
   const initrd =
     payload.initramfs === undefined
       ? undefined
-      : withFile('--initramfs', payload.initramfs, (file) => loadInitrd(file, memory, kernel));
+      : withPayload('--initramfs', payload.initramfs, (file) => loadInitrd(file, memory, kernel));
   const cmdline = writeCmdline(payload.cmdline, kernel, memory);
   const map = memoryMap(memory);
   if (kernel.entry.protocol === 'pvh') writeStartInfo(payload, initrd, map, memory);
   else writeZeroPage(payload, kernel, initrd, cmdline, map, memory);
   writeBootStructures(kernel.entry, memory);
   return kernel.entry;
-}
-
-function withFile<T>(option: string, path: string, use: (file: PayloadFile) => T): T {
-  const file = PayloadFile.open(option, path);
-  try {
-    return use(file);
-  } finally {
-    file.close();
-  }
 }
 
 function loadKernel(file: PayloadFile, memory: GuestMemory): LoadedKernel {
@@ -73,10 +65,7 @@ function loadKernel(file: PayloadFile, memory: GuestMemory): LoadedKernel {
     const { header, entry, end, initrdMax, cmdlineMax } = image;
     return { entry: { protocol: 'linux64', address: entry }, end, initrdMax, cmdlineMax, setupHeader: header };
   }
-  // Documentation/arch/arm64/booting.rst: the Image header's magic at 56.
-  if (head.length >= 60 && head.toString('latin1', 56, 60) === 'ARM\x64') {
-    throw file.error('a kernel for x86_64: this one is for aarch64');
-  }
+  if (kernelArchitecture(file) === 'aarch64') throw file.error('a kernel for x86_64: this one is for aarch64');
   throw file.error('a bzImage or an ELF kernel');
 }
 

@@ -1,0 +1,263 @@
+/**
+ * The devicetree that tells the guest its machine. Bindings: Documentation/devicetree/bindings/ of Linux, by the names in
+ * `compatible`; Devicetree Specification v0.4, chapters 2 and 3.
+ *
+ * PCI functions here have no legacy interrupts, so the host bridges have no interrupt maps: messages go to the ITS.
+ */
+import type { MemoryRange } from '../../memory/guest-memory.js';
+import { type Cell, FdtWriter } from './fdt-writer.js';
+import * as layout from './layout.js';
+
+export interface CpuTopology {
+  readonly threadsPerCore: number;
+  readonly coresPerDie: number;
+  readonly diesPerPackage: number;
+  readonly packages: number;
+}
+
+interface Window {
+  readonly start: number;
+  readonly end: number;
+}
+
+export interface DevicetreeConfig {
+  /** MPIDR_EL1's affinity of each vCPU, by number. */
+  readonly mpidrs: readonly number[];
+  readonly topology: CpuTopology;
+  readonly ram: readonly MemoryRange[];
+  readonly cmdline: string;
+  readonly initrd?: { readonly address: number; readonly size: number } | undefined;
+  /** Entropy for the kernel's own place and its random numbers: SEED_SIZE bytes. */
+  readonly seed: Uint8Array;
+  readonly serial: boolean;
+  readonly pvpanic: boolean;
+  /** By segment number. */
+  readonly segments: readonly { readonly ecam: number; readonly mmio32: Window; readonly mmio64: Window }[];
+  /** By which a kernel that is told `acpi=force` finds the tables (Documentation/arch/arm/uefi.rst). */
+  readonly efi?: EfiPlace | undefined;
+}
+
+/** Where the EFI system table and the memory map lie. */
+export interface EfiPlace {
+  readonly systemTable: number;
+  readonly memoryMap: number;
+  readonly memoryMapSize: number;
+  readonly descriptorSize: number;
+  readonly descriptorVersion: number;
+}
+
+/** For kaslr-seed and rng-seed. Bytes. */
+const KASLR_SEED_SIZE = 8;
+export const SEED_SIZE = KASLR_SEED_SIZE + 32;
+
+const PHANDLE_GIC = 1;
+const PHANDLE_ITS = 2;
+const PHANDLE_CLOCK = 3;
+const PHANDLE_GPIO = 4;
+const PHANDLE_CPUS = 0x100;
+
+/** Interrupt specifiers of a GIC: arm,gic-v3.yaml. */
+const SPI = 0;
+const PPI = 1;
+const EDGE_RISING = 1;
+const LEVEL_HIGH = 4;
+
+/** ieee1275: pci-bus binding, 2.2.1.1: the space code of a range. */
+const PCI_MEMORY_32 = 0x0200_0000;
+const PCI_MEMORY_64 = 0x0300_0000;
+
+/** The clock of the primecells; nothing here runs at a speed, but drivers want to know one. Hz. */
+const CLOCK = 24_000_000;
+const KEY_POWER = 116;
+const POWER_LINE = 3;
+
+const pair = (address: number, size: number): Cell[] => [BigInt(address), BigInt(size)];
+const hex = (value: number) => value.toString(16);
+
+export function buildDevicetree(config: DevicetreeConfig): Uint8Array {
+  const fdt = new FdtWriter();
+  fdt.node('', () => {
+    fdt.property('compatible', 'linux,dummy-virt');
+    fdt.property('model', 'VMM vmm');
+    fdt.property('#address-cells', [2]);
+    fdt.property('#size-cells', [2]);
+    fdt.property('interrupt-parent', [PHANDLE_GIC]);
+    writeChosen(fdt, config);
+    writeCpus(fdt, config);
+    for (const { address, size } of config.ram) {
+      fdt.node(`memory@${hex(address)}`, () => {
+        fdt.property('device_type', 'memory');
+        fdt.property('reg', pair(address, size));
+      });
+    }
+    fdt.node('psci', () => {
+      fdt.property('compatible', ['arm,psci-1.0', 'arm,psci-0.2']);
+      fdt.property('method', 'hvc');
+    });
+    fdt.node('timer', () => {
+      fdt.property('compatible', 'arm,armv8-timer');
+      fdt.property('always-on', true);
+      fdt.property(
+        'interrupts',
+        layout.PPI_TIMERS.flatMap((ppi) => [PPI, ppi, LEVEL_HIGH]),
+      );
+    });
+    writeGic(fdt, config.mpidrs.length);
+    writeDevices(fdt, config);
+    config.segments.forEach((_, segment) => writeHostBridge(fdt, config, segment));
+  });
+  return fdt.finish(config.mpidrs[0]);
+}
+
+function writeChosen(fdt: FdtWriter, { cmdline, initrd, seed, serial, efi }: DevicetreeConfig): void {
+  fdt.node('chosen', () => {
+    fdt.property('bootargs', cmdline);
+    if (serial) fdt.property('stdout-path', `/serial@${hex(layout.SERIAL)}`);
+    if (initrd !== undefined) {
+      fdt.property('linux,initrd-start', [BigInt(initrd.address)]);
+      fdt.property('linux,initrd-end', [BigInt(initrd.address + initrd.size)]);
+    }
+    fdt.property('kaslr-seed', seed.subarray(0, KASLR_SEED_SIZE));
+    fdt.property('rng-seed', seed.subarray(KASLR_SEED_SIZE));
+    if (efi === undefined) return;
+    fdt.property('linux,uefi-system-table', [BigInt(efi.systemTable)]);
+    fdt.property('linux,uefi-mmap-start', [BigInt(efi.memoryMap)]);
+    fdt.property('linux,uefi-mmap-size', [efi.memoryMapSize]);
+    fdt.property('linux,uefi-mmap-desc-size', [efi.descriptorSize]);
+    fdt.property('linux,uefi-mmap-desc-ver', [efi.descriptorVersion]);
+  });
+}
+
+function writeCpus(fdt: FdtWriter, { mpidrs, topology }: DevicetreeConfig): void {
+  fdt.node('cpus', () => {
+    fdt.property('#address-cells', [2]);
+    fdt.property('#size-cells', [0]);
+    mpidrs.forEach((mpidr, id) => {
+      fdt.node(`cpu@${hex(mpidr)}`, () => {
+        fdt.property('device_type', 'cpu');
+        fdt.property('compatible', 'arm,armv8');
+        fdt.property('enable-method', 'psci');
+        fdt.property('reg', [BigInt(mpidr)]);
+        fdt.property('phandle', [PHANDLE_CPUS + id]);
+      });
+    });
+    writeCpuMap(fdt, topology, mpidrs.length);
+  });
+}
+
+/** cpu/cpu-topology.txt; only what is there is mapped, in the order of the vCPUs' numbers. */
+function writeCpuMap(fdt: FdtWriter, topology: CpuTopology, vcpus: number): void {
+  const { threadsPerCore: threads, coresPerDie: cores, diesPerPackage: dies } = topology;
+  const count = (size: number, first: number) => Math.max(0, Math.ceil((vcpus - first) / size));
+  const children = (name: string, most: number, size: number, first: number, fill: (first: number) => void) => {
+    for (let index = 0; index < Math.min(most, count(size, first)); index++) {
+      fdt.node(`${name}${index}`, () => fill(first + index * size));
+    }
+  };
+  const cpu = (id: number) => fdt.property('cpu', [PHANDLE_CPUS + id]);
+  fdt.node('cpu-map', () => {
+    children('socket', topology.packages, threads * cores * dies, 0, (socket) => {
+      children('cluster', dies, threads * cores, socket, (cluster) => {
+        children('core', cores, threads, cluster, (core) => {
+          if (threads === 1) cpu(core);
+          else children('thread', threads, 1, core, cpu);
+        });
+      });
+    });
+  });
+}
+
+function writeGic(fdt: FdtWriter, vcpus: number): void {
+  const gic = layout.gicLayout(vcpus);
+  fdt.node(`interrupt-controller@${hex(gic.distributor)}`, () => {
+    fdt.property('compatible', 'arm,gic-v3');
+    fdt.property('interrupt-controller', true);
+    fdt.property('#interrupt-cells', [3]);
+    fdt.property('#address-cells', [2]);
+    fdt.property('#size-cells', [2]);
+    fdt.property('ranges', true);
+    fdt.property('reg', [
+      ...pair(gic.distributor, gic.distributorSize),
+      ...pair(gic.redistributors, gic.redistributorsSize),
+    ]);
+    fdt.property('phandle', [PHANDLE_GIC]);
+    fdt.node(`msi-controller@${hex(gic.its)}`, () => {
+      fdt.property('compatible', 'arm,gic-v3-its');
+      fdt.property('msi-controller', true);
+      fdt.property('#msi-cells', [1]);
+      fdt.property('reg', pair(gic.its, gic.itsSize));
+      fdt.property('phandle', [PHANDLE_ITS]);
+    });
+  });
+}
+
+function writeDevices(fdt: FdtWriter, { serial, pvpanic }: DevicetreeConfig): void {
+  fdt.node('apb-pclk', () => {
+    fdt.property('compatible', 'fixed-clock');
+    fdt.property('#clock-cells', [0]);
+    fdt.property('clock-frequency', [CLOCK]);
+    fdt.property('clock-output-names', 'clk24mhz');
+    fdt.property('phandle', [PHANDLE_CLOCK]);
+  });
+  const primecell = (name: string, type: string, address: number, spi: number | undefined, more: () => void) => {
+    fdt.node(`${name}@${hex(address)}`, () => {
+      fdt.property('compatible', [type, 'arm,primecell']);
+      fdt.property('reg', pair(address, layout.DEVICE_SIZE));
+      if (spi !== undefined) fdt.property('interrupts', [SPI, spi, EDGE_RISING]);
+      more();
+    });
+  };
+  const clock = () => {
+    fdt.property('clocks', [PHANDLE_CLOCK]);
+    fdt.property('clock-names', 'apb_pclk');
+  };
+  if (serial) {
+    primecell('serial', 'arm,pl011', layout.SERIAL, layout.SPI_SERIAL, () => {
+      fdt.property('clocks', [PHANDLE_CLOCK, PHANDLE_CLOCK]);
+      fdt.property('clock-names', ['uartclk', 'apb_pclk']);
+    });
+  }
+  // It raises no alarm, so it has no interrupt.
+  primecell('rtc', 'arm,pl031', layout.RTC, undefined, clock);
+  primecell('gpio', 'arm,pl061', layout.GPIO, layout.SPI_GPIO, () => {
+    clock();
+    fdt.property('#address-cells', [0]);
+    fdt.property('gpio-controller', true);
+    fdt.property('#gpio-cells', [2]);
+    fdt.property('interrupt-controller', true);
+    fdt.property('#interrupt-cells', [2]);
+    fdt.property('phandle', [PHANDLE_GPIO]);
+  });
+  fdt.node('gpio-keys', () => {
+    fdt.property('compatible', 'gpio-keys');
+    fdt.node('key-power', () => {
+      fdt.property('label', 'Power button');
+      fdt.property('linux,code', [KEY_POWER]);
+      fdt.property('gpios', [PHANDLE_GPIO, POWER_LINE, 0]);
+    });
+  });
+  if (pvpanic) {
+    fdt.node(`pvpanic@${hex(layout.PVPANIC)}`, () => {
+      fdt.property('compatible', 'qemu,pvpanic-mmio');
+      fdt.property('reg', pair(layout.PVPANIC, 2));
+    });
+  }
+}
+
+function writeHostBridge(fdt: FdtWriter, { segments }: DevicetreeConfig, segment: number): void {
+  const { ecam, mmio32, mmio64 } = segments[segment];
+  const range = (space: number, { start, end }: Window): Cell[] => [space, BigInt(start), ...pair(start, end - start)];
+  fdt.node(`pcie@${hex(ecam)}`, () => {
+    fdt.property('compatible', 'pci-host-ecam-generic');
+    fdt.property('device_type', 'pci');
+    fdt.property('#address-cells', [3]);
+    fdt.property('#size-cells', [2]);
+    fdt.property('linux,pci-domain', [segment]);
+    fdt.property('bus-range', [0, 0]);
+    fdt.property('dma-coherent', true);
+    fdt.property('reg', pair(ecam, layout.ECAM_SEGMENT_SIZE));
+    fdt.property('ranges', [...range(PCI_MEMORY_32, mmio32), ...range(PCI_MEMORY_64, mmio64)]);
+    // A function's name to the ITS: segment, slot, function (src/hypervisor/kvm/routes.ts).
+    fdt.property('msi-map', [0, PHANDLE_ITS, segment << 8, 0x100]);
+  });
+}

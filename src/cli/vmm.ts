@@ -1,0 +1,55 @@
+/** The `vmm` command, on a host kernel of the caller's choice. */
+import { readHostFacts } from '../config/host-facts.js';
+import type { HostKernel } from '../sys/host-kernel.js';
+import { HYPERVISOR, machineContainer, MACHINE, type WorkerScripts } from './container.js';
+import { reportAndExitCode } from './errors.js';
+import { openLog } from './logging.js';
+import { type Command, parseCommandLine } from './parse.js';
+
+type RunCommand = Extract<Command, { kind: 'run' }>;
+
+async function runMachine(kernel: HostKernel, scripts: WorkerScripts, command: RunCommand): Promise<void> {
+  const log = openLog(command.process);
+  try {
+    const container = machineContainer(kernel, command.config, command.process, log, scripts);
+    const machine = container.get(MACHINE);
+    const stop = (signal: NodeJS.Signals) => machine.stop(signal);
+    process.on('SIGTERM', stop).on('SIGINT', stop).on('SIGHUP', stop);
+    // The power button, for scripts.
+    process.on('SIGUSR1', () => machine.powerButton());
+    process.on('SIGUSR2', () => machine.logCounters());
+    try {
+      await machine.run();
+    } finally {
+      container.get(HYPERVISOR).close();
+    }
+  } finally {
+    await log.close();
+  }
+}
+
+async function execute(kernel: HostKernel, scripts: WorkerScripts): Promise<void> {
+  const command = parseCommandLine(process.argv.slice(2), readHostFacts());
+  switch (command.kind) {
+    case 'help':
+    case 'version':
+      process.stdout.write(`${command.text}\n`);
+      break;
+    case 'doctor': {
+      const { doctor } = await import('./doctor/doctor.js');
+      process.exitCode = doctor(kernel, command.json);
+      break;
+    }
+    case 'run':
+      await runMachine(kernel, scripts, command);
+      break;
+  }
+}
+
+/** Does what the process's command line says and sets its exit code. @param scripts the scripts that threads run */
+export function runVmm(kernel: HostKernel, scripts: WorkerScripts): void {
+  const verbose = process.argv.some((argument) => /^-[Vh]*v/.test(argument) || argument === '--verbose');
+  execute(kernel, scripts).catch((error: unknown) => {
+    process.exitCode = reportAndExitCode(error, { verbose });
+  });
+}

@@ -1,0 +1,70 @@
+/** What a KVM VM is on any architecture: memory, interrupt inputs, routes. */
+import { StateBlock } from '../../state/state-block.js';
+import type { HostKernel, HostMapping } from '../../sys/host-kernel.js';
+import {
+  HypervisorError,
+  type InterruptHandle,
+  type MemorySlot,
+  type VcpuHandle,
+  type VmHandle,
+  type VmSignals,
+} from '../hypervisor.js';
+import * as abi from './abi.js';
+import { kvmRoutesLayout, MAX_ROUTES } from './routes.js';
+import { attachKvmSignals } from './signals.js';
+
+export class KvmVmBase {
+  readonly signals: VmSignals;
+  protected readonly routes = new StateBlock(kvmRoutesLayout);
+  readonly #eventfds: number[] = [];
+  #nextRoute: number;
+
+  /** @param pins of the interrupt controller; their routes come first */
+  constructor(
+    protected readonly kernel: HostKernel,
+    protected readonly device: number,
+    protected readonly fd: number,
+    pins: number,
+  ) {
+    this.#nextRoute = pins;
+    this.signals = attachKvmSignals(kernel, this.handle);
+  }
+
+  get handle(): VmHandle {
+    return { fd: this.fd, routes: this.routes.buffer };
+  }
+
+  addMemory({ slot, guestAddress, mapping }: MemorySlot): void {
+    const region = new Uint8Array(abi.USER_MEMORY_REGION_SIZE);
+    const view = new DataView(region.buffer);
+    view.setUint32(0, slot, true);
+    view.setBigUint64(8, BigInt(guestAddress), true);
+    view.setBigUint64(16, BigInt(mapping.length), true);
+    view.setBigUint64(24, mapping.address, true);
+    this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_USER_MEMORY_REGION, region);
+  }
+
+  createInterrupt(pin: number): InterruptHandle {
+    const eventfd = this.kernel.eventfd();
+    this.#eventfds.push(eventfd);
+    this.signals.connectMsi(pin, eventfd); // any route's, not only a message's
+    return { eventfd };
+  }
+
+  allocateMsiRoute(): number {
+    if (this.#nextRoute === MAX_ROUTES) throw new HypervisorError(`More than ${MAX_ROUTES} interrupt routes`);
+    return this.#nextRoute++;
+  }
+
+  protected openVcpu(id: number): { handle: VcpuHandle; run: HostMapping } {
+    const fd = this.kernel.ioctl(this.fd, abi.KVM_CREATE_VCPU, id);
+    const length = this.kernel.ioctl(this.device, abi.KVM_GET_VCPU_MMAP_SIZE);
+    const run = this.kernel.map({ length, fd, shared: true });
+    return { handle: { id, fd, run: run.handle }, run };
+  }
+
+  close(): void {
+    for (const eventfd of this.#eventfds) this.kernel.close(eventfd);
+    this.kernel.close(this.fd);
+  }
+}

@@ -1,0 +1,25 @@
+/** What machines of all architectures have in common, seen from the one that puts a machine together. */
+import type { Vcpu, Vm } from '../hypervisor/hypervisor.js';
+import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
+import type { SegmentWindows } from '../pci/segments.js';
+import type { VirtioPciHandle } from '../virtio/pci-transport.js';
+import type { PlatformHandle } from './platform.js';
+
+/** A machine's processors, interrupt controllers, firmware tables and memory map: what its architecture decides. */
+export interface Board {
+  readonly vm: Vm;
+  /** Where RAM lies, ascending, as the configuration wants it. */
+  readonly ram: readonly MemoryRange[];
+  /** By segment number. */
+  readonly segments: readonly SegmentWindows[];
+  /** The vCPUs, by number, not running yet. Their caller closes them. @throws HypervisorError, SystemError */
+  createVcpus(): Vcpu[];
+  /** The devices at power-on; after `createVcpus`. */
+  createPlatform(virtio: readonly VirtioPciHandle[]): PlatformHandle;
+  /**
+   * Puts the firmware's tables and the payload into memory and the first vCPU at the payload's entry; after `createVcpus`.
+   *
+   * @throws BootError naming the option that is to blame
+   */
+  boot(memory: GuestMemory): void;
+}

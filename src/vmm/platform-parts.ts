@@ -1,0 +1,59 @@
+/** What the platforms of all architectures share: the events that devices tell main, and the PCI segments. */
+import type { Bus } from '../devices/bus.js';
+import type { VmHandle, VmSignals } from '../hypervisor/hypervisor.js';
+import { ECAM_BUS_SIZE, HostBridge, PciEcam, PciSegment } from '../pci/config-space.js';
+import { type PciFunction, PciWindow } from '../pci/function.js';
+import type { SegmentWindows } from '../pci/segments.js';
+import type { HostKernel } from '../sys/host-kernel.js';
+import { VirtioPciDevice, type VirtioPciHandle } from '../virtio/pci-transport.js';
+import type { BytePort } from './serial-pump.js';
+
+/** Something that a device has to tell main. */
+export type PlatformEvent =
+  | { readonly kind: 'serial-output' }
+  | { readonly kind: 'serial-room' }
+  | { readonly kind: 'reset' }
+  | { readonly kind: 'power-off' }
+  | { readonly kind: 'guest-panic'; readonly event: number }
+  | { readonly kind: 'boot-mark'; readonly value: number; readonly microseconds: number };
+
+/** Where the devices of the PCI segments are. Structured-cloneable. */
+export interface PciHandle {
+  readonly vm: VmHandle;
+  readonly segments: readonly SegmentWindows[];
+  readonly virtio: readonly VirtioPciHandle[];
+}
+
+/** One thread's view of the platform's devices. */
+export interface Platform {
+  readonly ports: Bus;
+  readonly memory: Bus;
+  readonly serial?: BytePort | undefined;
+  powerButton(): void;
+}
+
+/** Puts the segments' configuration spaces and windows on the bus. @returns the segments, by number */
+export function attachSegments(handle: PciHandle, kernel: HostKernel, signals: VmSignals, memory: Bus): PciSegment[] {
+  const segments = handle.segments.map(() => new PciSegment());
+  segments[0].insert(0, new HostBridge());
+  const functions: PciFunction[][] = segments.map(() => []);
+  for (const device of handle.virtio) {
+    const { pci } = new VirtioPciDevice(device, kernel, signals);
+    segments[device.segment].insert(device.slot, pci);
+    functions[device.segment].push(pci);
+  }
+  handle.segments.forEach(({ ecam, mmio32, mmio64 }, index) => {
+    memory.insert(ecam, ECAM_BUS_SIZE, new PciEcam(segments[index]));
+    for (const { start, end } of [mmio32, mmio64]) {
+      memory.insert(start, end - start, new PciWindow(start, functions[index]));
+    }
+  });
+  return segments;
+}
+
+/** CLOCK_MONOTONIC in nanoseconds, the same on every thread; a read allocates nothing. */
+export function monotonicClock(): () => number {
+  const [seconds, nanoseconds] = process.hrtime();
+  const origin = seconds * 1e9 + nanoseconds - performance.now() * 1e6;
+  return () => origin + performance.now() * 1e6;
+}

@@ -1,0 +1,46 @@
+import { describe, expect, test } from '@jest/globals';
+import { vmConfigSchema } from '../../../src/config/vm-config.js';
+import type { X86Hypervisor } from '../../../src/hypervisor/hypervisor.js';
+import { MachineError } from '../../../src/vmm/machine-error.js';
+import { X86Board } from '../../../src/vmm/x86-board.js';
+
+/** A hypervisor whose processor has so many physical address bits; what it has closed. */
+function hypervisorOf(physicalBits: number) {
+  const closed: string[] = [];
+  const leaf = { function: 0x8000_0008, index: 0, significantIndex: false, eax: physicalBits, ebx: 0, ecx: 0, edx: 0 };
+  const vm = { supportedCpuid: () => [leaf], close: () => void closed.push('vm') };
+  return { hypervisor: { createVm: () => vm } as unknown as X86Hypervisor, closed };
+}
+
+const configOf = (size: number, maxPhysBits = 46) =>
+  vmConfigSchema.parse({
+    payload: { kernel: 'k' },
+    memory: { size },
+    cpus: { boot_vcpus: 1, max_vcpus: 1, max_phys_bits: maxPhysBits },
+  });
+
+describe('the board of an x86_64 machine', () => {
+  test('has RAM below and above the 32-bit hole, and PCI windows that no RAM is in', () => {
+    const { hypervisor } = hypervisorOf(40);
+    const { ram, segments } = new X86Board(hypervisor, configOf(6 * 2 ** 30));
+    expect(ram).toEqual([
+      { address: 0, size: 3 * 2 ** 30 },
+      { address: 4 * 2 ** 30, size: 3 * 2 ** 30 },
+    ]);
+    expect(segments[0].mmio32.start).toBe(3 * 2 ** 30);
+    expect(segments[0].mmio64.start).toBe(7 * 2 ** 30);
+    expect(segments[0].mmio64.end).toBeLessThan(2 ** 40);
+  });
+
+  test.each([
+    [2 ** 40, 36, 46, /^--memory size=\d+: more than a guest of 36 physical address bits can have$/],
+    [2 ** 40, 46, 38, /^--memory size=\d+: more than a guest of 38 physical address bits can have$/],
+    [2 ** 19, 46, 46, /^--memory size=\d+: accepted is a size that holds the kernel/],
+  ])('refuses %d bytes on a processor of %d bits with max_phys_bits=%d, and closes its VM', (size, bits, max, line) => {
+    const { hypervisor, closed } = hypervisorOf(bits);
+    const make = () => new X86Board(hypervisor, configOf(size, max));
+    expect(make).toThrow(MachineError);
+    expect(make).toThrow(line);
+    expect(closed).toEqual(['vm', 'vm']);
+  });
+});
