@@ -10,6 +10,9 @@ import { type Flavour, kernel } from '../test/lab/kernels.js';
 import { CommandOutput, writeInitramfs } from '../test/support/guest-image.js';
 
 const VMM = path.resolve('dist/vmm.js');
+/** The same command where the Microsoft hypervisor's device is simulated, on KVM. */
+const SIMULATED_VMM = path.resolve('dist/tools/simulated/vmm.js');
+const MSHV_DEVICE = '/dev/mshv';
 const LAB = path.resolve('dist/tools/lab.js');
 const FLAVOURS = ['cloud', 'generic', 'backports'];
 
@@ -34,6 +37,7 @@ interface Choices {
   readonly exec?: string;
   readonly flavour: Flavour;
   readonly verbose: boolean;
+  readonly hypervisor: string | undefined;
   /** Options for vmm. */
   readonly machine: readonly string[];
 }
@@ -56,13 +60,17 @@ function parse(): Choices {
     }
     if (!FLAVOURS.includes(values.kernel))
       usage(`--kernel ${values.kernel}: accepted is one of ${FLAVOURS.join(', ')}`);
-    const hypervisor = values.hypervisor === undefined ? [] : ['--hypervisor', values.hypervisor];
+    const { hypervisor } = values;
     const verbose = values.verbose ? ['-v'] : [];
     return {
       exec: values.exec,
       flavour: values.kernel as Flavour,
       verbose: values.verbose,
-      machine: ['--cpus', values.cpus, '--memory', values.memory, ...hypervisor, ...verbose],
+      hypervisor,
+      machine: [
+        ...['--cpus', values.cpus, '--memory', values.memory, ...verbose],
+        ...(hypervisor === undefined ? [] : ['--hypervisor', hypervisor]),
+      ],
     };
   } catch (error) {
     return usage(error instanceof Error ? error.message.split('\n')[0] : String(error));
@@ -86,6 +94,14 @@ function runner(): string[] {
   return [process.execPath, LAB];
 }
 
+/** The command that runs the guest, with whatever it needs around it. */
+function vmm(hypervisor: string | undefined): string[] {
+  if (hypervisor !== 'mshv') return [...runner(), process.execPath, VMM];
+  if (fs.existsSync(MSHV_DEVICE)) return [process.execPath, VMM];
+  note(`No ${MSHV_DEVICE} on this host: the device is simulated, and KVM runs the guest.`);
+  return [...runner(), process.execPath, SIMULATED_VMM];
+}
+
 async function main(): Promise<number> {
   const choices = parse();
   const image = await kernel(choices.flavour);
@@ -98,7 +114,7 @@ async function main(): Promise<number> {
     await writeInitramfs(initramfs, { command: choices.exec, nonce, settings });
     const quiet = choices.verbose ? '' : ' quiet loglevel=1';
     const argv = [
-      ...[...runner(), process.execPath, VMM, '--kernel', image.vmlinuz, '--initramfs', initramfs],
+      ...[...vmm(choices.hypervisor), '--kernel', image.vmlinuz, '--initramfs', initramfs],
       ...['--cmdline', `console=ttyS0 panic=-1${quiet}`, '--serial', 'tty', '--console', 'off', ...choices.machine],
     ];
     return choices.exec === undefined ? await interactive(argv) : await execute(argv, nonce);

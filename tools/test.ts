@@ -7,11 +7,15 @@ import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
+import { armUserland } from '../test/lab/arm.js';
 import { LabMachine, labFailed } from '../test/lab/lab.js';
 import { kernel } from '../test/lab/kernels.js';
 import { guestInitramfs } from '../test/support/guest-image.js';
+import { LABS as LAB_VARIABLES } from '../test/support/host.js';
 
 const LABS = 2;
+/** Tests of the other architecture, which have a lab of their own. */
+const ARM_TESTS = /^(aarch64|arm)/;
 /** Guests of 5 GiB run in it. */
 const LAB_MEMORY_MIB = 7168;
 
@@ -21,7 +25,13 @@ interface JestResults {
   readonly numPendingTests: number;
   readonly numTodoTests: number;
   readonly numRuntimeErrorTestSuites: number;
-  readonly testResults: readonly { readonly name: string; readonly status: string }[];
+  readonly testResults: readonly FileResult[];
+}
+
+interface FileResult {
+  readonly name: string;
+  readonly status: string;
+  readonly assertionResults?: readonly { readonly fullName: string; readonly status: string }[];
 }
 
 const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-run-'));
@@ -65,9 +75,21 @@ async function endToEnd(): Promise<JestResults> {
   // Fetched once, before the labs and their tests ask for them side by side.
   for (const flavour of ['cloud', 'generic', 'backports'] as const) await kernel(flavour);
   await guestInitramfs();
+  const isArm = (name: string) => ARM_TESTS.test(path.basename(name));
+  const arm = files.split('\n').some(isArm);
+  // The other labs are for the other tests.
+  const labCount = files.split('\n').every(isArm) ? 0 : LABS;
+  if (arm) {
+    for (const flavour of ['cloud', 'generic'] as const) await kernel(flavour, 'aarch64');
+    await armUserland();
+    await guestInitramfs('aarch64');
+  }
   const run = async (more: readonly string[]): Promise<{ results: JestResults; broken: boolean }> => {
-    const labs = await Promise.all(Array.from({ length: LABS }, () => LabMachine.start({ memoryMib: LAB_MEMORY_MIB })));
-    const env = { VMM_LABS: labs.map((lab) => lab.directory).join(':') };
+    const starting = Array.from({ length: labCount }, () => LabMachine.start({ memoryMib: LAB_MEMORY_MIB }));
+    const x86 = await Promise.all(starting);
+    const labs = arm ? [...x86, await LabMachine.start({ architecture: 'aarch64' })] : x86;
+    const folders = (machines: readonly LabMachine[]) => machines.map((lab) => lab.directory).join(':');
+    const env = { [LAB_VARIABLES.x86_64]: folders(x86), [LAB_VARIABLES.aarch64]: folders(labs.slice(x86.length)) };
     try {
       const results = await jest([...more, `--maxWorkers=${LABS}`, ...options], env);
       return { results, broken: labs.some((lab) => labFailed(lab.directory)) };
@@ -83,17 +105,45 @@ async function endToEnd(): Promise<JestResults> {
   const passedBefore = first.results.numPassedTests;
   // What failed in the first run is counted by the second.
   const again = second.results;
-  return { ...again, numPassedTests: passedBefore + again.numPassedTests - countPassed(first.results, failed) };
+  const kept = first.results.testResults.filter(({ name }) => !failed.includes(name));
+  return {
+    ...again,
+    numPassedTests: passedBefore + again.numPassedTests - countPassed(first.results, failed),
+    testResults: [...kept, ...again.testResults],
+  };
 }
 
 function countPassed(results: JestResults, files: readonly string[]): number {
-  const suites = results.testResults as readonly { name: string; assertionResults?: { status: string }[] }[];
-  return suites
+  return results.testResults
     .filter(({ name }) => files.includes(name))
     .reduce(
       (sum, { assertionResults = [] }) => sum + assertionResults.filter(({ status }) => status === 'passed').length,
       0,
     );
+}
+
+/** The backends' files, and what their columns are called. */
+const COLUMNS: readonly (readonly [file: string, title: string])[] = [
+  ['kvm.test.ts', 'KVM, x86_64'],
+  ['mshv.test.ts', `Microsoft hypervisor${fs.existsSync('/dev/mshv') ? '' : ', simulated'}, x86_64`],
+  ['aarch64.test.ts', 'KVM, aarch64'],
+];
+
+/** Which scenario passed on which backend, as docs/support.md has it; nothing where no backend's file ran. */
+function matrix(results: readonly FileResult[]): string {
+  const columns = COLUMNS.map(([file, title]) => {
+    const found = results.find(({ name }) => path.basename(name) === file)?.assertionResults ?? [];
+    return { title, status: new Map(found.map(({ fullName, status }) => [fullName, status])) };
+  }).filter(({ status }) => status.size > 0);
+  if (columns.length === 0) return '';
+  const word = (status: string | undefined) => (status === 'passed' || status === 'failed' ? status : '-');
+  const names = [...new Set(columns.flatMap(({ status }) => [...status.keys()]))];
+  const rows = names.map((name) => [name, ...columns.map(({ status }) => word(status.get(name)))]);
+  const table = [['Scenario', ...columns.map(({ title }) => title)], ...rows];
+  const widths = table[0].map((_, column) => Math.max(...table.map((row) => row[column].length)));
+  const line = (row: readonly string[]) => `| ${row.map((text, column) => text.padEnd(widths[column])).join(' | ')} |`;
+  const rule = `| ${widths.map((width) => '-'.repeat(width)).join(' | ')} |`;
+  return [line(table[0]), rule, ...table.slice(1).map(line), ''].join('\n');
 }
 
 try {
@@ -103,6 +153,7 @@ try {
   // A file that could not even be loaded counts as one failure.
   const failed = total((result) => result.numFailedTests + result.numRuntimeErrorTestSuites);
   const skipped = total((result) => result.numPendingTests + result.numTodoTests);
+  process.stdout.write(matrix(results.flatMap((result) => result.testResults)));
   process.stdout.write(`${passed} passed, ${failed} failed, ${skipped} skipped\n`);
   process.exitCode = failed === 0 && passed > 0 ? 0 : 1;
 } finally {

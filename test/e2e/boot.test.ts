@@ -43,12 +43,9 @@ function facts(output: string): Map<string, string> {
 const KERNEL_SHARE = { 512: 96, 5120: 224 };
 
 describe('a stock kernel boots to user space and agrees with the command line', () => {
+  // Beyond what the scenarios of every hypervisor have: RAM on both sides of the 32-bit hole, and the newest kernel.
   const cases = [
-    ...(['cloud', 'generic'] as const).flatMap((flavour) => [
-      { flavour, vcpus: 1, mib: 512 as const },
-      { flavour, vcpus: 2, mib: 512 as const },
-      { flavour, vcpus: 4, mib: 5120 as const },
-    ]),
+    { flavour: 'generic' as const, vcpus: 4, mib: 5120 as const },
     { flavour: 'backports' as const, vcpus: 2, mib: 512 as const },
   ];
 

@@ -57,7 +57,7 @@ const MISTAKES: readonly Mistake[] = [
   },
   { options: ['--kernel', 'KERNEL', '--log-file', 'FOLDER/none/log'], status: 2, says: /--log-file/ },
   { options: ['--kernel', 'KERNEL', '--serial', 'file=FOLDER/none/out'], status: 1, says: /--serial file=/ },
-  { options: ['--kernel', 'KERNEL', '--hypervisor', 'mshv'], status: 1, says: /mshv: not available on this host/ },
+  { options: ['--kernel', 'KERNEL', '--hypervisor', 'mshv'], status: 1, says: /No \/dev\/mshv on this host/ },
 ];
 
 describe('a mistake ends in one line that names the option', () => {

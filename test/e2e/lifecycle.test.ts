@@ -1,4 +1,3 @@
-import { createHash, randomBytes } from 'node:crypto';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { type Kernel, kernel } from '../lab/kernels.js';
@@ -27,19 +26,6 @@ async function leftovers(): Promise<string> {
 }
 
 describe('the serial port', () => {
-  test('takes input by interrupt and loses none of it', async () => {
-    const input = randomBytes(8192);
-    const guest = await Guest.start(host, folder, {
-      kernel: cloud,
-      task: { command: `echo ready; head -c ${input.length} | md5sum; grep ttyS0 /proc/interrupts` },
-    });
-    await guest.waitFor('ready');
-    guest.process.stdin.write(input);
-    await guest.waitFor('ttyS0', guest.console.indexOf('ready'));
-    expect(guest.console).toContain(createHash('md5').update(input).digest('hex'));
-    expect(await guest.end()).toMatchObject({ status: 0 });
-  });
-
   test('on a file holds the whole console', async () => {
     const file = path.join('/tmp', `vmm-serial-${process.pid}`);
     const argv = [
@@ -62,39 +48,6 @@ describe('the serial port', () => {
 });
 
 describe('the end of a machine', () => {
-  test('a guest that reboots finds its machine as new, in the same process', async () => {
-    const guest = await Guest.start(host, folder, {
-      kernel: cloud,
-      task: { command: 'echo "up $(cut -d. -f1 /proc/uptime)"; read line; reboot -f' },
-      vmm: ['--cpus', 'boot=2'],
-    });
-    await guest.waitFor('up ');
-    const first = guest.console.length;
-    guest.type('\n');
-    await guest.waitFor('up ', first);
-    guest.process.kill('SIGTERM');
-    const { status, log } = await guest.end();
-    expect(status).toBe(0);
-    expect(log).toMatch(/The guest resets the machine/);
-    expect(log).toMatch(/Stopping: SIGTERM/);
-  });
-
-  test('a triple fault is reported, and resets the machine', async () => {
-    const guest = await Guest.start(host, folder, {
-      kernel: cloud,
-      cmdline: 'reboot=t',
-      task: { command: 'echo guest-ready; read line; reboot -f' },
-    });
-    await guest.waitFor('guest-ready');
-    const first = guest.console.length;
-    guest.type('\n');
-    await guest.waitFor('guest-ready', first);
-    guest.process.kill('SIGINT');
-    const { status, log } = await guest.end();
-    expect(status).toBe(0);
-    expect(log).toMatch(/Triple fault on vCPU 0 at RIP 0x[0-9a-f]+: the machine resets/);
-  });
-
   test('a panic is reported by pvpanic', async () => {
     const guest = await Guest.start(host, folder, {
       kernel: cloud,
@@ -112,21 +65,6 @@ describe('the end of a machine', () => {
     const { status, log } = await guest.end();
     expect(status).toBe(0);
     expect(log).toMatch(/The guest's kernel panicked/);
-  });
-
-  test('the power button reaches the guest', async () => {
-    const guest = await Guest.start(host, folder, {
-      kernel: cloud,
-      task: {
-        command: `exec 3</dev/input/event0; echo ready; dd bs=24 count=1 <&3 2>/dev/null | tail -c 8 | hexdump -n 4 -e '2/2 "%d "'; echo ' pressed'`,
-        modules: { kernel: cloud, names: ['evdev', 'button'] },
-      },
-    });
-    await guest.waitFor('ready');
-    guest.process.kill('SIGUSR1');
-    await guest.waitFor('pressed');
-    expect(guest.console).toContain('1 116 pressed'); // EV_KEY, KEY_POWER
-    expect(await guest.end()).toMatchObject({ status: 0 });
   });
 
   test('the escape key ends it, and the terminal is restored', async () => {

@@ -5,6 +5,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import type { Kernel } from '../lab/kernels.js';
+import type { Backend } from './backend.js';
 import { CommandOutput, type GuestTask, writeInitramfs } from './guest-image.js';
 import { type HostProcess, type TestHost } from './host.js';
 
@@ -14,6 +15,8 @@ export const VMM = [process.execPath, path.resolve('dist/vmm.js')];
 const CONSOLE_COPY = process.env['VMM_TEST_CONSOLE'];
 
 export interface GuestOptions {
+  /** Left out: the vmm that a user would start on this host. */
+  readonly backend?: Backend;
   readonly kernel: Kernel;
   /** Another file than the kernel package's. */
   readonly image?: string;
@@ -50,20 +53,14 @@ export class Guest {
   /** @param folder for the guest's files */
   static async start(host: TestHost, folder: string, options: GuestOptions): Promise<Guest> {
     const own = path.join(folder, `initramfs-${randomBytes(8).toString('hex')}`);
-    if (options.initramfs === undefined) await writeInitramfs(own, options.task);
+    if (options.initramfs === undefined) await writeInitramfs(own, { architecture: options.backend?.architecture, ...options.task });
     const initramfs = options.initramfs ?? own;
+    const { backend } = options;
+    const cmdline = `console=${backend?.console ?? 'ttyS0'} panic=-1 quiet ${options.cmdline ?? ''}`.trim();
     const argv = [
-      ...[
-        ...VMM,
-        '--kernel',
-        options.image ?? options.kernel.vmlinuz,
-        '--initramfs',
-        initramfs,
-        '--serial',
-        'tty',
-        '-v',
-      ],
-      ...['--cmdline', `console=ttyS0 panic=-1 quiet ${options.cmdline ?? ''}`.trim(), ...(options.vmm ?? [])],
+      ...(backend?.vmm ?? VMM),
+      ...['--kernel', options.image ?? options.kernel.vmlinuz, '--initramfs', initramfs],
+      ...['--serial', 'tty', '-v', '--cmdline', cmdline, ...(options.vmm ?? [])],
     ];
     const guest = new Guest(host.spawn(argv, { tty: options.tty }));
     void guest.process.exit.then(

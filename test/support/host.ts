@@ -6,7 +6,11 @@ import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import { PassThrough, type Writable } from 'node:stream';
 import { Lab, type LabProcess, type SpawnOptions } from '../lab/lab.js';
+import type { Architecture } from '../lab/kernels.js';
 import type { ExitReport } from '../lab/protocol.js';
+
+/** Where the runner names the labs: their folders, with colons between. */
+export const LABS: Readonly<Record<Architecture, string>> = { x86_64: 'VMM_LABS', aarch64: 'VMM_LABS_AARCH64' };
 
 export interface Result extends ExitReport {
   readonly stdout: string;
@@ -26,11 +30,9 @@ export interface HostProcess {
 export class TestHost {
   private constructor(private readonly lab: Lab | undefined) {}
 
-  /**
-   * The lab of this jest worker where the runner started labs (tools/test.ts), else this host.
-   */
-  static async open(): Promise<TestHost> {
-    const labs = process.env['VMM_LABS']?.split(':') ?? [];
+  /** The lab of this jest worker where the runner started labs (tools/test.ts), else this host. */
+  static async open(architecture: Architecture = 'x86_64'): Promise<TestHost> {
+    const labs = process.env[LABS[architecture]]?.split(':').filter(Boolean) ?? [];
     if (labs.length === 0) return new TestHost(undefined);
     const worker = Number(process.env['JEST_WORKER_ID'] ?? 1);
     return new TestHost(await Lab.connect(labs[(worker - 1) % labs.length]));

@@ -10,7 +10,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { cached } from '../lab/cache.js';
 import { cpio, file, folder, link } from '../lab/cpio.js';
-import { type Kernel, moduleBytes, moduleFiles } from '../lab/kernels.js';
+import { aptOf, type Architecture, type Kernel, moduleBytes, moduleFiles, unpack } from '../lab/kernels.js';
 
 const SYSTEM_PATH = ['/usr/local/sbin', '/usr/local/bin', '/usr/sbin', '/usr/bin', '/sbin', '/bin'];
 const ENVIRONMENT = { ...process.env, PATH: `${process.env['PATH'] ?? ''}:${SYSTEM_PATH.join(':')}` };
@@ -67,35 +67,84 @@ export function needCommands(commands: readonly Command[]): void {
 
 export type Tool = 'fio' | 'iperf3';
 
-/**
- * A tool of this host with its dynamic linker and libraries, at the same paths, to be put behind a guest's initramfs.
- *
- * @returns a cpio archive; the tool is /usr/bin/NAME in it
- */
-export async function guestTools(tool: Tool): Promise<string> {
+/** A program and the libraries it needs: path in the guest, and file here. */
+type Closure = ReadonlyMap<string, string>;
+
+/** A tool of this host, with its dynamic linker and libraries. */
+function hostClosure(tool: Tool): Closure {
   needCommands([tool]);
   const program = fs.realpathSync(commandPath(tool)!);
   const libraries = [...run('ldd', [program]).matchAll(/(?:^|=>)\s*(\/\S+)/gm)].map(([, name]) => name);
-  const sources = [program, ...libraries];
+  return new Map([[`/usr/bin/${tool}`, program], ...libraries.map((name): [string, string] => [name, name])]);
+}
+
+/** The same out of the packages of another architecture. */
+async function foreignClosure(tool: Tool, architecture: Architecture): Promise<Closure> {
+  const root = await cached(`guest-tools/${tool}-${architecture}`, [`usr/bin/${tool}`], (target) => {
+    note(`Fetching ${tool} for ${architecture}`);
+    const options = aptOf(architecture);
+    const packageOf = PACKAGES[tool];
+    const only = ['recommends', 'suggests', 'conflicts', 'breaks', 'replaces', 'enhances'].map(
+      (name) => `--no-${name}`,
+    );
+    const depends = run('apt-cache', [...options, 'depends', '--recurse', ...only, packageOf]);
+    // A name of its own line is a package; in angle brackets it is only a promise of one.
+    const names = [...new Set(depends.match(/^[a-z0-9][\w.+-]*$/gm))];
+    const archives = path.join(target, 'archives');
+    fs.mkdirSync(archives);
+    execFileSync('apt-get', [...options, 'download', ...names], { cwd: archives, stdio: ['ignore', 'ignore', 'pipe'] });
+    unpack(archives, target);
+    fs.rmdirSync(archives);
+  });
+  const found = new Map<string, string>([[`/usr/bin/${tool}`, path.join(root, 'usr', 'bin', tool)]]);
+  // Some libraries lie in folders of their package's own, where its other libraries look for them.
+  const libraries = fs
+    .readdirSync(root, { recursive: true, encoding: 'utf8' })
+    .filter((name) => /\.so[.\d]*$/.test(name));
+  // A map goes on with what is added while it is walked.
+  for (const source of found.values()) {
+    const dynamic = run('readelf', ['-d', '-l', source]);
+    const needed = dynamic.matchAll(/\(NEEDED\).*\[(.*)\]|interpreter: \/(.*)\]/g);
+    for (const [, ...names] of needed) {
+      const name = names.join('');
+      const place = libraries.find((candidate) => candidate === name || path.basename(candidate) === name);
+      if (place === undefined) throw new Error(`No ${name} in the packages of ${tool} for ${architecture}`);
+      if (!found.has(`/${place}`)) found.set(`/${place}`, fs.realpathSync(path.join(root, place)));
+    }
+  }
+  return found;
+}
+
+/**
+ * A tool with its dynamic linker and libraries, to be put behind a guest's initramfs.
+ *
+ * @returns a cpio archive; the tool is /usr/bin/NAME in it
+ */
+export async function guestTools(tool: Tool, architecture: Architecture = 'x86_64'): Promise<string> {
+  const files = architecture === hostArchitecture() ? hostClosure(tool) : await foreignClosure(tool, architecture);
   // Another version of any of them makes another archive.
   const identity = createHash('sha256');
-  for (const name of sources) {
-    const { size, mtimeMs } = fs.statSync(name);
+  for (const [name, source] of files) {
+    const { size, mtimeMs } = fs.statSync(source);
     identity.update(`${name} ${size} ${Math.floor(mtimeMs)}\n`);
   }
   const key = identity.digest('hex').slice(0, 16);
   const entry = await cached(`guest-tools/${tool}-1-${key}`, [], (target) => {
-    const names = [path.posix.join('usr/bin', tool), ...libraries.map((name) => name.slice(1))];
+    const names = [...files.keys()].map((name) => name.slice(1));
     const folders = new Set<string>();
     for (const name of names)
       for (let parent = path.dirname(name); parent !== '.'; parent = path.dirname(parent)) folders.add(parent);
     const entries = [
       ...[...folders].sort().map(folder),
-      ...names.map((name, index) => file(name, fs.readFileSync(sources[index]), 0o100755)),
+      ...[...files].map(([name, source]) => file(name.slice(1), fs.readFileSync(source), 0o100755)),
     ];
     fs.writeFileSync(path.join(target, 'tools.cpio'), cpio(entries));
   });
   return path.join(entry, 'tools.cpio');
+}
+
+function hostArchitecture(): Architecture {
+  return process.arch === 'arm64' ? 'aarch64' : 'x86_64';
 }
 
 /** Loads modules of the running kernel, of which a lab has the files only in the cache. */

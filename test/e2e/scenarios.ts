@@ -1,0 +1,304 @@
+/**
+ * What every hypervisor on every architecture has to do: one list, which the file of each backend runs. The names are the rows
+ * of the table in docs/support.md.
+ */
+import { execFileSync } from 'node:child_process';
+import { createHash, randomBytes } from 'node:crypto';
+import path from 'node:path';
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+import { type Flavour, type Kernel, kernel } from '../lab/kernels.js';
+import type { Backend } from '../support/backend.js';
+import { Guest, type GuestOptions, runInGuest, testFolder } from '../support/guest.js';
+import { TestHost } from '../support/host.js';
+import { guestTools } from '../support/rootfs.js';
+
+/** What a guest says of itself, a line each. */
+const FACTS = `
+echo "release $(uname -r)"
+echo "cpus $(nproc)"
+echo "memory $(awk '/MemTotal/ { print $2 }' /proc/meminfo)"
+echo "date $(date +%s)"
+dmesg | grep -E 'ACPI.*(Error|Warning|Exception)|AE_|Firmware Bug|WARNING:|BUG:|Call Trace|Oops' | sed 's/^/complaint /'
+true`;
+
+function facts(output: string): Map<string, string> {
+  return new Map(
+    output
+      .trim()
+      .split('\n')
+      .map((line) => line.split(/ (.*)/, 2) as [string, string]),
+  );
+}
+
+/** RAM that the kernel keeps for itself before it counts, at most: MiB. */
+const KERNEL_SHARE = 96;
+const MEMORY = 512;
+const MIB = 2 ** 20;
+
+/** A program that sends a file to who connects to port 9000, and ends with the checksum of what comes to port 9001. */
+function transferServer(file: string, host: string): string {
+  return [
+    `const fs = require('node:fs'), net = require('node:net'), hash = require('node:crypto').createHash('sha256');`,
+    `net.createServer({ allowHalfOpen: true }, (s) => fs.createReadStream('${file}').pipe(s)).listen(9000, '${host}');`,
+    `net.createServer((s) => s.on('data', (bytes) => hash.update(bytes)).on('end', () => {`,
+    `console.log(hash.digest('hex')); process.exit(); })).listen(9001, '${host}');`,
+  ].join(' ');
+}
+
+/** @param boots ways of booting: a name, and kernel arguments that bring it about */
+export function scenarios(
+  backend: Backend,
+  boots: readonly (readonly [name: string, cmdline: string])[] = [['', '']],
+): void {
+  const { folder, remove } = testFolder();
+  const scratch = `/tmp/scenarios-${process.pid}`;
+  const kernels = {} as Record<Flavour, Kernel>;
+  let host: TestHost;
+
+  const start = (options: Omit<GuestOptions, 'backend' | 'kernel'>) =>
+    Guest.start(host, folder, { kernel: kernels.cloud, ...options, backend });
+  const run = (
+    options: Omit<GuestOptions, 'backend' | 'kernel' | 'task'> & Pick<Parameters<typeof runInGuest>[2], 'task'>,
+    flavour: Flavour = 'cloud',
+  ) => runInGuest(host, folder, { kernel: kernels[flavour], ...options, backend });
+  const modules = (...names: string[]) => ({ kernel: kernels.cloud, names });
+  const shell = async (script: string): Promise<string> => {
+    const { status, stdout, stderr } = await host.shell(`set -e; ${script}`);
+    if (status !== 0) throw new Error(`${script}: ${stderr}`);
+    return stdout;
+  };
+
+  beforeAll(async () => {
+    host = await TestHost.open(backend.architecture);
+    for (const flavour of ['cloud', 'generic'] as const) kernels[flavour] = await kernel(flavour, backend.architecture);
+    await shell(`mkdir -p ${scratch}`);
+  });
+
+  afterAll(async () => {
+    await host.shell(`rm -rf ${scratch}`);
+    host.close();
+    remove();
+  });
+
+  describe('boot to user space', () => {
+    const cases = boots.flatMap(([way, cmdline]) =>
+      (['cloud', 'generic'] as const).flatMap((flavour) =>
+        [1, 2, 4].map((vcpus) => ({ way, cmdline, flavour, vcpus })),
+      ),
+    );
+    test.each(cases)('$flavour kernel, $vcpus vCPUs$way', async ({ cmdline, flavour, vcpus }) => {
+      const before = Date.now();
+      const guest = await run(
+        { cmdline, task: { command: FACTS }, vmm: ['--cpus', `boot=${vcpus}`, '--memory', `size=${MEMORY}M`] },
+        flavour,
+      );
+      const said = facts(guest.output);
+      expect({ status: guest.status, vmm: guest.vmm }).toEqual({ status: 0, vmm: 0 });
+      expect(said.get('release')).toBe(kernels[flavour].release);
+      expect(said.get('cpus')).toBe(String(vcpus));
+      const memory = Number(said.get('memory')) / 1024;
+      expect(memory).toBeLessThanOrEqual(MEMORY);
+      expect(memory).toBeGreaterThan(MEMORY - KERNEL_SHARE);
+      // The lab's clock and this machine's are of the same source, to the second; the guest's own start takes a while.
+      const date = Number(said.get('date')) * 1000;
+      expect(date).toBeGreaterThan(before - 5000);
+      expect(date).toBeLessThan(Date.now() + 5000);
+      expect(said.get('complaint')).toBeUndefined();
+    });
+  });
+
+  test('serial port: input by interrupt, none of it lost', async () => {
+    const input = randomBytes(8192);
+    const command = `echo ready; head -c ${input.length} | md5sum; grep -E "ttyS0|uart-pl011" /proc/interrupts`;
+    const guest = await start({ task: { command } });
+    await guest.waitFor('ready');
+    guest.process.stdin.write(input);
+    await guest.waitFor(/(ttyS0|pl011)/, guest.console.indexOf('ready'));
+    expect(guest.console).toContain(createHash('md5').update(input).digest('hex'));
+    expect(await guest.end()).toMatchObject({ status: 0 });
+  });
+
+  test('power button and power-off', async () => {
+    const command = `exec 3</dev/input/event0; echo ready; dd bs=24 count=1 <&3 2>/dev/null | tail -c 8 | hexdump -n 4 -e '2/2 "%d "'; echo ' pressed'`;
+    const names = backend.architecture === 'x86_64' ? ['evdev', 'button'] : ['evdev', 'gpio-pl061', 'gpio_keys'];
+    const guest = await start({ task: { command, modules: modules(...names) } });
+    await guest.waitFor('ready');
+    guest.process.kill('SIGUSR1');
+    await guest.waitFor('pressed');
+    expect(guest.console).toContain('1 116 pressed'); // EV_KEY, KEY_POWER
+    expect(await guest.end()).toMatchObject({ status: 0 });
+  });
+
+  test('reboot: machine and devices as new', async () => {
+    await shell(`truncate -s 1M ${scratch}/disk`);
+    const guest = await start({
+      task: {
+        command:
+          'head -c 20 /dev/vda | tr -d "\\0"; echo "guest-ready"; read line; echo "$line" | dd of=/dev/vda conv=fsync 2>/dev/null; reboot -f',
+        modules: modules('virtio_pci', 'virtio_blk', 'virtio-rng'),
+      },
+      vmm: ['--cpus', 'boot=2', '--disk', `path=${scratch}/disk`],
+    });
+    for (const word of ['first', 'second']) {
+      const from = guest.console.length;
+      await guest.waitFor('guest-ready', from);
+      guest.type(`${word}\n`);
+    }
+    const from = guest.console.length;
+    await guest.waitFor(/second\r?\nguest-ready/, from);
+    guest.process.kill('SIGTERM');
+    expect(await guest.end()).toMatchObject({ status: 0 });
+  });
+
+  // A processor of another architecture has no such thing.
+  (backend.architecture === 'x86_64' ? test : test.skip)('triple fault', async () => {
+    const guest = await start({ cmdline: 'reboot=t', task: { command: 'echo guest-ready; read line; reboot -f' } });
+    await guest.waitFor('guest-ready');
+    const first = guest.console.length;
+    guest.type('\n');
+    await guest.waitFor('guest-ready', first);
+    guest.process.kill('SIGINT');
+    const { status, log } = await guest.end();
+    expect(status).toBe(0);
+    expect(log).toMatch(/Triple fault on vCPU 0 at RIP 0x[0-9a-f]+: the machine resets/);
+  });
+
+  test('PCI: a disk on each of 16 segments', async () => {
+    await shell(
+      `cd ${scratch}; for i in $(seq 0 15); do truncate -s 1M segment$i; echo "segment $i" | dd of=segment$i conv=notrunc 2>/dev/null; done`,
+    );
+    const disks = Array.from(
+      { length: 16 },
+      (_, index) => `path=${scratch}/segment${index},pci_segment=${index},serial=s${index}`,
+    );
+    const { output, status } = await run({
+      task: {
+        command:
+          'for disk in /sys/block/vd?; do echo "$(basename $(readlink -f $disk/device/..)) $(cat $disk/serial) $(head -n 1 /dev/$(basename $disk))"; done | sort; dmesg | grep -i -E "acpi (error|bios)|BAR .*(assign|claim)" || true',
+        modules: modules('virtio_pci', 'virtio_blk'),
+      },
+      vmm: ['--platform', 'num_pci_segments=16', '--disk', ...disks],
+    });
+    const hex = (segment: number) => segment.toString(16).padStart(4, '0');
+    const wanted = disks.map((_, index) => `${hex(index)}:00:01.0 s${index} segment ${index}\n`);
+    expect({ status, output }).toEqual({ status: 0, output: wanted.join('') });
+  });
+
+  test('block: fio verifies what two jobs wrote through two queues', async () => {
+    await shell(`truncate -s 32M ${scratch}/data.img`);
+    const fio = [
+      ...['fio', '--name=v', '--filename=/dev/vda', '--rw=randwrite', '--bsrange=512-64k', '--verify=crc32c'],
+      ...['--do_verify=1', '--verify_fatal=1', '--ioengine=libaio', '--iodepth=16', '--direct=1', '--numjobs=2'],
+      ...['--size=4M', '--offset_increment=16M', '--group_reporting', '--output-format=terse'],
+    ].join(' ');
+    const { output, status } = await run({
+      task: {
+        command: `ls /sys/block/vda/mq; ${fio}`,
+        modules: modules('virtio_pci', 'virtio_blk'),
+        archives: [await guestTools('fio', backend.architecture)],
+      },
+      vmm: ['--cpus', 'boot=2', '--memory', 'size=1G', '--disk', `path=${scratch}/data.img,num_queues=2`],
+    });
+    expect(output).toMatch(/^0 +1\n/);
+    expect({ status, output }).toMatchObject({ status: 0, output: expect.not.stringContaining('verify') });
+  });
+
+  test.each([
+    ['net: 16 MiB from the host and back, by tap', ''],
+    ['net: 16 MiB from the host and back, by vhost', ',vhost=on'],
+  ])('%s', async (_name, option) => {
+    // A lab has its modules in the cache alone.
+    const { root } = await kernel('generic', backend.architecture);
+    const load = ['tun', 'vhost_net'].map((name) => `{ modprobe ${name} 2>/dev/null || modprobe -d ${root} ${name}; }`);
+    await shell(`${load.join('; ')}; head -c ${16 * MIB} /dev/urandom >${scratch}/data`);
+    const sum = (await shell(`sha256sum <${scratch}/data`)).slice(0, 64);
+    const tap = option === '' ? 'vmmscn0' : 'vmmscn1';
+    const net = option === '' ? '10.95.0' : '10.95.1';
+    const guest = await start({
+      task: {
+        command: [
+          `ip addr add ${net}.2/24 dev eth0; ip link set eth0 up; echo guest-ready; read line`,
+          `until ping -c 1 -W 1 ${net}.1 >/dev/null; do :; done`,
+          // The server may be about to listen.
+          `until nc ${net}.1 9000 </dev/null >/tmp/data; do :; done; sha256sum </tmp/data`,
+          `nc ${net}.1 9001 </tmp/data; echo sent`,
+        ].join('; '),
+        modules: modules('virtio_pci', 'virtio_net'),
+      },
+      vmm: ['--net', `tap=${tap},ip=${net}.1,mask=255.255.255.0${option}`],
+    });
+    await guest.waitFor('guest-ready');
+    const server = host.run([process.execPath, '-e', transferServer(`${scratch}/data`, `${net}.1`)]);
+    guest.type('\n');
+    await guest.waitFor('sent');
+    expect(guest.console).toContain(sum);
+    expect(await server).toMatchObject({ status: 0, stdout: `${sum}\n` });
+    expect(await guest.end()).toMatchObject({ status: 0 });
+  });
+
+  test('vsock: 16 MiB each way, with equal checksums', async () => {
+    const program = path.join(folder, 'vsock-transfer');
+    const source = path.resolve('test/support/vsock-transfer.c');
+    const options = ['-O2', '-Wall', '-Wextra', '-Werror', '-static'];
+    const compile = backend.architecture === 'aarch64' ? 'aarch64-linux-gnu-gcc' : 'gcc';
+    execFileSync(compile, [...options, '-o', program, source]);
+    const socket = `${scratch}/vsock`;
+    const size = 16 * MIB;
+    const guest = await start({
+      task: {
+        command: `/bin/vsock-transfer ${size}; echo "status $?"`,
+        modules: modules('virtio_pci', 'vmw_vsock_virtio_transport'),
+        files: { 'bin/vsock-transfer': program },
+      },
+      vmm: ['--vsock', `cid=3,socket=${socket}`],
+    });
+    await guest.waitFor('guest-ready');
+    const { status, stdout, stderr } = await host.run([program, String(size), socket]);
+    expect({ status, stderr }).toEqual({ status: 0, stderr: '' });
+    expect(await guest.end()).toMatchObject({ status: 0 });
+    const [, toGuest] = /^sent (\w+)$/m.exec(stdout)!;
+    const [, bytes, fromGuest] = /^received (\d+) (\w+)$/m.exec(stdout)!;
+    expect(Number(bytes)).toBe(size);
+    expect(guest.console).toContain(`guest received ${size} ${toGuest}`);
+    expect(guest.console).toContain(`guest sent ${fromGuest}`);
+  });
+
+  test('console beside the serial port, rng and balloon', async () => {
+    const guest = await start({
+      task: {
+        command: [
+          'cat /sys/class/misc/hw_random/rng_current; dd if=/dev/hwrng bs=1k count=1 2>/dev/null | wc -c',
+          // The balloon holds 64 of 512 MiB.
+          'until [ $(awk "/MemTotal/ {print \\$2}" /proc/meminfo) -lt 440000 ]; do :; done; echo inflated',
+          'head -n 1 </dev/hvc0 >/tmp/line; cat /tmp/line; echo to-the-console >/dev/hvc0',
+        ].join('; '),
+        modules: modules('virtio_pci', 'virtio_console', 'virtio-rng', 'virtio_balloon'),
+      },
+      vmm: ['--console', `socket=${scratch}/console`, '--balloon', 'size=64M'],
+    });
+    await guest.waitFor('inflated');
+    expect(guest.console).toMatch(/virtio_rng\.0\r?\n1024\r?\n/);
+    const node = [
+      `const s = require('node:net').connect('${scratch}/console'); let seen = '';`,
+      `s.write('from-the-host\\n'); s.setTimeout(60000, () => s.destroy());`,
+      `s.on('data', (bytes) => { seen += bytes; if (seen.includes('to-the-console')) s.end(); });`,
+      `s.on('close', () => process.stdout.write(seen));`,
+    ].join(' ');
+    const peer = await host.run([process.execPath, '-e', node]);
+    expect(peer.stdout).toMatch(/to-the-console/);
+    await guest.waitFor('from-the-host');
+    const { status, log } = await guest.end();
+    expect(status).toBe(0);
+    expect(log).toMatch(/__balloon: The guest has given back 67108864 bytes/);
+  });
+
+  test('pmem: keeps what was written', async () => {
+    await shell(`cd ${scratch} && truncate -s 8M pmem && printf before | dd of=pmem conv=notrunc 2>/dev/null`);
+    const command = `head -c 6 /dev/pmem0; printf second | dd of=/dev/pmem0 conv=notrunc,fsync 2>/dev/null`;
+    const names = ['virtio_pci', 'virtio_pmem', 'nd_pmem'];
+    const task = { command, modules: { kernel: kernels.generic, names } };
+    const { status, output } = await run({ task, vmm: ['--pmem', `file=${scratch}/pmem`] }, 'generic');
+    expect({ status, output }).toEqual({ status: 0, output: 'before' });
+    expect(await shell(`head -c 6 ${scratch}/pmem`)).toBe('second');
+  });
+}
