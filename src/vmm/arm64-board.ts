@@ -1,7 +1,9 @@
 /** The board of an aarch64 machine: GICv3 with its ITS, PSCI, devicetree. */
 import { randomBytes } from 'node:crypto';
 import { loadArm64Payload } from '../arch/aarch64/boot/load.js';
-import { buildDevicetree, type CpuTopology, SEED_SIZE } from '../arch/aarch64/devicetree.js';
+import { buildArm64Acpi } from '../arch/aarch64/acpi.js';
+import { buildDevicetree, type CpuTopology, type EfiPlace, SEED_SIZE } from '../arch/aarch64/devicetree.js';
+import { buildEfi } from '../arch/aarch64/efi.js';
 import * as layout from '../arch/aarch64/layout.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { Arm64Hypervisor, Arm64Vcpu, Arm64Vm } from '../hypervisor/hypervisor.js';
@@ -14,6 +16,11 @@ import { MachineError } from './machine-error.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
 const MMIO64_ALIGNMENT = 2 ** 30;
+
+/** The kernel takes the devicetree unless its command line says otherwise (Documentation/admin-guide/kernel-parameters.txt). */
+const ACPI_WANTED = /(^|\s)acpi=(on|force)(\s|$)/;
+/** Room for the EFI tables, before the ACPI tables. Bytes. */
+const EFI_MAX = 0x1000;
 
 export class Arm64Board implements Board {
   readonly vm: Arm64Vm;
@@ -83,10 +90,24 @@ export class Arm64Board implements Board {
       serial: serial.mode !== 'Off',
       pvpanic,
       segments: this.segments,
+      efi: ACPI_WANTED.test(cmdline) ? this.#writeAcpi(memory) : undefined,
     });
     memory.write(layout.FDT, devicetree);
     // The others wait for the first one to start them (PSCI CPU_ON).
     this.#vcpus[0].setBootState(BigInt(entry), BigInt(layout.FDT));
+  }
+
+  /** @returns where the kernel finds what leads to the tables */
+  #writeAcpi(memory: GuestMemory): EfiPlace {
+    const { serial, pvpanic } = this.config;
+    const end = layout.ACPI + layout.ACPI_MAX;
+    const mpidrs = this.#vcpus.map((vcpu) => vcpu.mpidr());
+    const config = { mpidrs, serial: serial.mode !== 'Off', pvpanic, segments: this.segments };
+    const { rsdp, tables } = buildArm64Acpi(config, layout.ACPI + EFI_MAX, end);
+    for (const { address, bytes } of tables) memory.write(address, bytes);
+    const { place, bytes } = buildEfi(layout.ACPI, rsdp, this.ram, { address: layout.ACPI, size: layout.ACPI_MAX });
+    memory.write(layout.ACPI, bytes);
+    return place;
   }
 
   #topology(): CpuTopology {

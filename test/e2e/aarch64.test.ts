@@ -1,5 +1,6 @@
-/** The scenarios on KVM of aarch64. */
+/** The scenarios on KVM of aarch64, whose machine is told to the kernel by a devicetree or by ACPI. */
 import { ARM } from '../support/backend.js';
-import { scenarios } from './scenarios.js';
+import { PLAIN, scenarios } from './scenarios.js';
 
-scenarios(ARM);
+// ACPI has no clock: docs/user-guide.md.
+scenarios(ARM, [PLAIN, { name: ', by ACPI', cmdline: 'acpi=force', flavours: ['cloud'], clock: false }]);

@@ -45,17 +45,25 @@ function transferServer(file: string, host: string): string {
   ].join(' ');
 }
 
-/** @param boots ways of booting: a name, and kernel arguments that bring it about */
-export function scenarios(
-  backend: Backend,
-  boots: readonly (readonly [name: string, cmdline: string])[] = [['', '']],
-): void {
+/** A way of booting that the architecture has. */
+interface Boot {
+  /** Behind the scenario's name. */
+  readonly name: string;
+  readonly cmdline: string;
+  readonly flavours: readonly Flavour[];
+  /** Whether the guest can tell the time then. */
+  readonly clock: boolean;
+}
+
+export const PLAIN: Boot = { name: '', cmdline: '', flavours: ['cloud', 'generic'], clock: true };
+
+export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): void {
   const { folder, remove } = testFolder();
   const scratch = `/tmp/scenarios-${process.pid}`;
   const kernels = {} as Record<Flavour, Kernel>;
   let host: TestHost;
 
-  const start = (options: Omit<GuestOptions, 'backend' | 'kernel'>) =>
+  const start = (options: Omit<GuestOptions, 'backend' | 'kernel'> & { readonly kernel?: Kernel }) =>
     Guest.start(host, folder, { kernel: kernels.cloud, ...options, backend });
   const run = (
     options: Omit<GuestOptions, 'backend' | 'kernel' | 'task'> & Pick<Parameters<typeof runInGuest>[2], 'task'>,
@@ -81,12 +89,10 @@ export function scenarios(
   });
 
   describe('boot to user space', () => {
-    const cases = boots.flatMap(([way, cmdline]) =>
-      (['cloud', 'generic'] as const).flatMap((flavour) =>
-        [1, 2, 4].map((vcpus) => ({ way, cmdline, flavour, vcpus })),
-      ),
+    const cases = boots.flatMap((boot) =>
+      boot.flavours.flatMap((flavour) => [1, 2, 4].map((vcpus) => ({ ...boot, flavour, vcpus }))),
     );
-    test.each(cases)('$flavour kernel, $vcpus vCPUs$way', async ({ cmdline, flavour, vcpus }) => {
+    test.each(cases)('$flavour kernel, $vcpus vCPUs$name', async ({ cmdline, flavour, vcpus, clock }) => {
       const before = Date.now();
       const guest = await run(
         { cmdline, task: { command: FACTS }, vmm: ['--cpus', `boot=${vcpus}`, '--memory', `size=${MEMORY}M`] },
@@ -101,8 +107,10 @@ export function scenarios(
       expect(memory).toBeGreaterThan(MEMORY - KERNEL_SHARE);
       // The lab's clock and this machine's are of the same source, to the second; the guest's own start takes a while.
       const date = Number(said.get('date')) * 1000;
-      expect(date).toBeGreaterThan(before - 5000);
-      expect(date).toBeLessThan(Date.now() + 5000);
+      if (clock) {
+        expect(date).toBeGreaterThan(before - 5000);
+        expect(date).toBeLessThan(Date.now() + 5000);
+      }
       expect(said.get('complaint')).toBeUndefined();
     });
   });
@@ -120,8 +128,11 @@ export function scenarios(
 
   test('power button and power-off', async () => {
     const command = `exec 3</dev/input/event0; echo ready; dd bs=24 count=1 <&3 2>/dev/null | tail -c 8 | hexdump -n 4 -e '2/2 "%d "'; echo ' pressed'`;
-    const names = backend.architecture === 'x86_64' ? ['evdev', 'button'] : ['evdev', 'gpio-pl061', 'gpio_keys'];
-    const guest = await start({ task: { command, modules: modules(...names) } });
+    // The button of a devicetree is a key at a GPIO, for which Debian's cloud kernel has no driver.
+    const arm = backend.architecture === 'aarch64';
+    const image = arm ? kernels.generic : kernels.cloud;
+    const names = arm ? ['evdev', 'gpio-pl061', 'gpio_keys'] : ['evdev', 'button'];
+    const guest = await start({ kernel: image, task: { command, modules: { kernel: image, names } } });
     await guest.waitFor('ready');
     guest.process.kill('SIGUSR1');
     await guest.waitFor('pressed');
@@ -174,7 +185,7 @@ export function scenarios(
     const { output, status } = await run({
       task: {
         command:
-          'for disk in /sys/block/vd?; do echo "$(basename $(readlink -f $disk/device/..)) $(cat $disk/serial) $(head -n 1 /dev/$(basename $disk))"; done | sort; dmesg | grep -i -E "acpi (error|bios)|BAR .*(assign|claim)" || true',
+          'for disk in /sys/block/vd?; do echo "$(basename $(readlink -f $disk/device/..)) $(cat $disk/serial) $(head -n 1 /dev/$(basename $disk))"; done | sort; dmesg | grep -i -E "acpi (error|bios)|BAR .*(no space|fail|can.t)" || true',
         modules: modules('virtio_pci', 'virtio_blk'),
       },
       vmm: ['--platform', 'num_pci_segments=16', '--disk', ...disks],

@@ -47,7 +47,7 @@ const MACHINES: Readonly<
   Record<Architecture, { qemu: readonly string[]; append: string; modules: readonly string[] }>
 > = {
   x86_64: {
-    qemu: ['qemu-system-x86_64', '-M', 'q35', '-cpu', 'max,-xsave,-avx,-avx2,-f16c,-vaes'],
+    qemu: ['qemu-system-x86_64', '-M', 'q35', '-cpu', 'max,-xsave,-avx,-avx2,-f16c,-vaes,-pku'],
     append: 'console=ttyS0 tsc=reliable',
     modules: ['kvm-amd'],
   },

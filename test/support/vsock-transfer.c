@@ -4,12 +4,13 @@
  *   vsock-transfer BYTES           in the guest: receives on port 5000, then sends to port 6000 of the host
  *   vsock-transfer BYTES SOCKET    on the host: the other end, through the Unix sockets SOCKET and SOCKET_6000
  */
-#include <linux/vm_sockets.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+/* Needs the one before it, but does not include it. */
+#include <linux/vm_sockets.h>
 #include <sys/un.h>
 #include <unistd.h>
 

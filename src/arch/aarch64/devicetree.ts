@@ -69,6 +69,8 @@ const PCI_MEMORY_64 = 0x0300_0000;
 /** The clock of the primecells; nothing here runs at a speed, but drivers want to know one. Hz. */
 const CLOCK = 24_000_000;
 const KEY_POWER = 116;
+/** enum efi_secureboot_mode of linux/efi.h. */
+const SECURE_BOOT_DISABLED = 2;
 const POWER_LINE = 3;
 
 const pair = (address: number, size: number): Cell[] => [BigInt(address), BigInt(size)];
@@ -102,6 +104,11 @@ export function buildDevicetree(config: DevicetreeConfig): Uint8Array {
         layout.PPI_TIMERS.flatMap((ppi) => [PPI, ppi, LEVEL_HIGH]),
       );
     });
+    // A driver looks into the processor's own registers for whether there is one.
+    fdt.node('pmu', () => {
+      fdt.property('compatible', 'arm,armv8-pmuv3');
+      fdt.property('interrupts', [PPI, layout.PPI_PMU, LEVEL_HIGH]);
+    });
     writeGic(fdt, config.mpidrs.length);
     writeDevices(fdt, config);
     config.segments.forEach((_, segment) => writeHostBridge(fdt, config, segment));
@@ -125,6 +132,8 @@ function writeChosen(fdt: FdtWriter, { cmdline, initrd, seed, serial, efi }: Dev
     fdt.property('linux,uefi-mmap-size', [efi.memoryMapSize]);
     fdt.property('linux,uefi-mmap-desc-size', [efi.descriptorSize]);
     fdt.property('linux,uefi-mmap-desc-ver', [efi.descriptorVersion]);
+    // Debian's kernels take none of these without it.
+    fdt.property('linux,uefi-secure-boot', [SECURE_BOOT_DISABLED]);
   });
 }
 

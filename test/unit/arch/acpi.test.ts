@@ -1,8 +1,9 @@
 import { describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { integer, name, scope, string, withPackageLength, type Aml } from '../../../src/arch/x86_64/acpi/aml.js';
+import { integer, name, scope, string, withPackageLength, type Aml } from '../../../src/arch/acpi/aml.js';
 import type { AcpiConfig } from '../../../src/arch/x86_64/acpi/config.js';
-import { AcpiError, buildAcpiTables, type PlacedTable } from '../../../src/arch/x86_64/acpi/tables.js';
+import { AcpiError, type PlacedTable } from '../../../src/arch/acpi/tables.js';
+import { buildAcpiTables } from '../../../src/arch/x86_64/acpi/tables.js';
 import * as layout from '../../../src/arch/x86_64/layout.js';
 import { compile, disassemble } from '../../support/iasl.js';
 

@@ -3,42 +3,10 @@
  *
  * Not here yet: SRAT and SLIT, which need a NUMA description; the hotplug controllers.
  */
+import { buildMcfg, HEADER_SIZE, type PlacedTable, placeTables, sealTable } from '../../acpi/tables.js';
 import * as layout from '../layout.js';
 import type { AcpiConfig } from './config.js';
 import { dsdtTerms } from './dsdt.js';
-
-/** The tables do not fit the space set aside for them. */
-export class AcpiError extends Error {
-  readonly code = 'ACPI_TOO_LARGE';
-}
-
-export interface PlacedTable {
-  readonly address: number;
-  readonly bytes: Uint8Array;
-}
-
-const HEADER_SIZE = 36;
-const CHECKSUM = 9;
-
-function sum(bytes: Uint8Array): number {
-  return bytes.reduce((total, byte) => (total + byte) & 0xff, 0);
-}
-
-/** A table with its header (5.2.6) and checksum. @param body what follows the header */
-function sealTable(signature: string, revision: number, body: Uint8Array): Uint8Array {
-  const table = Buffer.alloc(HEADER_SIZE + body.length);
-  table.write(signature, 0, 'latin1');
-  table.writeUInt32LE(table.length, 4);
-  table[8] = revision;
-  table.write('VMM   ', 10, 'latin1');
-  table.write('VMMTABLE', 16, 'latin1');
-  table.writeUInt32LE(1, 24);
-  table.write('VMM ', 28, 'latin1');
-  table.writeUInt32LE(1, 32);
-  table.set(body, HEADER_SIZE);
-  table[CHECKSUM] = -sum(table) & 0xff;
-  return table;
-}
 
 /** Writes a generic address structure for an 8-bit or 32-bit register in I/O space: 5.2.3.2. */
 function writeIoRegister(table: DataView, at: number, bits: 8 | 32, port: number): void {
@@ -103,49 +71,15 @@ function buildMadt({ apicIds, bootVcpus }: AcpiConfig): Uint8Array {
   return sealTable('APIC', 6, Uint8Array.from(body));
 }
 
-/** PCI Firmware 3.3, 4.1.2: one bus for each segment. */
-function buildMcfg({ pciSegments }: AcpiConfig): Uint8Array {
-  const ENTRY = 16;
-  const body = new Uint8Array(8 + pciSegments.length * ENTRY);
-  const view = new DataView(body.buffer);
-  pciSegments.forEach(({ ecam }, segment) => {
-    view.setBigUint64(8 + segment * ENTRY, BigInt(ecam), true);
-    view.setUint16(8 + segment * ENTRY + 8, segment, true);
-  });
-  return sealTable('MCFG', 1, body);
-}
-
-/** 5.2.5.3. */
-function buildRsdp(xsdt: number): Uint8Array {
-  const rsdp = Buffer.alloc(36);
-  rsdp.write('RSD PTR ', 0, 'latin1');
-  rsdp.write('VMM   ', 9, 'latin1');
-  rsdp[15] = 2;
-  rsdp.writeUInt32LE(rsdp.length, 20);
-  rsdp.writeBigUInt64LE(BigInt(xsdt), 24);
-  rsdp[8] = -sum(rsdp.subarray(0, 20)) & 0xff;
-  rsdp[32] = -sum(rsdp) & 0xff;
-  return rsdp;
-}
-
 /**
  * All tables, placed one behind the other from the RSDP's address on.
  *
  * @throws AcpiError when they do not fit below ACPI_END
  */
 export function buildAcpiTables(config: AcpiConfig): { rsdp: number; tables: PlacedTable[] } {
-  const tables: PlacedTable[] = [];
-  let next = layout.EBDA_START + 64;
-  const place = (bytes: Uint8Array): number => {
-    const address = next;
-    tables.push({ address, bytes });
-    next = Math.ceil((address + bytes.length) / 16) * 16;
-    if (next > layout.ACPI_END) throw new AcpiError('The ACPI tables do not fit below 960 KiB');
-    return address;
-  };
-  const dsdt = place(sealTable('DSDT', 6, Uint8Array.from(dsdtTerms(config))));
-  const entries = [buildFadt(dsdt), buildMadt(config), buildMcfg(config)].map(place);
-  const xsdt = place(sealTable('XSDT', 1, new Uint8Array(BigUint64Array.from(entries, BigInt).buffer)));
-  tables.push({ address: layout.EBDA_START, bytes: buildRsdp(xsdt) });
-  return { rsdp: layout.EBDA_START, tables };
+  return placeTables(layout.EBDA_START, layout.ACPI_END, Uint8Array.from(dsdtTerms(config)), (dsdt) => [
+    buildFadt(dsdt),
+    buildMadt(config),
+    buildMcfg(config.pciSegments),
+  ]);
 }

@@ -1,0 +1,88 @@
+/** Devices of the DSDT that machines of all architectures have. */
+import {
+  type Aml,
+  and,
+  ARG3,
+  byteFields,
+  device,
+  dwordMemory,
+  eisaId,
+  ifThen,
+  integer,
+  interrupt,
+  LOCAL0,
+  memoryRegion,
+  method,
+  name,
+  notify,
+  qwordMemory,
+  reference,
+  resourceTemplate,
+  returnValue,
+  store,
+  string,
+  wordBusNumber,
+} from './aml.js';
+import { GED_EVENT_POWER_BUTTON, type PciSegmentWindows } from './config.js';
+
+/** A PCI Express host bridge with one bus. @param ports resources beyond its windows @param more terms beyond these */
+export function hostBridge(
+  { mmio32, mmio64 }: PciSegmentWindows,
+  segment: number,
+  ports: readonly Aml[] = [],
+  more: readonly Aml[] = [],
+): Aml {
+  const windows = [dwordMemory(mmio32.start, mmio32.end), qwordMemory(mmio64.start, mmio64.end)];
+  return device(
+    `PC${hex(segment, 2)}`,
+    name('_HID', eisaId('PNP0A08')),
+    name('_CID', eisaId('PNP0A03')),
+    name('_SEG', integer(segment)),
+    name('_UID', integer(segment)),
+    name('_BBN', integer(0)),
+    ...more,
+    // The guest gets every control that it asks for: there is no firmware that would keep one (PCI Firmware 3.3, 4.5).
+    method('_OSC', 4, returnValue(ARG3)),
+    name('_CRS', resourceTemplate(wordBusNumber(0, 0), ...ports, ...windows)),
+  );
+}
+
+export function powerButton(): Aml {
+  return device('PWRB', name('_HID', eisaId('PNP0C0C')), name('_UID', integer(0)));
+}
+
+/** QEMU's docs/specs/pvpanic.rst. @param place a resource descriptor */
+export function pvpanicDevice(place: Aml): Aml {
+  return device(
+    'PEVT',
+    name('_HID', string('QEMU0001')),
+    name('_STA', integer(0xf)),
+    name('_CRS', resourceTemplate(place)),
+  );
+}
+
+/** The generic event device (5.6.9): its register tells what happened, and reading clears it. */
+export function genericEvents(register: number, gsi: number): Aml {
+  return device(
+    'GED_',
+    name('_HID', string('ACPI0013')),
+    name('_UID', integer(0)),
+    name('_CRS', resourceTemplate(interrupt(gsi))),
+    memoryRegion('GEDR', register, 1),
+    byteFields('GEDR', ['GEVT', 8]),
+    method(
+      '_EVT',
+      1,
+      store(reference('GEVT'), LOCAL0),
+      ifThen(and(LOCAL0, integer(GED_EVENT_POWER_BUTTON)), notify('\\_SB.PWRB', 0x80)),
+    ),
+  );
+}
+
+export function processor(id: number): Aml {
+  return device(`C${hex(id, 3)}`, name('_HID', string('ACPI0007')), name('_UID', integer(id)));
+}
+
+function hex(value: number, digits: number): string {
+  return value.toString(16).toUpperCase().padStart(digits, '0');
+}
