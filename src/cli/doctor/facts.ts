@@ -2,10 +2,14 @@
 import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
-import { KVM_CAP, type KvmCapability } from '../../hypervisor/kvm/abi.js';
-import { KVM_DEVICE, openKvm, probeCapabilities } from '../../hypervisor/kvm/kvm.js';
+import * as arm64 from '../../hypervisor/kvm/aarch64/abi.js';
+import { openKvmArm64, REQUIRED_CAPABILITIES as ARM64_REQUIRED } from '../../hypervisor/kvm/aarch64/kvm.js';
+import * as x86 from '../../hypervisor/kvm/abi.js';
+import { KVM_DEVICE, probeCapabilities } from '../../hypervisor/kvm/device.js';
+import { openKvm, REQUIRED_CAPABILITIES as X86_REQUIRED } from '../../hypervisor/kvm/kvm.js';
 import { MSHV_DEVICE, openMshv } from '../../hypervisor/mshv/mshv.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
+import { liveTestArm64 } from './live-test-arm64.js';
 import { type LiveResult, liveTest } from './live-test.js';
 
 export type DeviceState = 'usable' | 'no permission' | 'absent';
@@ -15,7 +19,9 @@ export interface Facts {
   readonly architecture: string;
   readonly devices: Readonly<Record<string, DeviceState>>;
   /** Value of each capability; undefined: KVM cannot be asked. */
-  readonly capabilities?: Readonly<Record<KvmCapability, number>>;
+  readonly capabilities?: Readonly<Record<string, number>>;
+  /** Those without which no guest can run. */
+  readonly requiredCapabilities: readonly string[];
   /** Why KVM cannot be used. */
   readonly kvmProblem?: string;
   /** Why the Microsoft hypervisor cannot be used. */
@@ -32,6 +38,7 @@ export interface Facts {
   readonly memoryAvailable: number;
 }
 
+const ARM64 = process.arch === 'arm64';
 const DEVICES = [KVM_DEVICE, MSHV_DEVICE, '/dev/net/tun', '/dev/vhost-net', '/dev/vhost-vsock', '/dev/vfio/vfio'];
 
 /** Set in the child process that runs the live test, whose end the parent does not depend on. */
@@ -76,8 +83,10 @@ function hugepages(): Record<string, number> {
 /** In the child: runs the live test and prints its results. @returns whether this process is that child */
 export function runProbe(kernel: HostKernel): boolean {
   if (process.env[PROBE_VARIABLE] === undefined) return false;
-  const hypervisor = openKvm(kernel);
-  process.stdout.write(JSON.stringify(liveTest(hypervisor, kernel)));
+  const hypervisor = ARM64 ? openKvmArm64(kernel) : openKvm(kernel);
+  const results =
+    hypervisor.architecture === 'aarch64' ? liveTestArm64(hypervisor, kernel) : liveTest(hypervisor, kernel);
+  process.stdout.write(JSON.stringify(results));
   hypervisor.close();
   return true;
 }
@@ -121,19 +130,20 @@ function tryMshv(kernel: HostKernel): void {
 export function gatherFacts(kernel: HostKernel): Facts {
   const cpuinfo = read('/proc/cpuinfo');
   const devices = Object.fromEntries(DEVICES.map((path) => [path, deviceState(path)]));
-  const kvmProblem = problemOf(() => openKvm(kernel).close());
-  const names = Object.keys(KVM_CAP) as KvmCapability[];
+  const kvmProblem = problemOf(() => (ARM64 ? openKvmArm64(kernel) : openKvm(kernel)).close());
+  const known = ARM64 ? arm64.KVM_CAP : x86.KVM_CAP;
   return {
     node: process.versions.node,
     architecture: os.arch(),
     devices,
     capabilities:
-      devices[KVM_DEVICE] === 'usable' && kvmProblem === undefined ? probeCapabilities(kernel, names) : undefined,
+      devices[KVM_DEVICE] === 'usable' && kvmProblem === undefined ? probeCapabilities(kernel, known) : undefined,
+    requiredCapabilities: ARM64 ? ARM64_REQUIRED : X86_REQUIRED,
     kvmProblem,
     mshvProblem: problemOf(() => tryMshv(kernel)),
     live: kvmProblem === undefined ? liveResults() : [],
-    cpu: /^model name\s*: (.*)$/m.exec(cpuinfo)?.[1] ?? 'unknown',
-    cpuFlags: /^flags\s*: (.*)$/m.exec(cpuinfo)?.[1]?.split(' ') ?? [],
+    cpu: /^(?:model name|CPU part)\s*: (.*)$/m.exec(cpuinfo)?.[1] ?? 'unknown',
+    cpuFlags: /^(?:flags|Features)\s*: (.*)$/m.exec(cpuinfo)?.[1]?.split(' ') ?? [],
     hugepages: hugepages(),
     thp: selected(read('/sys/kernel/mm/transparent_hugepage/enabled')),
     memlock: kernel.resourceLimit('memlock'),

@@ -1,6 +1,5 @@
 /** The doctor's judgement: from what was found on a host to what it can do, and what to do about the rest. */
-import { KVM_CAP, type KvmCapability } from '../../hypervisor/kvm/abi.js';
-import { KVM_DEVICE, REQUIRED_CAPABILITIES } from '../../hypervisor/kvm/kvm.js';
+import { KVM_DEVICE } from '../../hypervisor/kvm/device.js';
 import { MSHV_DEVICE } from '../../hypervisor/mshv/mshv.js';
 import type { DeviceState, Facts } from './facts.js';
 
@@ -46,9 +45,10 @@ function checkNode({ node }: Facts): Check {
 }
 
 function checkArchitecture({ architecture }: Facts): Check {
-  return architecture === 'x64'
-    ? { id: 'architecture', status: 'ok', detail: 'x86_64' }
-    : { id: 'architecture', status: 'fail', detail: architecture, advice: 'use an x86_64 host' };
+  const name = { x64: 'x86_64', arm64: 'aarch64' }[architecture];
+  return name !== undefined
+    ? { id: 'architecture', status: 'ok', detail: name }
+    : { id: 'architecture', status: 'fail', detail: architecture, advice: 'use an x86_64 or aarch64 host' };
 }
 
 function checkKvm({ kvmProblem }: Facts): Check {
@@ -73,13 +73,12 @@ function checkMshv({ devices, mshvProblem }: Facts): Check {
   return { id: 'mshv', status: 'warn', detail: mshvProblem, advice };
 }
 
-function checkCapabilities({ capabilities }: Facts): Check[] {
+function checkCapabilities({ capabilities, requiredCapabilities }: Facts): Check[] {
   if (capabilities === undefined) return [];
-  return (Object.keys(KVM_CAP) as KvmCapability[]).map((name): Check => {
+  return Object.entries(capabilities).map(([name, value]): Check => {
     const id = `kvm.${name}`;
-    const value = capabilities[name];
     if (value > 0) return { id, status: 'ok', detail: `KVM_CAP_${name} = ${value}` };
-    const required = REQUIRED_CAPABILITIES.includes(name);
+    const required = requiredCapabilities.includes(name);
     const advice = required ? 'use a newer kernel' : 'nothing to do: guests run without it';
     return { id, status: required ? 'fail' : 'ok', detail: `KVM_CAP_${name} is absent`, advice };
   });
@@ -99,14 +98,16 @@ function checkLive({ live, kvmProblem }: Facts): Check[] {
     }
     const rate = `${mode} mode: ${(speed / 1e6).toFixed(1)} million instructions a second`;
     if (speed >= EMULATION_LIMIT) return { id, status: 'ok', detail: rate };
-    // Older Intel processors need real mode emulated, and protected mode on the way out of it; long mode decides.
-    if (mode !== 'long') return { id, status: 'warn', detail: `${rate}: emulated` };
+    // Older Intel processors need real mode emulated, and protected mode on the way out of it; the others decide.
+    if (mode === 'real' || mode === 'protected') return { id, status: 'warn', detail: `${rate}: emulated` };
     const detail = `${rate}: this KVM only emulates, as one nested without hardware support does`;
     return { id, status: 'fail', detail, advice: 'use a KVM with hardware virtualization' };
   });
 }
 
-function checkCpu({ cpu, cpuFlags }: Facts): Check {
+function checkCpu({ architecture, cpu, cpuFlags }: Facts): Check {
+  // Whether Linux was started at EL2 is KVM's to tell.
+  if (architecture === 'arm64') return { id: 'cpu', status: 'ok', detail: `part ${cpu}: ${cpuFlags.join(' ')}` };
   const has = (flag: string) => cpuFlags.includes(flag);
   const features = [
     'vmx',

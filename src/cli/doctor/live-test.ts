@@ -14,11 +14,12 @@ import { KVM_IDENTITY_MAP, KVM_TSS } from '../../arch/x86_64/layout.js';
 import { GuestMemory } from '../../memory/guest-memory.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 
-export const MODES = ['real', 'protected', 'long'] as const;
-export type Mode = (typeof MODES)[number];
+const MODES = ['real', 'protected', 'long'] as const;
+type Mode = (typeof MODES)[number];
 
 export interface LiveResult {
-  readonly mode: Mode;
+  /** Of the processor, by the name that its architecture has for it. */
+  readonly mode: Mode | 'EL1';
   /** Instructions a second; 0 when the code did not run to its end. */
   readonly speed: number;
   /** What went wrong, when something did. */

@@ -55,3 +55,23 @@ export function createKvmVm(kernel: HostKernel, device: number, type = 0): numbe
     }
   }
 }
+
+/**
+ * Values of capabilities by their names, 0 for one that is absent.
+ *
+ * @throws SystemError when the device cannot be opened
+ */
+export function probeCapabilities(
+  kernel: HostKernel,
+  capabilities: Readonly<Record<string, number>>,
+): Record<string, number> {
+  const fd = kernel.open(KVM_DEVICE);
+  try {
+    const entries = Object.entries(capabilities);
+    return Object.fromEntries(
+      entries.map(([name, number]) => [name, kernel.ioctl(fd, abi.KVM_CHECK_EXTENSION, number)]),
+    );
+  } finally {
+    kernel.close(fd);
+  }
+}

@@ -48,20 +48,6 @@ export function openKvm(kernel: HostKernel): KvmHypervisor {
   return new KvmHypervisor(kernel, openKvmDevice(kernel, required, 'load the module kvm_intel or kvm_amd'));
 }
 
-/** Values of capabilities, 0 for one that is absent. @throws SystemError when the device cannot be opened */
-export function probeCapabilities<Name extends abi.KvmCapability>(
-  kernel: HostKernel,
-  names: readonly Name[],
-): Record<Name, number> {
-  const fd = kernel.open(KVM_DEVICE);
-  try {
-    const values = names.map((name) => [name, kernel.ioctl(fd, abi.KVM_CHECK_EXTENSION, abi.KVM_CAP[name])]);
-    return Object.fromEntries(values) as Record<Name, number>;
-  } finally {
-    kernel.close(fd);
-  }
-}
-
 /**
  * CPUID 1 ECX: x2APIC and the TSC deadline timer, which the in-kernel APIC has whatever the processor has.
  * KVM_GET_SUPPORTED_CPUID leaves the latter out, not knowing which APIC a VM uses (api.rst, 4.46).

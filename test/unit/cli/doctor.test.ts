@@ -2,8 +2,7 @@ import { describe, expect, test } from '@jest/globals';
 import type { Facts } from '../../../src/cli/doctor/facts.js';
 import { formatReport, judge } from '../../../src/cli/doctor/judge.js';
 import { KVM_CAP } from '../../../src/hypervisor/kvm/abi.js';
-
-type Capabilities = NonNullable<Facts['capabilities']>;
+import { REQUIRED_CAPABILITIES } from '../../../src/hypervisor/kvm/kvm.js';
 
 /** A host where everything is as it should be. */
 const GOOD: Facts = {
@@ -17,7 +16,8 @@ const GOOD: Facts = {
     '/dev/vhost-vsock': 'usable',
     '/dev/vfio/vfio': 'usable',
   },
-  capabilities: Object.fromEntries(Object.keys(KVM_CAP).map((name) => [name, 1])) as Capabilities,
+  capabilities: Object.fromEntries(Object.keys(KVM_CAP).map((name) => [name, 1])),
+  requiredCapabilities: REQUIRED_CAPABILITIES,
   mshvProblem: 'No /dev/mshv on this host',
   live: (['real', 'protected', 'long'] as const).map((mode) => ({ mode, speed: 2_000_000_000 })),
   cpu: 'A processor',
@@ -54,6 +54,17 @@ describe('the doctor', () => {
     expect(statuses(slow('real'))['live.real']).toBe('warn');
   });
 
+  test('accepts an Arm host, whose loop runs at EL1', () => {
+    const arm = {
+      ...GOOD,
+      architecture: 'arm64',
+      cpuFlags: ['fp', 'asimd'],
+      live: [{ mode: 'EL1' as const, speed: 6e8 }],
+    };
+    expect(judge(arm)).toMatchObject({ canRunStockGuests: true });
+    expect(judge({ ...arm, live: [{ mode: 'EL1', speed: 5e6 }] })).toMatchObject({ canRunStockGuests: false });
+  });
+
   test('takes the Microsoft hypervisor where KVM does not work', () => {
     const azure = {
       ...GOOD,
@@ -83,14 +94,14 @@ describe('the doctor', () => {
   });
 
   test('tells needed capabilities from useful ones', () => {
-    const without = (name: string) => ({ ...GOOD, capabilities: { ...GOOD.capabilities, [name]: 0 } as Capabilities });
+    const without = (name: string) => ({ ...GOOD, capabilities: { ...GOOD.capabilities, [name]: 0 } });
     expect(statuses(without('IRQFD'))['kvm.IRQFD']).toBe('fail');
     expect(judge(without('TSC_CONTROL')).canRunStockGuests).toBe(true);
   });
 
   test.each<[string, Partial<Facts>, string, string]>([
     ['an old Node.js', { node: '18.19.0' }, 'node', 'fail'],
-    ['another architecture', { architecture: 'arm64' }, 'architecture', 'fail'],
+    ['another architecture', { architecture: 'riscv64' }, 'architecture', 'fail'],
     ['few descriptors', { nofile: 1024 }, 'nofile', 'warn'],
     ['no tun', { devices: { ...GOOD.devices, '/dev/net/tun': 'absent' } }, '/dev/net/tun', 'warn'],
     ['no virtualization features', { cpuFlags: ['hypervisor'] }, 'cpu', 'warn'],

@@ -17,8 +17,8 @@ import { setAttribute } from './attributes.js';
 import { createGic, requireGic } from './gic.js';
 import { hostFeatures, initializeVcpu, KvmArm64Vcpu } from './vcpu.js';
 
-/** What every guest needs: KVM_CAP_ names. */
-const REQUIRED = [
+/** The capabilities without which no guest can run here. `vmm doctor` reports them one by one. */
+export const REQUIRED_CAPABILITIES = [
   ...(['USER_MEMORY', 'IRQ_ROUTING', 'IRQFD', 'IOEVENTFD', 'ONE_REG', 'SIGNAL_MSI', 'DEVICE_CTRL'] as const),
   ...(['ARM_PSCI_0_2', 'IMMEDIATE_EXIT'] as const),
 ];
@@ -30,7 +30,7 @@ const PMU_INTID = 16 + 7;
 
 /** @throws HypervisorError with a line for the user when the device cannot be used */
 export function openKvmArm64(kernel: HostKernel): KvmArm64Hypervisor {
-  const required = Object.fromEntries(REQUIRED.map((name) => [name, abi.KVM_CAP[name]]));
+  const required = Object.fromEntries(REQUIRED_CAPABILITIES.map((name) => [name, abi.KVM_CAP[name]]));
   const fd = openKvmDevice(kernel, required, 'the processor has to start Linux at EL2, and Linux to have CONFIG_KVM');
   return new KvmArm64Hypervisor(kernel, fd);
 }
