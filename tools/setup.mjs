@@ -21,10 +21,12 @@ const CROSS = ['gcc-aarch64-linux-gnu', 'libc6-dev-arm64-cross'];
 // What guests and networks of end-to-end tests and benchmarks are made of.
 const DEVICES = ['e2fsprogs', 'fio', 'iperf3', 'iproute2', 'mmdebstrap'];
 
+const FOR_LAB = process.argv.some((word) => word.includes('aarch64')) ? [...GUEST, ...ARM] : GUEST;
+
 const COMMANDS = {
   install: { packages: [...GUEST, ...ARM, ...TEST, ...CROSS, ...DEVICES] },
-  start: { packages: GUEST, program: 'dist/tools/start.js' },
-  lab: { packages: process.argv.includes('aarch64') ? [...GUEST, ...ARM] : GUEST, program: 'dist/tools/lab.js' },
+  start: { packages: FOR_LAB, program: 'dist/tools/start.js' },
+  lab: { packages: FOR_LAB, program: 'dist/tools/lab.js' },
   bench: { packages: [...GUEST, ...DEVICES, 'gcc', 'libc6-dev'], program: 'dist/tools/bench.js' },
   test: { packages: [...GUEST, ...ARM, ...TEST, ...CROSS, ...DEVICES], program: 'dist/tools/test.js' },
 };

@@ -6,7 +6,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
-import { type Flavour, kernel } from '../test/lab/kernels.js';
+import { type Architecture, type Flavour, kernel } from '../test/lab/kernels.js';
 import { CommandOutput, writeInitramfs } from '../test/support/guest-image.js';
 
 const VMM = path.resolve('dist/vmm.js');
@@ -14,6 +14,8 @@ const VMM = path.resolve('dist/vmm.js');
 const SIMULATED_VMM = path.resolve('dist/tools/simulated/vmm.js');
 const MSHV_DEVICE = '/dev/mshv';
 const LAB = path.resolve('dist/tools/lab.js');
+const ARCHITECTURES = ['x86_64', 'aarch64'];
+const OWN: Architecture = process.arch === 'arm64' ? 'aarch64' : 'x86_64';
 const FLAVOURS = ['cloud', 'generic', 'backports'];
 
 const USAGE = `npm start -- [OPTIONS]
@@ -21,7 +23,8 @@ const USAGE = `npm start -- [OPTIONS]
   --kernel FLAVOUR    ${FLAVOURS.join(', ')}: which stock Debian kernel [cloud]
   --cpus LIST         as vmm takes it [boot=1]
   --memory LIST       as vmm takes it [size=512M]
-  --hypervisor NAME   as vmm takes it
+  --hypervisor NAME   as vmm takes it; mshv is simulated where there is none
+  --arch NAME         x86_64 or aarch64: another than this machine's runs in a lab [this machine's]
   -v                  let the guest's kernel and vmm say what they do`;
 
 function note(line: string): void {
@@ -36,6 +39,7 @@ function usage(line: string): never {
 interface Choices {
   readonly exec?: string;
   readonly flavour: Flavour;
+  readonly architecture: Architecture;
   readonly verbose: boolean;
   readonly hypervisor: string | undefined;
   /** Options for vmm. */
@@ -49,6 +53,7 @@ function parse(): Choices {
     cpus: { type: 'string', default: 'boot=1' },
     memory: { type: 'string', default: 'size=512M' },
     hypervisor: { type: 'string' },
+    arch: { type: 'string', default: OWN },
     verbose: { type: 'boolean', short: 'v', default: false },
     help: { type: 'boolean', short: 'h', default: false },
   } as const;
@@ -60,11 +65,13 @@ function parse(): Choices {
     }
     if (!FLAVOURS.includes(values.kernel))
       usage(`--kernel ${values.kernel}: accepted is one of ${FLAVOURS.join(', ')}`);
+    if (!ARCHITECTURES.includes(values.arch)) usage(`--arch ${values.arch}: accepted is ${ARCHITECTURES.join(' or ')}`);
     const { hypervisor } = values;
     const verbose = values.verbose ? ['-v'] : [];
     return {
       exec: values.exec,
       flavour: values.kernel as Flavour,
+      architecture: values.arch as Architecture,
       verbose: values.verbose,
       hypervisor,
       machine: [
@@ -78,7 +85,11 @@ function parse(): Choices {
 }
 
 /** Where the guest can run: on the host itself, or in a lab; the doctor knows, and says why. */
-function runner(): string[] {
+function runner(architecture: Architecture): string[] {
+  if (architecture !== OWN) {
+    note(`Booting in the lab, on emulated hardware, as this machine is not ${architecture}.`);
+    return [process.execPath, LAB, '--arch', architecture];
+  }
   const doctor = spawnSync(process.execPath, [VMM, 'doctor', '--json'], { encoding: 'utf8' });
   if (doctor.status === 0) {
     note('Booting on the KVM of this host.');
@@ -95,27 +106,30 @@ function runner(): string[] {
 }
 
 /** The command that runs the guest, with whatever it needs around it. */
-function vmm(hypervisor: string | undefined): string[] {
-  if (hypervisor !== 'mshv') return [...runner(), process.execPath, VMM];
+function vmm({ hypervisor, architecture }: Choices): string[] {
+  const simulated = hypervisor === 'mshv' && architecture === 'x86_64';
+  if (!simulated) return [...runner(architecture), process.execPath, VMM];
   if (fs.existsSync(MSHV_DEVICE)) return [process.execPath, VMM];
   note(`No ${MSHV_DEVICE} on this host: the device is simulated, and KVM runs the guest.`);
-  return [...runner(), process.execPath, SIMULATED_VMM];
+  return [...runner(architecture), process.execPath, SIMULATED_VMM];
 }
 
 async function main(): Promise<number> {
   const choices = parse();
-  const image = await kernel(choices.flavour);
+  const { architecture } = choices;
+  const image = await kernel(choices.flavour, architecture);
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-start-'));
   try {
     const nonce = randomBytes(8).toString('hex');
     const initramfs = path.join(folder, 'initramfs');
     const { columns, rows } = process.stdout.isTTY ? process.stdout : { columns: 80, rows: 24 };
     const settings = `stty rows ${rows} cols ${columns}\nTERM=${(process.env['TERM'] ?? 'linux').replace(/[^\w.+-]/g, '')}`;
-    await writeInitramfs(initramfs, { command: choices.exec, nonce, settings });
+    await writeInitramfs(initramfs, { architecture, command: choices.exec, nonce, settings });
+    const port = architecture === 'aarch64' ? 'ttyAMA0' : 'ttyS0';
     const quiet = choices.verbose ? '' : ' quiet loglevel=1';
     const argv = [
-      ...[...vmm(choices.hypervisor), '--kernel', image.vmlinuz, '--initramfs', initramfs],
-      ...['--cmdline', `console=ttyS0 panic=-1${quiet}`, '--serial', 'tty', '--console', 'off', ...choices.machine],
+      ...[...vmm(choices), '--kernel', image.vmlinuz, '--initramfs', initramfs],
+      ...['--cmdline', `console=${port} panic=-1${quiet}`, '--serial', 'tty', '--console', 'off', ...choices.machine],
     ];
     return choices.exec === undefined ? await interactive(argv) : await execute(argv, nonce);
   } finally {
