@@ -9,7 +9,6 @@ import type { MappingHandle } from '../sys/host-kernel.js';
 import type { CpuidEntry, Msr, X86Fpu, X86Registers, X86SpecialRegisters } from './x86-state.js';
 
 export type HypervisorName = 'kvm' | 'mshv';
-export type ArchitectureName = 'x86_64' | 'aarch64';
 
 /** The hypervisor cannot be used, or refused what was asked of it. The message says what to do where that is known. */
 export class HypervisorError extends Error {

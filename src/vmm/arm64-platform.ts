@@ -8,6 +8,7 @@ import { Ged, GedEvent, gedLayout } from '../devices/ged.js';
 import { Pl011, pl011Layout } from '../devices/pl011.js';
 import { Pl031, pl031Layout } from '../devices/pl031.js';
 import { BUTTON_MILLISECONDS, Pl061, pl061Layout, POWER_BUTTON_LINE } from '../devices/pl061.js';
+import { PRIMECELL_SIZE } from '../devices/primecell.js';
 import { Pvpanic } from '../devices/pvpanic.js';
 import type { InterruptHandle, Vm, VmSignals } from '../hypervisor/hypervisor.js';
 import type { SegmentWindows } from '../pci/segments.js';
@@ -77,10 +78,10 @@ export function attachArm64Platform(
         room: () => emit({ kind: 'serial-room' }),
       })
     : undefined;
-  if (serial !== undefined) memory.insert(layout.SERIAL, layout.DEVICE_SIZE, serial);
-  memory.insert(layout.RTC, layout.DEVICE_SIZE, new Pl031(new StateBlock(pl031Layout, handle.rtc), Date.now));
+  if (serial !== undefined) memory.insert(layout.SERIAL, PRIMECELL_SIZE, serial);
+  memory.insert(layout.RTC, PRIMECELL_SIZE, new Pl031(new StateBlock(pl031Layout, handle.rtc), Date.now));
   const gpio = new Pl061(new StateBlock(pl061Layout, handle.gpio), line(handle.gpioInterrupt));
-  memory.insert(layout.GPIO, layout.DEVICE_SIZE, gpio);
+  memory.insert(layout.GPIO, PRIMECELL_SIZE, gpio);
   const ged = new Ged(new StateBlock(gedLayout, handle.ged), line(handle.gedInterrupt));
   memory.insert(layout.GED, 1, ged);
   if (options.pvpanic) {

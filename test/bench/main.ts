@@ -8,6 +8,7 @@ import { benchBlock, prepareBlock } from './block.js';
 import { benchBoot } from './boot.js';
 import { benchFreestanding } from './freestanding.js';
 import { benchNet, prepareNet } from './net.js';
+import { benchEmulator } from './emulator.js';
 import { benchExits } from './exits.js';
 import { type Row, table } from './report.js';
 
@@ -21,6 +22,7 @@ interface Benchmark {
 
 const BENCHMARKS: Readonly<Partial<Record<string, Benchmark>>> = {
   exits: { stock: false, run: benchExits },
+  emulator: { stock: false, run: benchEmulator },
   boot: { stock: true, run: benchBoot },
   block: { stock: true, prepare: prepareBlock, run: benchBlock },
   net: { stock: true, prepare: prepareNet, run: benchNet },

@@ -53,7 +53,8 @@ export class Guest {
   /** @param folder for the guest's files */
   static async start(host: TestHost, folder: string, options: GuestOptions): Promise<Guest> {
     const own = path.join(folder, `initramfs-${randomBytes(8).toString('hex')}`);
-    if (options.initramfs === undefined) await writeInitramfs(own, { architecture: options.backend?.architecture, ...options.task });
+    if (options.initramfs === undefined)
+      await writeInitramfs(own, { architecture: options.backend?.architecture, ...options.task });
     const initramfs = options.initramfs ?? own;
     const { backend } = options;
     const cmdline = `console=${backend?.console ?? 'ttyS0'} panic=-1 quiet ${options.cmdline ?? ''}`.trim();

@@ -19,6 +19,8 @@ import {
 export const DEVICE_PORT = 0xc0;
 
 const MAX_LENGTH = 15;
+/** Cases of each instruction, beyond the first. */
+const VARIATIONS = 2;
 const IOPL_3 = 3 << 12;
 const STATUS = 0x8d5;
 const DF = 1 << 10;
@@ -91,6 +93,7 @@ export class Generator {
   readonly case = new Case();
   #mode: Mode = MODES[0];
   #at = 0;
+  #variations = 0;
 
   constructor(
     private readonly random: Random,
@@ -101,6 +104,7 @@ export class Generator {
   chooseMode(mode: Mode): void {
     const { random, case: c } = this;
     this.#mode = mode;
+    this.#variations = 0;
     c.mode = mode;
     const supervisor = mode.ring === 0 && mode.paging !== 'none';
     c.controls = {
@@ -114,38 +118,73 @@ export class Generator {
   }
 
   next(): Case {
+    const { case: c } = this;
+    if (this.#variations > 0) {
+      // The same instruction with other flags and data: decoding takes longest.
+      this.#variations--;
+      this.#state();
+      if (c.form.special !== 'branch') this.#fill();
+      return c;
+    }
+    const lastEnd = c.end;
+    do this.#fresh();
+    while (
+      // Where the last case's OUT was, KVM would take this instruction for it and skip it.
+      c.end - c.length ===
+      lastEnd
+    );
+    this.#variations = VARIATIONS;
+    return c;
+  }
+
+  #fresh(): void {
     const { random, case: c } = this;
     let form: CheckForm;
     do form = random.pick(random.pick(GROUPS));
     while (
       (form.longOnly === true && this.#mode.bits !== 64) ||
-      (form.opcode[1] === 0x38 && form.vector !== true && !this.features.movbe)
+      (form.movbe === true && (!this.features.movbe || this.#mode.bits === 16))
     );
     c.form = form;
     c.undefinedFlags = form.undefinedFlags ?? 0;
     for (let index = 0; index < 32; index++) c.words[index] = random.value();
-    c.words[RFLAGS * 2] = (random.word() & (STATUS | AC)) | (random.chance(30) ? DF : 0) | IOPL_3 | 2;
-    c.words[RFLAGS * 2 + 1] = 0;
     // The upper halves of what is no 64-bit register are not there.
     if (this.#mode.bits !== 64) for (let index = 0; index < 16; index++) c.words[index * 2 + 1] = 0;
     if (this.#mode.bits !== 64) c.words.fill(0, 16, 32);
     this.#stack();
-    for (let at = 0; at < 256; at += 4) {
-      const word = random.word();
-      c.xmm[at] = word;
-      c.xmm[at + 1] = word >>> 8;
-      c.xmm[at + 2] = word >>> 16;
-      c.xmm[at + 3] = word >>> 24;
-    }
-    this.#oddPage();
+    this.#state();
     this.#place();
     this.#encode(form);
     this.#set(RIP, BigInt(c.end - c.length - c.mode.codeBase));
-    return c;
+  }
+
+  /** Flags, vector registers, page tables, and how much of the instruction is given. */
+  #state(): void {
+    const { random, case: c } = this;
+    c.words[RFLAGS * 2] = (random.word() & (STATUS | AC)) | (random.chance(30) ? DF : 0) | IOPL_3 | 2;
+    c.words[RFLAGS * 2 + 1] = 0;
+    if (c.form.vector === true) {
+      for (let at = 0; at < c.xmm.length; at += 4) {
+        const word = random.word();
+        c.xmm[at] = word;
+        c.xmm[at + 1] = word >>> 8;
+        c.xmm[at + 2] = word >>> 16;
+        c.xmm[at + 3] = word >>> 24;
+      }
+    }
+    this.#oddPage();
+    c.given = random.chance(50) ? MAX_LENGTH : random.chance(50) ? 0 : random.below(MAX_LENGTH);
   }
 
   #stack(): void {
     const { mode } = this.case;
+    const pushes = this.case.form.special === 'stack' || this.case.form.special === 'branch';
+    // Where an exception is pushed elsewhere, the stack may be anywhere.
+    if (pushes && (mode.paging === 'long' || mode.ring === 3) && this.random.chance(40)) {
+      this.#segmentUsed = 0;
+      this.#set(RSP, this.#target(8, 8));
+      return;
+    }
     const linear = STACK + 0x100 + this.random.below(0x400) * 2;
     this.#set(RSP, BigInt(linear - mode.base));
   }
@@ -166,6 +205,8 @@ export class Generator {
     const page = WINDOW + random.below(4) * PAGE;
     const rights = random.word() & 0x66;
     c.oddLow = page | (random.chance(75) ? 1 : 0) | (random.chance(50) ? 6 : rights) | (rights & 0x60);
+    // What a branch reads must be what was put there.
+    if (c.form.special === 'branch') c.oddLow = (c.oddLow & 0xfff) | (WINDOW + c.oddPage * PAGE);
     c.oddHigh = 0;
     if (c.mode.paging === 'legacy') return;
     if (random.chance(15)) c.oddHigh = 0x8000_0000;
@@ -189,21 +230,26 @@ export class Generator {
     const sized = form.size === 'v';
     // With 16 bits a branch does not reach the code outside 16-bit modes.
     const small = sized && form.wide !== true && (form.special !== 'branch' || bits === 16) && random.chance(30);
-    let operand = form.size === 'b' ? 1 : form.size === 'v' ? (bits === 16 ? (small ? 4 : 2) : small ? 2 : 4) : form.size;
+    let operand =
+      form.size === 'b' ? 1 : form.size === 'v' ? (bits === 16 ? (small ? 4 : 2) : small ? 2 : 4) : form.size;
     if (form.wide === true && bits === 16) operand = 4;
     const rexW = bits === 64 && form.noRexW !== true && form.vector !== true && sized && random.chance(35);
     if (rexW) operand = 8;
     const pushes = form.special === 'stack' || form.special === 'branch';
     if (pushes && bits === 64) operand = small && form.special === 'stack' && !rexW ? 2 : 8;
-    const other = random.chance(20);
+    // Addresses of 16 bits do not reach the window from 32-bit code: a branch would go anywhere; and KVM, which carries out
+    // port strings by itself, does not let them wrap.
+    const far = form.special === 'branch' || (form.special === 'string' && (form.opcode[0] & ~3) === 0x6c);
+    const other = random.chance(20) && !(far && bits === 32);
     const addressSize = bits === 64 ? (other ? 4 : 8) : bits === 32 ? (other ? 2 : 4) : other ? 4 : 2;
     const defaultSize = bits === 16 ? 2 : 4;
-    const prefixed = sized && operand !== 8 && operand !== defaultSize;
-    if (form.special === 'branch' && c.oddPage >= 0) c.oddLow = (c.oddLow & 0xfff) | (WINDOW + c.oddPage * PAGE);
+    const prefixed = sized && form.wide !== true && operand !== 8 && operand !== defaultSize;
     if (form.lock === true && random.chance(25)) this.#emit(0xf0);
-    const segment = random.chance(25) ? random.pick(bits === 64 ? [0x64, 0x65] : [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65]) : 0;
+    const segment = random.chance(25)
+      ? random.pick(bits === 64 ? [0x64, 0x65] : [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65])
+      : 0;
     // Code segments cannot be written outside real mode; QEMU's TCG does not look.
-    this.#segment(segment === 0x2e && c.mode.real !== true ? 0 : segment);
+    this.#segment(segment === 0x2e && (c.mode.real !== true || form.special === 'branch') ? 0 : segment);
     if (prefixed) this.#emit(0x66);
     if (other) this.#emit(0x67);
     const repeat = form.special === 'string' ? random.pick([0, 0xf3, 0xf2]) : 0;
@@ -215,7 +261,7 @@ export class Generator {
       this.#implicit(form, operand, addressSize);
     } else this.#withModrm(form, operand, addressSize, rexW);
     c.length = this.#at;
-    c.given = random.chance(50) ? c.length : random.chance(50) ? 0 : random.below(c.length + 1);
+    c.bytes.fill(0, c.length);
   }
 
   #segmentUsed = 0;
@@ -238,7 +284,9 @@ export class Generator {
     if (addressSize === 4 && high > 0xffff_ffffn) high = 0n;
     const page = WINDOW + random.below(WINDOW_PAGES) * PAGE;
     const edge = random.chance(35);
-    const within = edge ? PAGE - 1 - random.below(operand + 2) : random.below(PAGE - 64) & (random.chance(60) ? ~15 : ~0);
+    const within = edge
+      ? PAGE - 1 - random.below(operand + 2)
+      : random.below(PAGE - 64) & (random.chance(60) ? ~15 : ~0);
     c.operand = page + within;
     const base =
       mode.bits === 64
@@ -329,7 +377,7 @@ export class Generator {
   #operandData(form: CheckForm, operand: number, reg: number): void {
     const { random, case: c } = this;
     c.dataLength = operand >= 8 ? 16 : 8;
-    for (let index = 0; index < 16; index++) c.data[index] = random.value();
+    this.#fill();
     if (form.special === 'branch') {
       const target = TARGET - c.mode.codeBase;
       c.data.fill(0, 0, 8);
@@ -339,8 +387,13 @@ export class Generator {
       if (c.mode.bits === 64) c.words[reg * 2 + 1] = c.words[reg * 2] >>> 31 === 0 ? 0 : 0xffff_ffff;
     } else if (form.opcode[1] === 0xb0 || form.opcode[1] === 0xb1) {
       // CMPXCHG that finds what it expects.
-      if (random.chance(50)) for (let byte = 0; byte < 8; byte++) c.data[byte] = c.words[byte >> 2] >>> (8 * (byte & 3));
+      if (random.chance(50))
+        for (let byte = 0; byte < 8; byte++) c.data[byte] = c.words[byte >> 2] >>> (8 * (byte & 3));
     }
+  }
+
+  #fill(): void {
+    for (let index = 0; index < 16; index++) this.case.data[index] = this.random.value();
   }
 
   #implicit(form: CheckForm, operand: number, addressSize: number): void {

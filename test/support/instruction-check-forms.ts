@@ -18,6 +18,8 @@ export interface CheckForm {
   readonly modifies?: boolean;
   readonly longOnly?: boolean;
   readonly vector?: boolean;
+  /** MOVBE: not every processor has it, and QEMU's TCG takes the wrong operand size in 16-bit code. */
+  readonly movbe?: boolean;
   /** Where REX.W makes another instruction of it. */
   readonly noRexW?: boolean;
   readonly special?: 'string' | 'stack' | 'branch' | 'port' | 'bit' | 'shift';
@@ -34,7 +36,10 @@ function alu(): CheckForm[] {
     const base = operation * 8;
     // Logic leaves AF undefined.
     const undefinedFlags = operation === 1 || operation === 4 || operation === 6 ? AF : 0;
-    forms.push({ opcode: [base], size: 'b', lock, undefinedFlags }, { opcode: [base + 1], size: 'v', lock, undefinedFlags });
+    forms.push(
+      { opcode: [base], size: 'b', lock, undefinedFlags },
+      { opcode: [base + 1], size: 'v', lock, undefinedFlags },
+    );
     forms.push({ opcode: [base + 2], size: 'b', undefinedFlags }, { opcode: [base + 3], size: 'v', undefinedFlags });
     const digit = operation;
     forms.push({ opcode: [0x80], digit, size: 'b', immediate: 1, lock, undefinedFlags });
@@ -115,10 +120,11 @@ const ALL: readonly (readonly CheckForm[])[] = [
     { opcode: [0x0f, 0xb7], size: 'v' },
     { opcode: [0x0f, 0xbe], size: 'v' },
     { opcode: [0x0f, 0xbf], size: 'v' },
-    { opcode: [0x63], size: 'v', longOnly: true },
+    // With 16 bits, QEMU's TCG reads 32.
+    { opcode: [0x63], size: 'v', wide: true, longOnly: true },
     { opcode: [0x0f, 0xc3], size: 'v', wide: true },
-    { opcode: [0x0f, 0x38, 0xf0], size: 'v' },
-    { opcode: [0x0f, 0x38, 0xf1], size: 'v' },
+    { opcode: [0x0f, 0x38, 0xf0], size: 'v', movbe: true },
+    { opcode: [0x0f, 0x38, 0xf1], size: 'v', movbe: true },
   ],
   alu(),
   alu(),

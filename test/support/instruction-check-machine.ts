@@ -14,6 +14,8 @@ const GDT = 0x1000;
 const TSS = 0x1800;
 const IDT_LONG = 0x2000;
 const IDT = 0x3000;
+/** What a case could destroy, and the next one needs: descriptors, handlers. */
+export const SYSTEM_END = 0x5000;
 /** `out VECTOR, al` for each vector, 16 bytes apart. */
 const HANDLERS = 0x4000;
 export const EXCEPTION_STACK_TOP = 0x6000;
@@ -247,7 +249,8 @@ export class KvmMachine {
     this.#kernel.ioctlBuffer(this.#fd, abi.KVM_GET_SREGS, this.#sregs);
   }
 
-  setMode(mode: Mode, controls: Controls, segments: Record<SegmentName, SegmentState>): void {
+  /** @param base what cases start from: it gets the mode's TSS */
+  setMode(mode: Mode, controls: Controls, segments: Record<SegmentName, SegmentState>, base: Uint8Array): void {
     const view = this.#sregsView;
     const long = mode.paging === 'long';
     SEGMENTS.forEach((name, index) => this.#segment(index, segments[name], 0xffff_ffff));
@@ -264,7 +267,7 @@ export class KvmMachine {
     view.setBigUint64(at + 16, BigInt(cr3Of(mode.paging)), true);
     view.setBigUint64(at + 24, BigInt(cr4), true);
     view.setBigUint64(at + 40, BigInt(efer), true);
-    writeTss(this.memory, long);
+    writeTss(base, long);
   }
 
   #segment(index: number, { base, selector, attributes }: SegmentState, limit: number): void {

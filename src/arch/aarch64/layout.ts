@@ -50,7 +50,7 @@ export const LOW_RAM_END = 0xfc00_0000;
 export const HIGH_RAM_START = 0x1_0000_0000;
 
 /** At the start of RAM; it must not be larger, nor cross a 2 MiB boundary (Documentation/arch/arm64/booting.rst). */
-export const FDT = RAM_START;
+export const FDT = 0x4000_0000;
 export const FDT_MAX = 0x20_0000;
 /** The tables of ACPI, and the EFI structures by which they are found. */
 export const ACPI = 0x4020_0000;
@@ -62,7 +62,6 @@ export const KERNEL_ALIGNMENT = 0x20_0000;
 /** Numbers of shared peripheral interrupts: the interrupt's identifier is 32 more. */
 export const SPIS = 256;
 export const FIRST_SPI_INTID = 32;
-export const SPI_RTC = 8;
 export const SPI_GPIO = 9;
 export const SPI_GED = 10;
 export const SPI_SERIAL = 11;

@@ -16,12 +16,10 @@ import {
 } from '../hypervisor.js';
 import type { CpuidEntry } from '../x86-state.js';
 import * as abi from './abi.js';
-import { createKvmVm, KVM_DEVICE, openKvmDevice } from './device.js';
+import { createKvmVm, openKvmDevice } from './device.js';
 import { IOAPIC_PINS, setRouting, wirePins } from './routes.js';
 import { KvmVcpu } from './vcpu.js';
 import { KvmVmBase } from './vm.js';
-
-export { KVM_DEVICE };
 
 /** The capabilities without which no guest can run here. `vmm doctor` reports them one by one. */
 export const REQUIRED_CAPABILITIES: readonly abi.KvmCapability[] = [

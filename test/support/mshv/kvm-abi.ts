@@ -75,7 +75,6 @@ export const EVENTS = {
   flags: 20,
 } as const;
 export const EVENTS_SIZE = 64;
-export const KVM_VCPUEVENT_VALID_SHADOW = 4;
 
 /** struct kvm_fpu: x87 registers of 16 bytes first. */
 export const FPU = { fcw: 128, fsw: 130, ftwx: 132, opcode: 134, ip: 136, dp: 144, xmm: 152, mxcsr: 408 } as const;
@@ -84,4 +83,3 @@ export const MSR_EXIT_UNKNOWN = 2;
 export const MSR_EXIT_FILTER = 4;
 export const MEM_LOG_DIRTY_PAGES = 1;
 export const MEM_READONLY = 2;
-export const IRQ_ROUTING_MSI = 2;

@@ -11,7 +11,6 @@ export const GENERAL = [0, 2, 3, 1, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15] as
 export const RAX = 0;
 export const RCX = 2;
 export const RDX = 3;
-export const RBX = 1;
 export const RSI = 4;
 export const RDI = 5;
 export const RSP = 6;

@@ -31,8 +31,6 @@ const LENGTH = PARTITIONS + MAX_PARTITIONS * PARTITION_STRIDE;
 
 export const MAX_REGIONS = 64;
 export const REGION_WORDS = 8;
-export const MAX_DOORBELLS = 1024;
-export const DOORBELL_WORDS = 8;
 export const MAX_IRQFDS = 1024;
 export const IRQFD_WORDS = 4;
 export const ROUTE_WORDS = 4;

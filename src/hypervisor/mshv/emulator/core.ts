@@ -1,52 +1,23 @@
 /**
- * What every instruction is made of: operands, addresses, faults, and the device accesses in between.
- *
- * An instruction runs as a whole, and runs again from its start when a device has answered: what was read is kept in a log, so
- * no device is read twice. It changes nothing until all that it needs is there and no fault is left; its stores are queued, and
- * carried out one after another when it has run to its end.
+ * What every instruction is made of: registers, operands, their addresses, and faults.
  *
  * A method that answers false has stopped the instruction: `outcome` says why.
  */
+import { Accesses, mask, type Span } from './accesses.js';
 import * as x86 from './cpu.js';
-import {
-  type DeviceAccess,
-  type EmulatorCpu,
-  type EmulatorFault,
-  type EmulatorMemory,
-  Flag,
-  Outcome,
-  type Size,
-  TWO_32,
-  Vector,
-} from './cpu.js';
+import { type EmulatorCpu, type EmulatorFault, type EmulatorMemory, Flag, Outcome, TWO_32, Vector } from './cpu.js';
 import { type Address, type Bits, NO_REGISTER, type Operand, type Operation, Place } from './operation.js';
 import { PageWalker, Use, Walk } from './paging.js';
-
-/** Guest-physical addresses of a memory operand: it lies in one page or in two. */
-export interface Span {
-  address: number;
-  /** Bytes in the first page. */
-  length: number;
-  next: number;
-}
-
-/** Device reads and stores of one instruction: 32 bytes of a vector in pieces, or two operands that cross pages, are fewer. */
-const MAX_ACCESSES = 32;
 
 const CANONICAL_SHIFT_4_LEVEL = 15;
 const CANONICAL_SHIFT_5_LEVEL = 24;
 
-export class Core {
+export class Core extends Accesses {
   readonly words: Uint32Array;
-  readonly access: DeviceAccess = { address: 0, size: 1, low: 0, high: 0 };
   readonly fault: EmulatorFault = { vector: 0, errorCode: 0, hasErrorCode: false, cr2Low: 0, cr2High: 0 };
-  outcome: Outcome = Outcome.Done;
   /** For Unknown: why. */
   reason = '';
   bits: Bits = 16;
-  /** The value that was read last. */
-  low = 0;
-  high = 0;
   /** The memory operand that was located last. */
   readonly span: Span = { address: 0, length: 0, next: 0 };
   /** The other one of instructions that have two. */
@@ -55,32 +26,15 @@ export class Core {
   #addressLow = 0;
   #addressHigh = 0;
   #user = false;
-  readonly walker: PageWalker;
-
-  readonly #piece = new Uint8Array(8);
-  readonly #pieceView = new DataView(this.#piece.buffer);
-  readonly #joined = new Uint8Array(8);
-  readonly #joinedView = new DataView(this.#joined.buffer);
-
-  readonly #readLow = new Uint32Array(MAX_ACCESSES);
-  readonly #readHigh = new Uint32Array(MAX_ACCESSES);
-  #reads = 0;
-  #nextRead = 0;
-
-  readonly #storeAddress = new Float64Array(MAX_ACCESSES);
-  readonly #storeSize = new Uint8Array(MAX_ACCESSES);
-  readonly #storeLow = new Uint32Array(MAX_ACCESSES);
-  readonly #storeHigh = new Uint32Array(MAX_ACCESSES);
-  readonly #storePort = new Uint8Array(MAX_ACCESSES);
-  #stores = 0;
-  #nextStore = 0;
+  readonly #walker: PageWalker;
 
   constructor(
     readonly cpu: EmulatorCpu,
-    readonly memory: EmulatorMemory,
+    memory: EmulatorMemory,
   ) {
+    super(memory);
     this.words = cpu.words;
-    this.walker = new PageWalker(cpu, memory);
+    this.#walker = new PageWalker(cpu, memory);
   }
 
   // An instruction's life.
@@ -88,10 +42,8 @@ export class Core {
   begin(): void {
     const { cpu } = this;
     cpu.load();
-    this.walker.forget();
-    this.#reads = 0;
-    this.#stores = 0;
-    this.#nextStore = 0;
+    this.forget();
+    this.#walker.forget();
     const { attributes } = cpu.segments[x86.CS];
     const long = (cpu.eferLow & x86.EFER_LMA) !== 0 && (attributes & x86.SEGMENT_LONG) !== 0;
     this.bits = long ? 64 : (attributes & x86.SEGMENT_BIG) !== 0 ? 32 : 16;
@@ -111,41 +63,6 @@ export class Core {
 
   get virtual8086(): boolean {
     return (this.flags & Flag.VM) !== 0 && (this.cpu.eferLow & x86.EFER_LMA) === 0;
-  }
-
-  /** Before the instruction runs, each time. */
-  restart(): void {
-    this.#nextRead = 0;
-    this.#stores = 0;
-  }
-
-  /** What `access` has is the answer of the device. */
-  answer(): void {
-    const { access } = this;
-    this.#readLow[this.#reads] = access.size === 4 || access.size === 8 ? access.low : access.low & mask(access.size);
-    this.#readHigh[this.#reads] = access.size === 8 ? access.high : 0;
-    this.#reads++;
-  }
-
-  /** Carries out queued stores up to the first that is a device's. @returns whether none is left */
-  store(): boolean {
-    while (this.#nextStore < this.#stores) {
-      const index = this.#nextStore++;
-      const address = this.#storeAddress[index];
-      const size = this.#storeSize[index] as Size;
-      const port = this.#storePort[index] !== 0;
-      this.#pieceView.setUint32(0, this.#storeLow[index], true);
-      this.#pieceView.setUint32(4, this.#storeHigh[index], true);
-      if (!port && this.memory.write(address, this.#piece, size)) continue;
-      const { access } = this;
-      access.address = address;
-      access.size = size;
-      access.low = size >= 4 ? this.#storeLow[index] : this.#storeLow[index] & mask(size);
-      access.high = size === 8 ? this.#storeHigh[index] : 0;
-      this.outcome = port ? Outcome.PortWrite : Outcome.Write;
-      return false;
-    }
-    return true;
   }
 
   // What stops it.
@@ -246,23 +163,22 @@ export class Core {
   /**
    * Finds the instruction's memory operand and puts it in `span`.
    *
-   * @param plus bytes beyond it
-   * @param stack the stack pointer counts as that much higher
+   * @param plusLow bytes beyond the address that it tells, with `plusHigh` as the high word
    */
-  locate(operation: Operation, use: Use, plus = 0, stack = 0): boolean {
+  locate(operation: Operation, use: Use, plusLow = 0, plusHigh = 0): boolean {
     const { address, size } = operation;
-    this.#effective(address, plus, address.base === x86.RSP ? stack : 0);
+    this.#effective(address, plusLow, plusHigh);
     if (!this.#linear(address.segment, this.#addressLow, this.#addressHigh, size, use)) return false;
     if (operation.aligned && this.#addressLow % size !== 0) return this.raise(Vector.GP, 0);
     return this.#pages(this.span, size, use);
   }
 
   /** SDM volume 1, 3.7.5: base plus scaled index plus displacement, cut to the address size. */
-  #effective(address: Address, plus: number, stack: number): void {
+  #effective(address: Address, plusLow: number, plusHigh: number): void {
     const { words } = this;
     const { base, index, scale } = address;
-    let low = address.low + plus + stack;
-    let high = address.high;
+    let low = address.low + plusLow;
+    let high = address.high + plusHigh;
     if (base !== NO_REGISTER) {
       low += words[base * 2];
       high += words[base * 2 + 1];
@@ -290,19 +206,19 @@ export class Core {
     const low = this.#addressLow;
     const high = this.#addressHigh;
     if (!this.#physical(low, high, use)) return false;
-    span.address = this.walker.physical;
+    span.address = this.#walker.physical;
     span.length = 0x1000 - (low & 0xfff);
     if (span.length >= size) return true;
     const nextLow = low + span.length;
     // Below 64-bit mode linear addresses wrap at 4 GiB.
     const nextHigh = nextLow >= TWO_32 && this.bits === 64 ? (high + 1) >>> 0 : high;
     if (!this.#physical(nextLow >>> 0, nextHigh, use)) return false;
-    span.next = this.walker.physical;
+    span.next = this.#walker.physical;
     return true;
   }
 
   #physical(low: number, high: number, use: Use): boolean {
-    const { walker } = this;
+    const walker = this.#walker;
     switch (walker.walk(low, high, use, this.#user)) {
       case Walk.Done:
         return true;
@@ -362,107 +278,9 @@ export class Core {
     }
     return last <= limit;
   }
-
-  // Memory.
-
-  /** Reads 1 to 8 bytes of an operand, from RAM or a device, into `low` and `high`. */
-  read(span: Span, at: number, size: number): boolean {
-    if (at + size <= span.length) return this.#readPiece(span.address + at, size as Size);
-    if (at >= span.length) return this.#readPiece(span.next + at - span.length, size as Size);
-    this.#joinedView.setUint32(0, 0, true);
-    this.#joinedView.setUint32(4, 0, true);
-    for (let done = 0; done < size;) {
-      const address = addressIn(span, at + done);
-      const length = pieceSize(address, Math.min(size - done, at + done < span.length ? span.length - at - done : 8));
-      if (!this.#readPiece(address, length)) return false;
-      for (let byte = 0; byte < length; byte++) {
-        this.#joined[done + byte] = (byte < 4 ? this.low >>> (8 * byte) : this.high >>> (8 * (byte - 4))) & 0xff;
-      }
-      done += length;
-    }
-    this.low = this.#joinedView.getUint32(0, true);
-    this.high = this.#joinedView.getUint32(4, true);
-    return true;
-  }
-
-  #readPiece(address: number, size: Size): boolean {
-    if (!this.memory.read(address, this.#piece, size)) return this.ask(Outcome.Read, address, size);
-    const view = this.#pieceView;
-    this.high = 0;
-    if (size === 1) this.low = this.#piece[0];
-    else if (size === 2) this.low = view.getUint16(0, true);
-    else {
-      this.low = view.getUint32(0, true);
-      if (size === 8) this.high = view.getUint32(4, true);
-    }
-    return true;
-  }
-
-  /** Reads a device, or finds what it answered. @param kind Outcome.Read or Outcome.PortRead */
-  ask(kind: Outcome, address: number, size: Size): boolean {
-    if (this.#nextRead < this.#reads) {
-      const index = this.#nextRead++;
-      this.low = this.#readLow[index];
-      this.high = this.#readHigh[index];
-      return true;
-    }
-    const { access } = this;
-    access.address = address;
-    access.size = size;
-    access.low = 0;
-    access.high = 0;
-    this.outcome = kind;
-    return false;
-  }
-
-  /** Queues 1 to 8 bytes for an operand. */
-  write(span: Span, at: number, size: number, low: number, high: number): void {
-    if (at + size <= span.length) this.#queue(span.address + at, size as Size, low, high, 0);
-    else if (at >= span.length) this.#queue(span.next + at - span.length, size as Size, low, high, 0);
-    else {
-      let restLow = low;
-      let restHigh = high;
-      for (let done = 0; done < size;) {
-        const address = addressIn(span, at + done);
-        const length = pieceSize(address, Math.min(size - done, at + done < span.length ? span.length - at - done : 8));
-        this.#queue(address, length, restLow, restHigh, 0);
-        // A piece of an operand that crosses a page has at most 4 bytes.
-        restLow = length === 4 ? restHigh : ((restLow >>> (8 * length)) | (restHigh << (32 - 8 * length))) >>> 0;
-        restHigh = length === 4 ? 0 : restHigh >>> (8 * length);
-        done += length;
-      }
-    }
-  }
-
-  writePort(port: number, size: Size, low: number): void {
-    this.#queue(port, size, low, 0, 1);
-  }
-
-  #queue(address: number, size: Size, low: number, high: number, port: number): void {
-    const index = this.#stores++;
-    this.#storeAddress[index] = address;
-    this.#storeSize[index] = size;
-    this.#storeLow[index] = low;
-    this.#storeHigh[index] = high;
-    this.#storePort[index] = port;
-  }
-}
-
-function mask(size: number): number {
-  return size === 1 ? 0xff : size === 2 ? 0xffff : -1;
 }
 
 function canonical(high: number, shift: number): boolean {
   const sign = (high | 0) >> shift;
   return sign === 0 || sign === -1;
-}
-
-function addressIn(span: Span, at: number): number {
-  return at < span.length ? span.address + at : span.next + at - span.length;
-}
-
-/** The largest piece, of a size that devices know, that is aligned and no longer than this. */
-function pieceSize(address: number, limit: number): Size {
-  if (limit >= 4 && address % 4 === 0) return 4;
-  return limit >= 2 && address % 2 === 0 ? 2 : 1;
 }

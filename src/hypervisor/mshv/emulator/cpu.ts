@@ -101,7 +101,6 @@ export const EFER_LMA = 1 << 10;
 export const EFER_NXE = 1 << 11;
 
 /** Access rights of a segment. */
-export const SEGMENT_ACCESSED_TYPE = 0xf;
 export const SEGMENT_WRITABLE = 1 << 1;
 /** Of a data segment: valid offsets lie above the limit. Of a code segment: conforming. */
 export const SEGMENT_EXPAND_DOWN = 1 << 2;

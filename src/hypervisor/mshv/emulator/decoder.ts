@@ -48,7 +48,7 @@ export class Decoder {
   /**
    * @param count of bytes that are there; more may follow
    * @param rip low word of their address: only to find the place in the cache
-   * @returns undefined: more bytes are needed
+   * @returns undefined: more bytes are needed, even where there are as many as an instruction can have
    */
   decode(bits: Bits, bytes: Uint8Array, count: number, rip: number): Operation | undefined {
     const place = (rip ^ (rip >>> 10)) & (CACHE_SIZE - 1);
@@ -68,6 +68,8 @@ export class Decoder {
         return compile(iced, instruction, bits, bytes);
       }
       if (decoder.lastError === iced.DecoderError.NoMoreBytes) return undefined;
+      // What iced calls invalid here, and had no end one byte before, is too long.
+      if (count === MAX_LENGTH && this.#decode(bits, bytes, count - 1) === undefined) return undefined;
       return { ...operation(bits, bytes.slice(0, count)), kind: Kind.Invalid };
     } finally {
       instruction.free();
@@ -196,7 +198,7 @@ function registerOperand({ Register }: typeof Iced, register: Iced.Register): Op
   if (within(Register.AL, Register.BL)) return of(Register.AL, 1);
   if (within(Register.AH, Register.BH)) return { ...of(Register.AH, 1), place: Place.HighByte };
   // SPL to R15L follow the high bytes.
-  if (within(Register.SPL, Register.R15L)) return of(Register.SPL - 4, 1);
+  if (within(Register.SPL, Register.R15L)) return { ...of(Register.SPL, 1), index: register - Register.SPL + 4 };
   if (within(Register.AX, Register.R15W)) return of(Register.AX, 2);
   if (within(Register.EAX, Register.R15D)) return of(Register.EAX, 4);
   if (within(Register.RAX, Register.R15)) return of(Register.RAX, 8);

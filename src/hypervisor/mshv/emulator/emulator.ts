@@ -167,7 +167,8 @@ export class Emulator {
     const rip = (BigInt(words[x86.RIP * 2 + 1]) << 32n) | BigInt(words[x86.RIP * 2]);
     const length = this.#operation?.length ?? this.#codeLength;
     const bytes = Buffer.from(this.#code.subarray(0, length)).toString('hex');
-    const text = length === 0 ? '' : ` '${disassemble(bits, this.#code, this.#codeLength)}' (${bytes}, ${bits}-bit code)`;
+    const text =
+      length === 0 ? '' : ` '${disassemble(bits, this.#code, this.#codeLength)}' (${bytes}, ${bits}-bit code)`;
     return `The guest's instruction${text} at RIP 0x${rip.toString(16)} cannot be carried out: ${reason}`;
   }
 }

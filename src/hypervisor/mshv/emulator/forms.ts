@@ -7,7 +7,7 @@ export interface Form {
   readonly offset?: number;
 }
 
-const GENERAL: Readonly<Record<string, Kind>> = {
+const GENERAL: Readonly<Partial<Record<string, Kind>>> = {
   Mov: Kind.Mov,
   Movnti: Kind.Mov,
   Movzx: Kind.Movzx,
@@ -47,7 +47,7 @@ const GENERAL: Readonly<Record<string, Kind>> = {
 };
 
 /** Their sizes are in the names; MOVSD and CMPSD are vector instructions too, so these are for string operands alone. */
-const STRING: Readonly<Record<string, Kind>> = {
+const STRING: Readonly<Partial<Record<string, Kind>>> = {
   Movs: Kind.Movs,
   Stos: Kind.Stos,
   Lods: Kind.Lods,
@@ -61,7 +61,7 @@ const STRING: Readonly<Record<string, Kind>> = {
 const CONDITIONS = ['o', 'no', 'b', 'ae', 'e', 'ne', 'be', 'a', 's', 'ns', 'p', 'np', 'l', 'ge', 'le', 'g'];
 
 /** Loads where the first operand is a register, else stores. Each has a form with a V before it. */
-const VECTOR: Readonly<Record<string, { readonly aligned?: boolean; readonly half?: number }>> = {
+const VECTOR: Readonly<Partial<Record<string, { readonly aligned?: boolean; readonly half?: number }>>> = {
   Movd: {},
   Movq: {},
   Movss: {},

@@ -170,8 +170,12 @@ function bitTest(core: Core, alu: Alu, operation: Operation): boolean {
   const bit = offset & (size * 8 - 1);
   if (first.place === Place.Memory) {
     const use = writes ? Use.Write : Use.Read;
-    const distance = second.place === Place.Register ? bytesBeyond(offset, core.high, size) : 0;
-    if (!core.locate(operation, use, distance)) return false;
+    // The signed offset in whole operands, as bytes.
+    const signed = size === 2 ? (offset << 16) >> 16 : offset | 0;
+    const reaches = second.place === Place.Register;
+    const high = size === 8 ? core.high : signed >> 31;
+    const low = ((signed >>> 3) | (high << 29)) & -size;
+    if (!core.locate(operation, use, reaches ? low >>> 0 : 0, reaches ? (high >> 3) >>> 0 : 0)) return false;
   }
   if (!core.load(first)) return false;
   const changes = kind === Kind.Bt ? 0 : kind === Kind.Bts ? 1 : kind === Kind.Btr ? 2 : 3;
@@ -179,14 +183,6 @@ function bitTest(core: Core, alu: Alu, operation: Operation): boolean {
   if (writes) core.save(first, alu.low, alu.high);
   core.setFlags(alu.flags, alu.changed);
   return true;
-}
-
-/** The signed bit offset, in whole operands, as bytes. */
-function bytesBeyond(low: number, high: number, size: number): number {
-  if (size === 2) return (((low << 16) >> 16) >> 4) * 2;
-  if (size === 4) return ((low | 0) >> 5) * 4;
-  // Offset divided by 64 and times 8: exact, since it has 58 significant bits left, three of them zeros.
-  return (((high | 0) * 0x400_0000 + (low >>> 6)) * 8) as number;
 }
 
 function exchange(core: Core, alu: Alu, operation: Operation): boolean {
@@ -252,7 +248,7 @@ function pop(core: Core, operation: Operation): boolean {
   const low = pointer === 2 ? top & 0xffff : top;
   const high = pointer === 8 ? words[x86.RSP * 2 + 1] : 0;
   if (!core.translate(core.other, x86.SS, low, high, size, Use.Read)) return false;
-  if (!core.locate(operation, Use.Write, 0, size)) return false;
+  if (!core.locate(operation, Use.Write, operation.address.base === x86.RSP ? size : 0)) return false;
   if (!core.read(core.other, 0, size)) return false;
   core.write(core.span, 0, size, core.low, core.high);
   core.addToRegister(x86.RSP, pointer, size);

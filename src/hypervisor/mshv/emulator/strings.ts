@@ -2,6 +2,7 @@
  * MOVS, STOS, LODS, CMPS, SCAS, INS and OUTS: Intel SDM volume 2. One iteration at a time, each of which leaves the registers
  * as an interrupt between iterations would find them.
  */
+import { type Span } from './accesses.js';
 import { type Alu } from './alu.js';
 import { type Core } from './core.js';
 import * as x86 from './cpu.js';
@@ -50,7 +51,7 @@ function destination(core: Core, operation: Operation, use: Use): boolean {
 function at(
   core: Core,
   { address, size }: Operation,
-  span: Core['span'],
+  span: Span,
   register: number,
   segment: number,
   use: Use,
