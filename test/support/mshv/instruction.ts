@@ -305,6 +305,8 @@ export class Instructions {
     if (register === Register.RIP || register === Register.EIP) return rip;
     const number = RegisterExt.number(register);
     if (register >= Register.AH && register <= Register.BH) return (registers[GENERAL[number - 4]] >> 8n) & 0xffn;
+    // Iced counts AH to BH before these.
+    if (register >= Register.SPL && register <= Register.R15L) return registers[GENERAL[number - 4]] & 0xffn;
     return BigInt.asUintN(8 * RegisterExt.size(register), registers[GENERAL[number]]);
   }
 

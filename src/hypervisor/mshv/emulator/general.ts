@@ -52,18 +52,29 @@ function operand(core: Core, operation: Operation, use: Use): boolean {
 
 /** SDM volume 1, appendix B: the lowest bit negates. */
 function holds(condition: number, flags: number): boolean {
-  const signed = ((flags & Flag.SF) !== 0) !== ((flags & Flag.OF) !== 0);
-  const tests = [
-    (flags & Flag.OF) !== 0,
-    (flags & Flag.CF) !== 0,
-    (flags & Flag.ZF) !== 0,
-    (flags & (Flag.CF | Flag.ZF)) !== 0,
-    (flags & Flag.SF) !== 0,
-    (flags & Flag.PF) !== 0,
-    signed,
-    signed || (flags & Flag.ZF) !== 0,
-  ];
-  return tests[condition >> 1] !== ((condition & 1) !== 0);
+  return test(condition >> 1, flags) !== ((condition & 1) !== 0);
+}
+
+function test(condition: number, flags: number): boolean {
+  const less = ((flags & Flag.SF) !== 0) !== ((flags & Flag.OF) !== 0);
+  switch (condition) {
+    case 0:
+      return (flags & Flag.OF) !== 0;
+    case 1:
+      return (flags & Flag.CF) !== 0;
+    case 2:
+      return (flags & Flag.ZF) !== 0;
+    case 3:
+      return (flags & (Flag.CF | Flag.ZF)) !== 0;
+    case 4:
+      return (flags & Flag.SF) !== 0;
+    case 5:
+      return (flags & Flag.PF) !== 0;
+    case 6:
+      return less;
+    default:
+      return less || (flags & Flag.ZF) !== 0;
+  }
 }
 
 function move(core: Core, operation: Operation): boolean {
