@@ -6,7 +6,8 @@
  * out. Registers are read and written through the page that the hypervisor shares, or by hypercall where it shares none.
  *
  * Messages that are handled: ports, memory, CPUID, MSRs, ends of interrupt, halt, unrecoverable exceptions. Any other ends the
- * machine with the message's name. Not modelled: single-stepping (RFLAGS.TF) over an emulated instruction.
+ * machine with the message's name. Not modelled: single-stepping (RFLAGS.TF) over an emulated instruction, and the end of the
+ * interrupt shadow of STI by one, which then lasts an instruction longer.
  */
 import os from 'node:os';
 import type { GuestMemory } from '../../memory/guest-memory.js';

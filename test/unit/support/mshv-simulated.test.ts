@@ -133,7 +133,9 @@ describe('memory', () => {
     const setUp = text.startsWith('std') ? 'std\n' : '';
     const instruction = text.replace(/^std\n/, '');
     for (const [index, neighbour] of NEIGHBOURS.entries()) {
-      (runs(bits, lab) ? test : test.skip)(`${bits} bits: ${text} after ${neighbour}`, () => {
+      // A KVM that only emulates knows few instructions; where there is a better one, as in a lab, all of them are tried.
+      if (!runs(bits, lab)) continue;
+      test(`${bits} bits: ${text} after ${neighbour}`, () => {
         const initial: Registers = {
           RAX: 0x8765_4321n,
           RBX: DEVICE,
