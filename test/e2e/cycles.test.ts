@@ -73,21 +73,22 @@ test(`${RESETS} resets of one machine leave no descriptor or thread in its proce
     );
     return stdout.split('\n').slice(0, 3).map(Number);
   };
-  /** The most of several moments: a machine may be on its way up or down. */
-  const most = async () => {
-    const seen = [0, 0, 0];
-    for (let sample = 0; sample < 12; sample++)
-      (await count()).forEach((value, index) => (seen[index] = Math.max(seen[index], value)));
+  /** Of several moments, as a machine may be on its way up or down at each of them. */
+  const samples = async (pick: (...values: number[]) => number) => {
+    const seen = await count();
+    for (let sample = 1; sample < 12; sample++)
+      (await count()).forEach((value, index) => (seen[index] = pick(seen[index], value)));
     return seen;
   };
   await reach(5);
-  const early = await most();
+  const early = await samples(Math.max);
   await reach(5 + RESETS);
-  const late = await most();
+  // What one reset leaves behind, all of them leave: more than a machine on its way up or down differs by.
+  const late = await samples(Math.min);
   process.kill('SIGTERM');
   await process.exit;
-  expect(late[0]).toBeLessThanOrEqual(early[0] + 2);
-  expect(late[1]).toBeLessThanOrEqual(early[1] + 1);
+  expect(late[0]).toBeLessThanOrEqual(early[0]);
+  expect(late[1]).toBeLessThanOrEqual(early[1]);
   // koffi keeps three mappings, most of them never touched, of each worker that has ended (docs/support.md); nothing else grows.
   expect(late[2]).toBeLessThanOrEqual(early[2] + WORKERS * 4 * (resets - 5) + 30);
 }, 400_000);
