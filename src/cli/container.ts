@@ -7,8 +7,7 @@ import fs from 'node:fs';
 import { Container, type ServiceIdentifier } from 'inversify';
 import type { ProcessOptions, VmConfig } from '../config/vm-config.js';
 import { type Hypervisor, HypervisorError } from '../hypervisor/hypervisor.js';
-import { openKvmArm64 } from '../hypervisor/kvm/aarch64/kvm.js';
-import { openKvm } from '../hypervisor/kvm/kvm.js';
+import { openHostKvm } from '../hypervisor/kvm/host.js';
 import { MSHV_DEVICE, openMshv } from '../hypervisor/mshv/mshv.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { Logger } from '../vmm/logger.js';
@@ -54,14 +53,14 @@ export function machineContainer(
 
 /** The hypervisor of the user's choice, or the first that works. @throws HypervisorError when it does not work here */
 function openHypervisor({ hypervisor }: ProcessOptions, kernel: HostKernel): Hypervisor {
-  if (process.arch === 'arm64') {
-    if (hypervisor !== 'mshv') return openKvmArm64(kernel);
-    throw new HypervisorError('--hypervisor mshv: not built for aarch64 yet; accepted is kvm');
+  const arm = process.arch === 'arm64';
+  if (hypervisor === 'mshv') {
+    if (arm) throw new HypervisorError('--hypervisor mshv: not built for aarch64 yet; accepted is kvm');
+    return openMshv(kernel);
   }
-  if (hypervisor === 'kvm') return openKvm(kernel);
-  if (hypervisor === 'mshv') return openMshv(kernel);
+  if (hypervisor === 'kvm' || arm) return openHostKvm(kernel);
   try {
-    return openKvm(kernel);
+    return openHostKvm(kernel);
   } catch (error) {
     if (!(error instanceof HypervisorError) || !fs.existsSync(MSHV_DEVICE)) throw error;
     return openMshv(kernel);

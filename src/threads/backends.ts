@@ -1,7 +1,6 @@
 /** The hypervisors, as threads other than main attach to what main has made. */
 import type { HypervisorName, Vcpu, VcpuHandle, VmHandle, VmSignals } from '../hypervisor/hypervisor.js';
-import { attachKvmArm64Vcpu } from '../hypervisor/kvm/aarch64/kvm.js';
-import { attachKvmVcpu } from '../hypervisor/kvm/kvm.js';
+import { attachHostKvmVcpu } from '../hypervisor/kvm/host.js';
 import { attachKvmSignals } from '../hypervisor/kvm/signals.js';
 import { attachMshvSignals } from '../hypervisor/mshv/signals.js';
 import { attachMshvVcpu } from '../hypervisor/mshv/vcpu.js';
@@ -15,8 +14,7 @@ export function attachVcpu(
   handle: VcpuHandle,
   memory: () => GuestMemory,
 ): Vcpu {
-  if (hypervisor === 'mshv') return attachMshvVcpu(kernel, handle, memory());
-  return process.arch === 'arm64' ? attachKvmArm64Vcpu(kernel, handle) : attachKvmVcpu(kernel, handle);
+  return hypervisor === 'kvm' ? attachHostKvmVcpu(kernel, handle) : attachMshvVcpu(kernel, handle, memory());
 }
 
 export function attachSignals(hypervisor: HypervisorName, kernel: HostKernel, handle: VmHandle): VmSignals {

@@ -2,7 +2,7 @@
 import { randomBytes } from 'node:crypto';
 import { loadArm64Payload } from '../arch/aarch64/boot/load.js';
 import { buildArm64Acpi } from '../arch/aarch64/acpi.js';
-import { buildDevicetree, type CpuTopology, type EfiPlace, SEED_SIZE } from '../arch/aarch64/devicetree.js';
+import { buildDevicetree, type EfiPlace, SEED_SIZE } from '../arch/aarch64/devicetree.js';
 import { buildEfi } from '../arch/aarch64/efi.js';
 import * as layout from '../arch/aarch64/layout.js';
 import type { VmConfig } from '../config/vm-config.js';
@@ -11,7 +11,7 @@ import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
 import { divideSegments, type SegmentWindows } from '../pci/segments.js';
 import type { VirtioPciHandle } from '../virtio/pci-transport.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
-import type { Board } from './board.js';
+import { type Board, configuredTopology } from './board.js';
 import { MachineError } from './machine-error.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
@@ -82,7 +82,7 @@ export class Arm64Board implements Board {
     const { entry, initrd } = loadArm64Payload({ kernel, initramfs, cmdline }, memory);
     const devicetree = buildDevicetree({
       mpidrs: this.#vcpus.map((vcpu) => vcpu.mpidr()),
-      topology: this.#topology(),
+      topology: configuredTopology(this.config.cpus),
       ram: this.ram,
       cmdline,
       initrd,
@@ -108,16 +108,5 @@ export class Arm64Board implements Board {
     const { place, bytes } = buildEfi(layout.ACPI, rsdp, this.ram, { address: layout.ACPI, size: layout.ACPI_MAX });
     memory.write(layout.ACPI, bytes);
     return place;
-  }
-
-  #topology(): CpuTopology {
-    const { topology, max_vcpus: max } = this.config.cpus;
-    if (topology === undefined) return { threadsPerCore: 1, coresPerDie: max, diesPerPackage: 1, packages: 1 };
-    return {
-      threadsPerCore: topology.threads_per_core,
-      coresPerDie: topology.cores_per_die,
-      diesPerPackage: topology.dies_per_package,
-      packages: topology.packages,
-    };
   }
 }

@@ -3,7 +3,7 @@
  * touches them.
  */
 import * as layout from '../arch/aarch64/layout.js';
-import { Bus, type InterruptLine } from '../devices/bus.js';
+import { Bus } from '../devices/bus.js';
 import { Ged, GedEvent, gedLayout } from '../devices/ged.js';
 import { Pl011, pl011Layout } from '../devices/pl011.js';
 import { Pl031, pl031Layout } from '../devices/pl031.js';
@@ -15,7 +15,7 @@ import type { SegmentWindows } from '../pci/segments.js';
 import { StateBlock, type StateLayout } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../virtio/pci-transport.js';
-import { attachSegments, type PciHandle, type Platform, type PlatformEvent } from './platform-parts.js';
+import { attachSegments, interruptLine, type PciHandle, type Platform, type PlatformEvent } from './platform-parts.js';
 
 export interface Arm64PlatformOptions {
   readonly serial: boolean;
@@ -70,7 +70,7 @@ export function attachArm64Platform(
   emit: (event: PlatformEvent) => void,
 ): Platform {
   const { options } = handle;
-  const line = ({ eventfd }: InterruptHandle): InterruptLine => ({ raise: () => kernel.signal(eventfd) });
+  const line = (interrupt: InterruptHandle) => interruptLine(kernel, interrupt);
   const memory = new Bus();
   const serial = options.serial
     ? new Pl011(new StateBlock(pl011Layout, handle.serial), line(handle.serialInterrupt), {

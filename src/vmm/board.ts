@@ -1,4 +1,6 @@
 /** What machines of all architectures have in common, seen from the one that puts a machine together. */
+import { defaultTopology, type Topology } from '../arch/topology.js';
+import type { CpusConfig } from '../config/vm-config.js';
 import type { Vcpu, Vm } from '../hypervisor/hypervisor.js';
 import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
 import type { SegmentWindows } from '../pci/segments.js';
@@ -22,4 +24,15 @@ export interface Board {
    * @throws BootError naming the option that is to blame
    */
   boot(memory: GuestMemory): void;
+}
+
+/** The shape of the vCPUs that can ever be present. */
+export function configuredTopology({ topology, max_vcpus: max }: CpusConfig): Topology {
+  if (topology === undefined) return defaultTopology(max);
+  return {
+    threadsPerCore: topology.threads_per_core,
+    coresPerDie: topology.cores_per_die,
+    diesPerPackage: topology.dies_per_package,
+    packages: topology.packages,
+  };
 }

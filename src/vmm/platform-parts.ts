@@ -1,6 +1,6 @@
 /** What the platforms of all architectures share: the events that devices tell main, and the PCI segments. */
-import type { Bus } from '../devices/bus.js';
-import type { VmHandle, VmSignals } from '../hypervisor/hypervisor.js';
+import type { Bus, InterruptLine } from '../devices/bus.js';
+import type { InterruptHandle, VmHandle, VmSignals } from '../hypervisor/hypervisor.js';
 import { ECAM_BUS_SIZE, HostBridge, PciEcam, PciSegment } from '../pci/config-space.js';
 import { type PciFunction, PciWindow } from '../pci/function.js';
 import type { SegmentWindows } from '../pci/segments.js';
@@ -49,6 +49,11 @@ export function attachSegments(handle: PciHandle, kernel: HostKernel, signals: V
     }
   });
   return segments;
+}
+
+/** An interrupt input as a device raises it. */
+export function interruptLine(kernel: HostKernel, { eventfd }: InterruptHandle): InterruptLine {
+  return { raise: () => kernel.signal(eventfd) };
 }
 
 /** CLOCK_MONOTONIC in nanoseconds, the same on every thread; a read allocates nothing. */

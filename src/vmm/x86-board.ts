@@ -8,14 +8,15 @@ import { buildMpTable } from '../arch/x86_64/mptable.js';
 import { initialMsrs } from '../arch/x86_64/msrs.js';
 import { RESET_CODE } from '../arch/x86_64/reset-vector.js';
 import { buildSmbios } from '../arch/x86_64/smbios.js';
-import { apicId, defaultTopology, MAX_APIC_ID, type Topology } from '../arch/x86_64/topology.js';
+import type { Topology } from '../arch/topology.js';
+import { apicId, MAX_APIC_ID } from '../arch/x86_64/topology.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { X86Hypervisor, X86Vcpu, X86Vm } from '../hypervisor/hypervisor.js';
 import type { CpuidEntry } from '../hypervisor/x86-state.js';
 import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
 import { divideSegments, type SegmentWindows } from '../pci/segments.js';
 import type { VirtioPciHandle } from '../virtio/pci-transport.js';
-import type { Board } from './board.js';
+import { type Board, configuredTopology } from './board.js';
 import { MachineError } from './machine-error.js';
 import { createX86Platform, type X86PlatformHandle } from './x86-platform.js';
 
@@ -146,16 +147,9 @@ function hostPhysicalBits(cpuid: readonly CpuidEntry[]): number {
 }
 
 function vcpuTopology({ cpus }: VmConfig): Topology {
-  const { topology, max_vcpus: max } = cpus;
-  if (topology === undefined) return defaultTopology(max);
-  const shape = {
-    threadsPerCore: topology.threads_per_core,
-    coresPerDie: topology.cores_per_die,
-    diesPerPackage: topology.dies_per_package,
-    packages: topology.packages,
-  };
-  if (apicId(max - 1, shape) > MAX_APIC_ID) {
+  const topology = configuredTopology(cpus);
+  if (apicId(cpus.max_vcpus - 1, topology) > MAX_APIC_ID) {
     throw new MachineError(`--cpus topology: accepted is one whose APIC ids end at ${MAX_APIC_ID} or below`);
   }
-  return shape;
+  return topology;
 }

@@ -4,7 +4,7 @@
  */
 import * as layout from '../arch/x86_64/layout.js';
 import { ACPI_SLEEP_PORTS, AcpiPmTimer, AcpiSleep } from '../devices/acpi-pm.js';
-import { Bus, type InterruptLine } from '../devices/bus.js';
+import { Bus } from '../devices/bus.js';
 import { DebugPort, debugPortLayout } from '../devices/debug-port.js';
 import { Ged, GedEvent, gedLayout } from '../devices/ged.js';
 import { I8042, I8042_PORTS } from '../devices/i8042.js';
@@ -18,7 +18,14 @@ import type { SegmentWindows } from '../pci/segments.js';
 import { StateBlock, type StateLayout } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../virtio/pci-transport.js';
-import { attachSegments, monotonicClock, type PciHandle, type Platform, type PlatformEvent } from './platform-parts.js';
+import {
+  attachSegments,
+  interruptLine,
+  monotonicClock,
+  type PciHandle,
+  type Platform,
+  type PlatformEvent,
+} from './platform-parts.js';
 
 export interface X86PlatformOptions {
   readonly serial: boolean;
@@ -86,7 +93,7 @@ export function attachX86Platform(
   emit: (event: PlatformEvent) => void,
 ): Platform {
   const { options } = handle;
-  const line = ({ eventfd }: InterruptHandle): InterruptLine => ({ raise: () => kernel.signal(eventfd) });
+  const line = (interrupt: InterruptHandle) => interruptLine(kernel, interrupt);
   const nanoseconds = monotonicClock();
   const reset = () => emit({ kind: 'reset' });
   const ports = new Bus();

@@ -5,25 +5,15 @@
  * PCI functions here have no legacy interrupts, so the host bridges have no interrupt maps: messages go to the ITS.
  */
 import type { MemoryRange } from '../../memory/guest-memory.js';
+import type { PciSegmentWindows, Window } from '../acpi/config.js';
+import type { Topology } from '../topology.js';
 import { type Cell, FdtWriter } from './fdt-writer.js';
 import * as layout from './layout.js';
-
-export interface CpuTopology {
-  readonly threadsPerCore: number;
-  readonly coresPerDie: number;
-  readonly diesPerPackage: number;
-  readonly packages: number;
-}
-
-interface Window {
-  readonly start: number;
-  readonly end: number;
-}
 
 export interface DevicetreeConfig {
   /** MPIDR_EL1's affinity of each vCPU, by number. */
   readonly mpidrs: readonly number[];
-  readonly topology: CpuTopology;
+  readonly topology: Topology;
   readonly ram: readonly MemoryRange[];
   readonly cmdline: string;
   readonly initrd?: { readonly address: number; readonly size: number } | undefined;
@@ -32,7 +22,7 @@ export interface DevicetreeConfig {
   readonly serial: boolean;
   readonly pvpanic: boolean;
   /** By segment number. */
-  readonly segments: readonly { readonly ecam: number; readonly mmio32: Window; readonly mmio64: Window }[];
+  readonly segments: readonly PciSegmentWindows[];
   /** By which a kernel that is told `acpi=force` finds the tables (Documentation/arch/arm/uefi.rst). */
   readonly efi?: EfiPlace | undefined;
 }
@@ -155,7 +145,7 @@ function writeCpus(fdt: FdtWriter, { mpidrs, topology }: DevicetreeConfig): void
 }
 
 /** cpu/cpu-topology.txt; only what is there is mapped, in the order of the vCPUs' numbers. */
-function writeCpuMap(fdt: FdtWriter, topology: CpuTopology, vcpus: number): void {
+function writeCpuMap(fdt: FdtWriter, topology: Topology, vcpus: number): void {
   const { threadsPerCore: threads, coresPerDie: cores, diesPerPackage: dies } = topology;
   const count = (size: number, first: number) => Math.max(0, Math.ceil((vcpus - first) / size));
   const children = (name: string, most: number, size: number, first: number, fill: (first: number) => void) => {

@@ -6,7 +6,8 @@
  * Everything not named here is as the hypervisor supports it.
  */
 import type { CpuidEntry } from '../../hypervisor/x86-state.js';
-import { apicId, type Topology, topologyShifts } from './topology.js';
+import type { Topology } from '../topology.js';
+import { apicId, topologyShifts } from './topology.js';
 
 export interface CpuidConfig {
   readonly supported: readonly CpuidEntry[];

@@ -2,21 +2,10 @@
  * CPU topology and the APIC ids that express it: each level has a bit field wide enough for its size, threads lowest
  * (Intel SDM volume 3, 9.9.1).
  */
-
-export interface Topology {
-  readonly threadsPerCore: number;
-  readonly coresPerDie: number;
-  readonly diesPerPackage: number;
-  readonly packages: number;
-}
+import type { Topology } from '../topology.js';
 
 /** Largest APIC id of a machine whose IOAPIC and MP table name processors by 8 bits; 255 is the broadcast id. */
 export const MAX_APIC_ID = 254;
-
-/** One package of single-threaded cores: what most guests expect when nothing is said. */
-export function defaultTopology(vcpus: number): Topology {
-  return { threadsPerCore: 1, coresPerDie: vcpus, diesPerPackage: 1, packages: 1 };
-}
 
 /** Where each level's field of the APIC id starts: at the sum of the widths below it. Bits. */
 export interface TopologyShifts {

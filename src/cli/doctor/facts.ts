@@ -3,10 +3,11 @@ import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import * as arm64 from '../../hypervisor/kvm/aarch64/abi.js';
-import { openKvmArm64, REQUIRED_CAPABILITIES as ARM64_REQUIRED } from '../../hypervisor/kvm/aarch64/kvm.js';
+import { REQUIRED_CAPABILITIES as ARM64_REQUIRED } from '../../hypervisor/kvm/aarch64/kvm.js';
 import * as x86 from '../../hypervisor/kvm/abi.js';
 import { KVM_DEVICE, probeCapabilities } from '../../hypervisor/kvm/device.js';
-import { openKvm, REQUIRED_CAPABILITIES as X86_REQUIRED } from '../../hypervisor/kvm/kvm.js';
+import { openHostKvm } from '../../hypervisor/kvm/host.js';
+import { REQUIRED_CAPABILITIES as X86_REQUIRED } from '../../hypervisor/kvm/kvm.js';
 import { MSHV_DEVICE, openMshv } from '../../hypervisor/mshv/mshv.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { liveTestArm64 } from './live-test-arm64.js';
@@ -83,7 +84,7 @@ function hugepages(): Record<string, number> {
 /** In the child: runs the live test and prints its results. @returns whether this process is that child */
 export function runProbe(kernel: HostKernel): boolean {
   if (process.env[PROBE_VARIABLE] === undefined) return false;
-  const hypervisor = ARM64 ? openKvmArm64(kernel) : openKvm(kernel);
+  const hypervisor = openHostKvm(kernel);
   const results =
     hypervisor.architecture === 'aarch64' ? liveTestArm64(hypervisor, kernel) : liveTest(hypervisor, kernel);
   process.stdout.write(JSON.stringify(results));
@@ -130,7 +131,7 @@ function tryMshv(kernel: HostKernel): void {
 export function gatherFacts(kernel: HostKernel): Facts {
   const cpuinfo = read('/proc/cpuinfo');
   const devices = Object.fromEntries(DEVICES.map((path) => [path, deviceState(path)]));
-  const kvmProblem = problemOf(() => (ARM64 ? openKvmArm64(kernel) : openKvm(kernel)).close());
+  const kvmProblem = problemOf(() => openHostKvm(kernel).close());
   const known = ARM64 ? arm64.KVM_CAP : x86.KVM_CAP;
   return {
     node: process.versions.node,

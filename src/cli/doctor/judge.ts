@@ -161,21 +161,21 @@ function checkLimits({ nofile, memlock, memoryAvailable }: Facts): Check[] {
 export function judge(facts: Facts): Report {
   const mshv = facts.mshvProblem === undefined;
   // Where guests run on the other hypervisor, what KVM lacks is told and stops nobody.
-  const kvm = (check: Check): Check => (mshv && check.status === 'fail' ? { ...check, status: 'warn' } : check);
+  const soften = (check: Check): Check => (mshv && check.status === 'fail' ? { ...check, status: 'warn' } : check);
+  const kvm = [checkKvm(facts), ...checkLive(facts)];
   const checks = [
     checkNode(facts),
     checkArchitecture(facts),
-    kvm(checkKvm(facts)),
-    ...checkLive(facts).map(kvm),
+    ...kvm.map(soften),
     checkMshv(facts),
     checkCpu(facts),
-    ...checkCapabilities(facts).map(kvm),
+    ...checkCapabilities(facts).map(soften),
     ...Object.keys(DEVICE_ADVICE).map((path) => checkDevice(path, facts.devices[path] ?? 'absent')),
     ...checkHugepages(facts),
     ...checkLimits(facts),
   ];
   const failure = checks.find(({ status }) => status === 'fail');
-  const works = [checkKvm(facts), ...checkLive(facts)].every(({ status }) => status !== 'fail');
+  const works = kvm.every(({ status }) => status !== 'fail');
   return {
     canRunStockGuests: failure === undefined,
     reason: failure?.detail ?? (works ? 'KVM runs code at the speed of a processor' : 'the Microsoft hypervisor works'),

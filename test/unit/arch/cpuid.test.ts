@@ -1,7 +1,8 @@
 /** The leaves as a guest reads them: Linux 6.1, arch/x86/kernel/cpu/topology.c, amd.c, intel.c and cacheinfo.c. */
 import { describe, expect, test } from '@jest/globals';
 import { buildCpuid } from '../../../src/arch/x86_64/cpuid.js';
-import { apicId, type Topology } from '../../../src/arch/x86_64/topology.js';
+import type { Topology } from '../../../src/arch/topology.js';
+import { apicId } from '../../../src/arch/x86_64/topology.js';
 import type { CpuidEntry } from '../../../src/hypervisor/x86-state.js';
 
 type Row = readonly [leaf: number, eax: number, ebx: number, ecx: number, edx: number];

@@ -1,6 +1,7 @@
 import { describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { apicId, defaultTopology, MAX_APIC_ID, topologyShifts } from '../../../src/arch/x86_64/topology.js';
+import { defaultTopology } from '../../../src/arch/topology.js';
+import { apicId, MAX_APIC_ID, topologyShifts } from '../../../src/arch/x86_64/topology.js';
 
 const size = fc.integer({ min: 1, max: 9 });
 const topologies = fc.record({ threadsPerCore: size, coresPerDie: size, diesPerPackage: size, packages: size });
