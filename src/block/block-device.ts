@@ -40,7 +40,15 @@ const UNMAP = 1;
 const WRITEBACK = 32;
 
 /** Words of `DeviceContext.counters`. */
-const Counter = { reads: 0, writes: 1, readSectors: 2, writtenSectors: 3, flushes: 4, errors: 5, limited: 6 } as const;
+const Counter = {
+  read_ops: 0,
+  write_ops: 1,
+  read_bytes: 2,
+  write_bytes: 3,
+  flushes: 4,
+  errors: 5,
+  limited: 6,
+} as const;
 
 export interface BlockOptions {
   readonly readonly: boolean;
@@ -85,6 +93,7 @@ export function blockDescription(
     queueSizes: Array.from({ length: queues }, () => queueSize),
     config,
     writable: [[WRITEBACK, WRITEBACK + 1]],
+    counters: Object.keys(Counter),
   };
 }
 
@@ -247,8 +256,8 @@ export class BlockDevice implements VirtioDevice {
           this.#fail(slot);
           return;
         }
-        counters[Counter.reads]++;
-        counters[Counter.readSectors] += bytes / SECTOR;
+        counters[Counter.read_ops]++;
+        counters[Counter.read_bytes] += bytes;
         slot.bytes = bytes;
         this.#transfer(index, chain, chain.readable, 0, sector * SECTOR, bytes);
         return;
@@ -259,8 +268,8 @@ export class BlockDevice implements VirtioDevice {
           this.#fail(slot);
           return;
         }
-        counters[Counter.writes]++;
-        counters[Counter.writtenSectors] += bytes / SECTOR;
+        counters[Counter.write_ops]++;
+        counters[Counter.write_bytes] += bytes;
         slot.write = true;
         this.#transfer(index, chain, 0, HEADER_BYTES, sector * SECTOR, bytes);
         return;

@@ -54,6 +54,7 @@ export function balloonDescription({ size, deflateOnOom, freePageReporting }: Ba
     queueSizes: freePageReporting ? [128, 128, 32] : [128, 128],
     config: new Uint8Array(Uint32Array.of(pagesOf(size), 0).buffer),
     writable: [[4, 8]],
+    counters: Object.keys(BalloonCounter),
   };
 }
 

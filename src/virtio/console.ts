@@ -27,6 +27,7 @@ export function consoleDescription(queueSize: number): VirtioDescription {
     queueSizes: [queueSize, queueSize],
     config: new Uint8Array(12),
     writable: [],
+    counters: [],
   };
 }
 

@@ -52,6 +52,8 @@ export interface VirtioDescription {
   readonly config: Uint8Array;
   /** Bytes of it that the driver may write: from, up to and without. */
   readonly writable: readonly (readonly [number, number])[];
+  /** Names of `DeviceContext.counters`, in their order: at most DEVICE_COUNTERS. */
+  readonly counters: readonly string[];
 }
 
 /** A split queue in host memory. Addresses are the host's. */
@@ -132,8 +134,8 @@ export interface DeviceContext {
   readonly loop: EventLoop;
   /** The configuration space in the state block, four bytes a word. Written by the driver or by this device. */
   readonly config: Uint8Array;
-  /** Counters of the device in the state block: DEVICE_COUNTERS words, which it names in its file. */
-  readonly counters: Int32Array;
+  /** Counters of the device in the state block, which its description names: whole numbers, exact up to 2^53. */
+  readonly counters: Float64Array;
   /** Tells the driver that the configuration changed (4.1.5.4). */
   configChanged(): void;
   /** Something is beyond repair: DEVICE_NEEDS_RESET, an interrupt, and no more kicks until the driver resets it. */

@@ -32,6 +32,7 @@ export function entropyDescription(): VirtioDescription {
     queueSizes: [256],
     config: new Uint8Array(0),
     writable: [],
+    counters: Object.keys(EntropyCounter),
   };
 }
 

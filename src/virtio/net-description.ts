@@ -21,6 +21,17 @@ export const NetFeature = {
   multiQueue: 22,
 } as const;
 
+/** Indices of `DeviceContext.counters`. */
+export const NetCounter = {
+  rx_frames: 0,
+  tx_frames: 1,
+  rx_bytes: 2,
+  tx_bytes: 3,
+  dropped: 4,
+  malformed: 5,
+  limited: 6,
+} as const;
+
 export const CONTROL_QUEUE_SIZE = 64;
 const LINK_UP = 1;
 
@@ -57,5 +68,6 @@ export function netDescription({ mac, queuePairs, queueSize, mtu, tso, ufo, csum
     queueSizes: [...Array.from({ length: queuePairs * 2 }, () => queueSize), CONTROL_QUEUE_SIZE],
     config,
     writable: [],
+    counters: Object.keys(NetCounter),
   };
 }

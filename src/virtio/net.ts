@@ -10,7 +10,7 @@ import { EPOLL, type HostMapping } from '../sys/host-kernel.js';
 import type { DeviceContext, DeviceQueue, Driver, Timer, VirtioDevice } from './device.js';
 import { IovecArray } from './iovec.js';
 import { NetControl } from './net-control.js';
-import { NetFeature } from './net-description.js';
+import { NetCounter, NetFeature } from './net-description.js';
 import { type Chain, MAX_CHAIN, Pop } from './queue.js';
 import type { RateLimiter } from './rate-limiter.js';
 
@@ -34,18 +34,6 @@ const EBADFD = 77;
 const SMALL = 2048;
 /** Milliseconds after which a tap that fails is asked again. */
 const RETRY = 100;
-
-/** Words of `DeviceContext.counters`. */
-export const NET_COUNTERS = [
-  'received',
-  'sent',
-  'receivedBytes',
-  'sentBytes',
-  'dropped',
-  'malformed',
-  'limited',
-] as const;
-const Counter = { received: 0, sent: 1, receivedBytes: 2, sentBytes: 3, dropped: 4, malformed: 5, limited: 6 } as const;
 
 export interface NetOptions {
   /** A non-blocking descriptor for each pair of queues. */
@@ -236,13 +224,13 @@ class Pair {
       const { chain } = ring;
       const bytes = chain.readableBytes;
       if (chain.readable !== chain.count || bytes <= HEADER_BYTES || bytes > LARGEST) {
-        counters[Counter.malformed]++;
+        counters[NetCounter.malformed]++;
         ring.push(chain.id, 0);
         continue;
       }
       if (!this.#paid && limit?.take(bytes) === false) {
         ring.unpop();
-        counters[Counter.limited]++;
+        counters[NetCounter.limited]++;
         this.timers.transmit.start(Math.max(limit.delay(bytes), 1));
         this.#watch(this.#watched & ~EPOLL.OUT);
         break;
@@ -258,10 +246,10 @@ class Pair {
         this.#watch(this.#watched | EPOLL.OUT);
         break;
       }
-      if (result < 0) counters[Counter.dropped]++;
+      if (result < 0) counters[NetCounter.dropped]++;
       else {
-        counters[Counter.sent]++;
-        counters[Counter.sentBytes] += result;
+        counters[NetCounter.tx_frames]++;
+        counters[NetCounter.tx_bytes] += result;
       }
       ring.push(chain.id, 0);
     }
@@ -296,7 +284,7 @@ class Pair {
     // The packet's size is not known before it is here: it is charged afterwards.
     const delay = limit?.delay(1) ?? 0;
     if (delay > 0) {
-      counters[Counter.limited]++;
+      counters[NetCounter.limited]++;
       this.timers.receive.start(Math.max(delay, 1));
       return false;
     }
@@ -308,7 +296,7 @@ class Pair {
         this.shared.context.log('warn', 'The tap is gone');
         this.#unwatch();
       } else {
-        counters[Counter.dropped]++;
+        counters[NetCounter.dropped]++;
         this.timers.receive.start(RETRY);
       }
       return false;
@@ -316,7 +304,7 @@ class Pair {
     limit?.charge(bytes);
     this.#expected = bytes > this.#expected ? bytes : Math.max(this.#expected - (this.#expected - bytes) / 8, SMALL);
     if (bytes < HEADER_BYTES) {
-      counters[Counter.dropped]++;
+      counters[NetCounter.dropped]++;
       return true;
     }
     if (this.#placed >= bytes) {
@@ -324,7 +312,7 @@ class Pair {
       return true;
     }
     if (!this.mergeable && bytes > this.#heldBytes) {
-      counters[Counter.dropped]++;
+      counters[NetCounter.dropped]++;
       return true;
     }
     this.#pending = bytes;
@@ -370,7 +358,7 @@ class Pair {
       const { size } = this.receiveQueue.ring;
       if (this.#held < size && this.#vectorCount < size && this.#hasRoom()) return false;
       this.#pending = 0;
-      this.shared.context.counters[Counter.dropped]++;
+      this.shared.context.counters[NetCounter.dropped]++;
       return true;
     }
     this.#pending = 0;
@@ -431,7 +419,7 @@ class Pair {
     const vectorEnd = this.#vectorFirst + this.#vectorCount;
     // 5.1.6.3.1: there is room for the header, and all of the chain is the device's to write.
     if (chain.readable > 0 || chain.writableBytes < HEADER_BYTES) {
-      this.shared.context.counters[Counter.malformed]++;
+      this.shared.context.counters[NetCounter.malformed]++;
       this.receiveQueue.ring.push(chain.id, 0);
       return;
     }
@@ -495,8 +483,8 @@ class Pair {
     }
     this.#first += used;
     this.#held -= used;
-    counters[Counter.received]++;
-    counters[Counter.receivedBytes] += bytes;
+    counters[NetCounter.rx_frames]++;
+    counters[NetCounter.rx_bytes] += bytes;
   }
 
   /** Serves nothing any more. */

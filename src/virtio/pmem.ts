@@ -38,7 +38,8 @@ export function pmemDescription({ start, size }: PmemSetup): VirtioDescription {
   view.setBigUint64(8, BigInt(size), true);
   // RAM, as a memory controller has it.
   const classCode = 0x050000;
-  return { type: VirtioType.Pmem, classCode, features: [], queueSizes: [256], config, writable: [] };
+  const counters = Object.keys(PmemCounter);
+  return { type: VirtioType.Pmem, classCode, features: [], queueSizes: [256], config, writable: [], counters };
 }
 
 export interface PmemOptions {

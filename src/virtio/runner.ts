@@ -7,7 +7,6 @@ import { EPOLL, type HostKernel } from '../sys/host-kernel.js';
 import {
   type DeviceContext,
   type DeviceQueue,
-  DEVICE_COUNTERS,
   type EventLoop,
   Feature,
   type QueuePlace,
@@ -17,7 +16,14 @@ import { PackedQueue } from './packed-queue.js';
 import { announceConfig, requester, resetTransport, type VirtioPciHandle } from './pci-transport.js';
 import { QUEUE_WORDS, queueAddress, QueueWord } from './queue.js';
 import { SplitQueue } from './split-queue.js';
-import { configBytes, msixPlace, Status, type TransportLayout, transportLayout } from './transport-state.js';
+import {
+  configBytes,
+  deviceCounters,
+  msixPlace,
+  Status,
+  type TransportLayout,
+  transportLayout,
+} from './transport-state.js';
 
 /** What the worker itself provides. */
 export interface WorkerServices {
@@ -67,7 +73,7 @@ export class VirtioRunner {
       kernel: services.kernel,
       loop: services.loop,
       config: configBytes(this.#state, description.config.length),
-      counters: this.#words.subarray(layout.at.counters, layout.at.counters + DEVICE_COUNTERS),
+      counters: deviceCounters(this.#state),
       configChanged: () => announceConfig(this.#words, this.#at, this.#msix),
       needsReset: (reason) => this.#needsReset(reason),
       log: (level, line) => services.log(level, `${id}: ${line}`),

@@ -76,7 +76,8 @@ export function transportLayout(name: string, queues: number, configBytes: numbe
     queueSelect: 1,
     queues: queues * QUEUE_WORDS,
     config: Math.max(Math.ceil(configBytes / 4), 1),
-    counters: DEVICE_COUNTERS,
+    /** Doubles; a word more, for their alignment. */
+    counters: 2 * DEVICE_COUNTERS + 1,
   });
 }
 
@@ -88,4 +89,9 @@ export function msixPlace(layout: TransportLayout, queues: number): MsixPlace {
 /** The device's configuration space as bytes. Little-endian hosts only, which both architectures are. */
 export function configBytes(block: StateBlock<Fields>, length: number): Uint8Array {
   return new Uint8Array(block.buffer, block.layout.at.config * 4, length);
+}
+
+/** The device's counters. */
+export function deviceCounters(block: StateBlock<Fields>): Float64Array {
+  return new Float64Array(block.buffer, Math.ceil(block.layout.at.counters / 2) * 8, DEVICE_COUNTERS);
 }

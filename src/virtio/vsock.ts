@@ -105,6 +105,7 @@ export function vsockDescription(cid: number): VirtioDescription {
     queueSizes: [256, 256, 256],
     config,
     writable: [],
+    counters: Object.keys(VsockCounter),
   };
 }
 

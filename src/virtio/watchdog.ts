@@ -35,6 +35,7 @@ export function watchdogDescription(): VirtioDescription {
     queueSizes: [8],
     config: new Uint8Array(0),
     writable: [],
+    counters: Object.keys(WatchdogCounter),
   };
 }
 

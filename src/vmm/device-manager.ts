@@ -12,7 +12,7 @@ import type { HostKernel } from '../sys/host-kernel.js';
 import { balloonDescription } from '../virtio/balloon.js';
 import { BytePipe } from '../virtio/byte-pipe.js';
 import { consoleDescription } from '../virtio/console.js';
-import { DEVICE_COUNTERS, type VirtioDescription } from '../virtio/device.js';
+import type { VirtioDescription } from '../virtio/device.js';
 import { entropyDescription } from '../virtio/entropy.js';
 import { netDescription } from '../virtio/net-description.js';
 import {
@@ -25,7 +25,7 @@ import {
 import { pmemDescription } from '../virtio/pmem.js';
 import { QUEUE_WORDS, QueueWord } from '../virtio/queue.js';
 import type { LimiterOptions } from '../virtio/rate-limiter.js';
-import { transportLayout } from '../virtio/transport-state.js';
+import { deviceCounters, transportLayout } from '../virtio/transport-state.js';
 import { StateBlock } from '../state/state-block.js';
 import { vsockDescription } from '../virtio/vsock.js';
 import { watchdogDescription } from '../virtio/watchdog.js';
@@ -67,8 +67,8 @@ export interface DeviceCounters {
     readonly kicks: number;
     readonly kickExits: number;
   }[];
-  /** The device's own, named in its file. */
-  readonly device: readonly number[];
+  /** The device's own. */
+  readonly device: Readonly<Record<string, number>>;
 }
 
 export interface DeviceManagerOptions {
@@ -146,7 +146,7 @@ export class DeviceManager {
         wake,
       });
     }
-    resources.disks.forEach(({ config: disk, format, files, buffered, size, blockSize }, index) => {
+    resources.disks.forEach(({ id, config: disk, format, files, buffered, size, blockSize }) => {
       const { num_queues: queues, queue_size: queueSize, readonly } = disk;
       const limits = limiterOptions(disk.rate_limiter_config);
       const backend: BackendSpec = {
@@ -159,11 +159,11 @@ export class DeviceManager {
         direct: disk.direct,
         backingFiles: disk.backing_files,
         sparse: disk.sparse,
-        serial: disk.serial ?? disk.id ?? `_disk${index}`,
+        serial: disk.serial ?? id,
         engine: disk._disable_io_uring ? (disk._disable_aio ? 'sync' : 'aio') : undefined,
         limits,
       };
-      add(`_disk${index}`, disk, blockDescription(size, queues, queueSize, readonly, blockSize), backend, {
+      add(id, disk, blockDescription(size, queues, queueSize, readonly, blockSize), backend, {
         affinity: disk.queue_affinity,
         together: format !== 'raw' || limits !== undefined,
         busy: true,
@@ -304,11 +304,20 @@ export class DeviceManager {
     };
   }
 
+  /** Segment, bus, device and function by the name of the device. */
+  addresses(): ReadonlyMap<string, string> {
+    const hex = (value: number, digits: number) => value.toString(16).padStart(digits, '0');
+    return new Map(this.handles.map(({ id, segment, slot }) => [id, `${hex(segment, 4)}:00:${hex(slot, 2)}.0`]));
+  }
+
   counters(): DeviceCounters[] {
     return this.handles.map(({ id, state, description }) => {
       const queues = description.queueSizes.length;
-      const { at } = transportLayout(id, queues, description.config.length);
-      const words = new Int32Array(state);
+      const layout = transportLayout(id, queues, description.config.length);
+      const block = new StateBlock(layout, state);
+      const { words } = block;
+      const { at } = layout;
+      const own = deviceCounters(block);
       return {
         id,
         queues: description.queueSizes.map((_, queue) => {
@@ -319,7 +328,7 @@ export class DeviceManager {
           );
           return { requests, interrupts, kicks, kickExits };
         }),
-        device: Array.from(words.subarray(at.counters, at.counters + DEVICE_COUNTERS)),
+        device: Object.fromEntries(description.counters.map((name, index) => [name, own[index]])),
       };
     });
   }

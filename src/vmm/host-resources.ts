@@ -14,14 +14,15 @@ import { type HostKernel, type HostMapping, SystemError } from '../sys/host-kern
 import { MachineError } from './machine-error.js';
 
 export interface DiskResource {
+  readonly id: string;
   readonly config: DiskConfig;
   readonly format: 'raw' | 'qcow2';
   /** By absolute path. */
   readonly files: ReadonlyMap<string, number>;
   /** With `direct`: the image once more, through the page cache. */
   readonly buffered: number | undefined;
-  /** Bytes that the guest sees. */
-  readonly size: number;
+  /** Bytes that the guest sees. A live resize changes it. */
+  size: number;
   /** Physical block, bytes. */
   readonly blockSize: number;
 }
@@ -139,7 +140,8 @@ export class HostResources {
     const { size } = image;
     image.close();
     if (size === 0) throw new MachineError(`${option}: an empty image; accepted is one of at least 512 bytes`);
-    this.disks.push({ config, format, files, buffered, size, blockSize: blockSize(fd) });
+    const id = config.id ?? `_disk${this.disks.length}`;
+    this.disks.push({ id, config, format, files, buffered, size, blockSize: blockSize(fd) });
   }
 
   #probe(option: string, fd: number): 'raw' | 'qcow2' {

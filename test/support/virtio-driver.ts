@@ -254,7 +254,7 @@ export function testContext(host: HostKernel = kernel): TestContext {
     kernel: host,
     loop: new EpollLoop(host),
     config: new Uint8Array(64),
-    counters: new Int32Array(DEVICE_COUNTERS),
+    counters: new Float64Array(DEVICE_COUNTERS),
     resets,
     messages,
     lines,

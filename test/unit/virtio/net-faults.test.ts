@@ -5,8 +5,8 @@ import path from 'node:path';
 import { afterAll, expect, test } from '@jest/globals';
 import { openTap, setOffload } from '../../../src/net/tap.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { NetDevice, NET_COUNTERS, type NetOptions } from '../../../src/virtio/net.js';
-import { NetFeature } from '../../../src/virtio/net-description.js';
+import { NetDevice, type NetOptions } from '../../../src/virtio/net.js';
+import { NetCounter, NetFeature } from '../../../src/virtio/net-description.js';
 import { RateLimiter } from '../../../src/virtio/rate-limiter.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
@@ -93,7 +93,7 @@ function network(features: readonly number[], queue = {}, options: Partial<NetOp
   device.activate(driver);
   const [receive, transmit, control] = queues;
   for (const each of queues) device.kick(each.queue);
-  const counter = (name: (typeof NET_COUNTERS)[number]) => context.counters[NET_COUNTERS.indexOf(name)];
+  const counter = (name: keyof typeof NetCounter) => context.counters[NetCounter[name]];
   const turns = (ms: number) => {
     let served = 0;
     for (const end = performance.now() + ms; performance.now() < end;) if (context.loop.turn(5)) served++;
@@ -122,7 +122,7 @@ test('1 more packets than a batch wait when buffers come', () => {
   n.room(256);
   n.kick(n.receive);
   n.turns(50);
-  expect(n.counter('received')).toBe(200);
+  expect(n.counter('rx_frames')).toBe(200);
 });
 
 test('2 receive: an operations limit lets go on after the refill', () => {
@@ -131,7 +131,7 @@ test('2 receive: an operations limit lets go on after the refill', () => {
   n.kick(n.receive);
   for (let i = 0; i < 6; i++) n.kernel.arrive(60);
   n.turns(200);
-  expect(n.counter('received')).toBe(6);
+  expect(n.counter('rx_frames')).toBe(6);
 });
 
 test('3 receive: a bandwidth limit limits', () => {
@@ -140,8 +140,8 @@ test('3 receive: a bandwidth limit limits', () => {
   n.kick(n.receive);
   for (let i = 0; i < 100; i++) n.kernel.arrive(1000);
   n.turns(100); // 10 kB and 1 kB more at most
-  expect(n.counter('receivedBytes')).toBeLessThan(14_000);
-  expect(n.counter('receivedBytes')).toBeGreaterThan(8_000);
+  expect(n.counter('rx_bytes')).toBeLessThan(14_000);
+  expect(n.counter('rx_bytes')).toBeGreaterThan(8_000);
 });
 
 test('4 receive: a packet larger than the bucket goes some day', () => {
@@ -150,7 +150,7 @@ test('4 receive: a packet larger than the bucket goes some day', () => {
   n.kick(n.receive);
   for (let i = 0; i < 4; i++) n.kernel.arrive(1000);
   n.turns(300);
-  expect(n.counter('received')).toBe(4);
+  expect(n.counter('rx_frames')).toBe(4);
 });
 
 test('5 a tap that is gone does not spin', () => {
@@ -172,7 +172,7 @@ test('6 receive chains of very many buffers', () => {
   n.kick(n.receive);
   n.kernel.arrive(100);
   const served = n.turns(50);
-  expect([n.counter('received'), served < 20]).toEqual([1, true]);
+  expect([n.counter('rx_frames'), served < 20]).toEqual([1, true]);
 });
 
 test('7 a packet that does not fit is not handed over cut off', () => {
@@ -181,7 +181,7 @@ test('7 a packet that does not fit is not handed over cut off', () => {
   n.kick(n.receive);
   n.kernel.arrive(500);
   n.turns(20);
-  expect([n.counter('received'), n.counter('dropped')]).toEqual([0, 1]);
+  expect([n.counter('rx_frames'), n.counter('dropped')]).toEqual([0, 1]);
 });
 
 test('8 a packet of exactly the room there is', () => {
@@ -190,7 +190,7 @@ test('8 a packet of exactly the room there is', () => {
   n.kick(n.receive);
   n.kernel.arrive(500);
   n.turns(20);
-  expect([n.counter('received'), n.receive.used()?.length]).toEqual([1, 512]);
+  expect([n.counter('rx_frames'), n.receive.used()?.length]).toEqual([1, 512]);
 });
 
 test('9 mergeable: too few buffers for a large packet', () => {
@@ -199,13 +199,13 @@ test('9 mergeable: too few buffers for a large packet', () => {
   n.kick(n.receive);
   n.kernel.arrive(20_000);
   n.turns(20);
-  const early = n.counter('received');
+  const early = n.counter('rx_frames');
   n.room(30);
   n.kick(n.receive);
   n.turns(20);
   // Either kept until there is room or dropped, but never cut off.
   expect(early).toBe(0);
-  expect(n.counter('received') + n.counter('dropped')).toBe(1);
+  expect(n.counter('rx_frames') + n.counter('dropped')).toBe(1);
 });
 
 test('10 EAGAIN costs no tokens', () => {
@@ -271,7 +271,7 @@ test('14 a header in two buffers (2.7.4.1: no assumption about framing)', () => 
   n.kick(n.receive);
   n.kernel.arrive(100);
   n.turns(20);
-  expect([n.counter('received'), n.receive.used()?.length, n.guest.memory.u16(at + 10)]).toEqual([1, 112, 1]);
+  expect([n.counter('rx_frames'), n.receive.used()?.length, n.guest.memory.u16(at + 10)]).toEqual([1, 112, 1]);
 });
 
 test('15 a real tap that is deleted does not spin', async () => {
@@ -356,7 +356,7 @@ test('19 a large packet that came in two parts is whole', () => {
   n.room(20, 1500);
   n.kick(n.receive);
   n.turns(20);
-  expect([n.counter('received'), n.counter('dropped')]).toEqual([2, 0]);
+  expect([n.counter('rx_frames'), n.counter('dropped')]).toEqual([2, 0]);
   const bytes: number[] = [];
   for (let used = n.receive.used(); used; used = n.receive.used()) bytes.push(used.length);
   expect(bytes).toEqual([...Array<number>(13).fill(1500), 20_012 - 13 * 1500, 62]);
@@ -374,7 +374,7 @@ test('20 many buffers of one byte: what one call cannot fill is copied', () => {
   n.kick(n.receive);
   n.kernel.arrive(1012);
   n.turns(20);
-  expect([n.counter('received'), n.receive.used()?.length]).toEqual([1, 1024]);
+  expect([n.counter('rx_frames'), n.receive.used()?.length]).toEqual([1, 1024]);
   expect([n.guest.memory.u16(at + 10), n.guest.memory.u8(at + 1022), n.guest.memory.u8(at + 1023)]).toEqual([
     1,
     (1022 * 7) & 255,
@@ -389,5 +389,5 @@ test('21 a queue too small for a packet goes on with the next one', () => {
   n.kernel.arrive(20_000);
   n.kernel.arrive(60);
   n.turns(20);
-  expect([n.counter('received'), n.counter('dropped')]).toEqual([1, 1]);
+  expect([n.counter('rx_frames'), n.counter('dropped')]).toEqual([1, 1]);
 });

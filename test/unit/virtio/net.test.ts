@@ -5,8 +5,8 @@ import path from 'node:path';
 import { afterAll, describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { NetDevice, NET_COUNTERS, type NetOptions } from '../../../src/virtio/net.js';
-import { netDescription, NetFeature } from '../../../src/virtio/net-description.js';
+import { NetDevice, type NetOptions } from '../../../src/virtio/net.js';
+import { NetCounter, netDescription, NetFeature } from '../../../src/virtio/net-description.js';
 import { RateLimiter } from '../../../src/virtio/rate-limiter.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
@@ -67,7 +67,7 @@ function network(features: readonly number[], queue = {}, options: Partial<NetOp
   device.activate(testDriver(guest, queues, features));
   const [receive, transmit, control] = queues;
   for (const each of queues) device.kick(each.queue);
-  const counter = (name: (typeof NET_COUNTERS)[number]) => context.counters[NET_COUNTERS.indexOf(name)];
+  const counter = (name: keyof typeof NetCounter) => context.counters[NetCounter[name]];
   const close = () => {
     device.close();
     context.loop.close();
@@ -159,7 +159,7 @@ describe.each([
       n.device.kick(n.receive.queue);
     }
     expect(received).toBe(500);
-    expect(n.counter('received')).toBe(500);
+    expect(n.counter('rx_frames')).toBe(500);
     n.close();
   });
 
@@ -198,7 +198,7 @@ test('limits are kept in both directions', () => {
   n.device.kick(n.receive.queue);
   n.device.kick(n.transmit.queue);
   const begun = performance.now();
-  while (n.kernel.sent.length < 3 || n.counter('received') < 3) n.context.loop.turn(1000);
+  while (n.kernel.sent.length < 3 || n.counter('rx_frames') < 3) n.context.loop.turn(1000);
   expect(performance.now() - begun).toBeGreaterThan(90);
   n.close();
 });

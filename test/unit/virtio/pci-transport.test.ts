@@ -52,6 +52,7 @@ function machine() {
     features: [FEATURE],
     queueSizes: [16, 8],
     config: Uint8Array.from([1, 2, 3, 4, 5, 6, 7, 8]),
+    counters: ['heard'],
     writable: [[4, 6]],
   };
   const wake = kernel.eventfd();

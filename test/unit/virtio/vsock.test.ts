@@ -366,6 +366,7 @@ test('the description', () => {
     type: 19,
     classCode: 0x078000,
     features: [],
+    counters: Object.keys(VsockCounter),
     queueSizes: [256, 256, 256],
     config: new Uint8Array([3, 0, 0, 0, 1, 0, 0, 0]),
     writable: [],
