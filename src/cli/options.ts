@@ -254,6 +254,12 @@ export const RUN_FLAGS: readonly Flag[] = [
     takes: 'value',
     help: `${HYPERVISORS.join(' or ')}; default: the one this host has`,
   },
+  {
+    name: 'api-socket',
+    group: 'Process:',
+    takes: 'value',
+    help: 'path=PATH or PATH: a Unix socket for the REST API; default: none',
+  },
   { name: 'log-file', group: 'Process:', takes: 'value', help: 'File for the log; default: standard error' },
   {
     name: 'verbose',

@@ -2,6 +2,7 @@
  * From the options that yargs found to a checked configuration. Every refusal names the option, its value and what is
  * accepted, whichever step found it: the option syntax, the schema or the facts of the host.
  */
+import { MAX_SOCKET_PATH, socketPath } from '../config/device-config.js';
 import { findHostProblem } from '../config/host-facts.js';
 import type { HostFacts } from '../config/host-facts.js';
 import { OptionError, parseSubOptions, splitList, unquote } from '../config/option-syntax.js';
@@ -86,18 +87,28 @@ function nestLimits(fields: Record<string, unknown>): Record<string, unknown> {
   return { ...rest, rate_limiter_config: { ...(bandwidth && { bandwidth }), ...(ops && { ops }) } };
 }
 
+/** `path=PATH` or `PATH`. Descriptors, which Cloud Hypervisor also takes here, are refused. */
+function readApiSocket(text: string | undefined): string | undefined {
+  if (text === undefined) return undefined;
+  const checked = socketPath.safeParse(unquote(text.replace(/^path=/, '')));
+  if (checked.success && !text.startsWith('fd=')) return checked.data;
+  throw new OptionError(withValue('api-socket', text), `path=PATH or PATH, up to ${MAX_SOCKET_PATH} bytes`);
+}
+
 function readProcessOptions(found: Arguments): ProcessOptions {
   const name = valueOf(found, 'hypervisor');
   const hypervisor = HYPERVISORS.find((candidate) => candidate === name);
   if (name !== undefined && hypervisor === undefined) {
     throw new OptionError(withValue('hypervisor', name), HYPERVISORS.join(' or '));
   }
+  const apiSocket = readApiSocket(valueOf(found, 'api-socket'));
   const logFile = valueOf(found, 'log-file');
   if (logFile === '' || logFile?.includes('\0') === true) {
     throw new OptionError(withValue('log-file', logFile), 'the path of a file');
   }
   return {
     ...(hypervisor === undefined ? {} : { hypervisor }),
+    ...(apiSocket === undefined ? {} : { apiSocket }),
     ...(logFile === undefined ? {} : { logFile }),
     verbosity: Number(found['verbose'] ?? 0),
   };

@@ -1,5 +1,7 @@
 /** The `vmm` command, on a host kernel of the caller's choice. */
+import packageJson from '../../package.json' with { type: 'json' };
 import { readHostFacts } from '../config/host-facts.js';
+import type { Api } from '../api/server.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import { HYPERVISOR, machineContainer, MACHINE, type WorkerScripts } from './container.js';
 import { reportAndExitCode } from './errors.js';
@@ -18,9 +20,17 @@ async function runMachine(kernel: HostKernel, scripts: WorkerScripts, command: R
     // The power button, for scripts.
     process.on('SIGUSR1', () => machine.powerButton());
     process.on('SIGUSR2', () => machine.logCounters());
+    let api: Api | undefined;
     try {
+      const { apiSocket } = command.process;
+      // Most machines have none, and a HTTP server takes memory.
+      if (apiSocket !== undefined) {
+        const { openApi } = await import('../api/server.js');
+        api = await openApi(apiSocket, machine, packageJson.version);
+      }
       await machine.run();
     } finally {
+      await api?.close();
       container.get(HYPERVISOR).close();
     }
   } finally {

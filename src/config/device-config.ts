@@ -27,6 +27,12 @@ function wholeNumber(min: number, max: number, what = 'a number'): z.ZodInt {
 
 const path = z.string({ error: 'a path' }).regex(/^[^\0]+$/, { error: 'a path' });
 
+/** struct sockaddr_un, without the NUL. Node cuts off what is longer. */
+export const MAX_SOCKET_PATH = 107;
+export const socketPath = path.refine((text) => Buffer.byteLength(text) <= MAX_SOCKET_PATH, {
+  error: `a path of up to ${MAX_SOCKET_PATH} bytes`,
+});
+
 const idError = 'a name that does not start with __, up to 64 letters, digits, and - _ . :';
 const id = z.string({ error: idError }).regex(/^(?!__)[\w.:-]{1,64}$/, { error: idError });
 
@@ -176,7 +182,7 @@ export const pmemSchema = z.strictObject({
 
 export const vsockSchema = z.strictObject({
   cid: wholeNumber(MIN_CID, MAX_CID, 'a context id').describe('Context id of the guest'),
-  socket: path.describe('Unix socket through which host programs connect'),
+  socket: socketPath.describe('Unix socket through which host programs connect'),
   ...pciFields,
 });
 
@@ -186,7 +192,7 @@ export const consoleSchema = z
   .strictObject({
     mode: z.enum(CONSOLE_MODES, { error: `one of ${CONSOLE_MODES.join(', ')}` }),
     file: path.optional(),
-    socket: path.optional(),
+    socket: socketPath.optional(),
   })
   .check(({ value, issues }) => {
     for (const [field, mode] of [['file', 'File'] as const, ['socket', 'Socket'] as const]) {

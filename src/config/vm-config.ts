@@ -15,6 +15,7 @@ import {
   platformSchema,
   pmemSchema,
   rngSchema,
+  socketPath,
   vsockSchema,
 } from './device-config.js';
 
@@ -127,7 +128,7 @@ const serialSchema = z
   .strictObject({
     mode: z.enum(SERIAL_MODES, { error: `one of ${SERIAL_MODES.join(', ')}` }),
     file: path.optional(),
-    socket: path.optional(),
+    socket: socketPath.optional(),
   })
   .check(({ value, issues }) => {
     for (const [field, mode] of [['file', 'File'] as const, ['socket', 'Socket'] as const]) {
@@ -215,6 +216,8 @@ export interface ProcessOptions {
   readonly hypervisor?: (typeof HYPERVISORS)[number];
   /** Absent: standard error. */
   readonly logFile?: string;
+  /** Absent: no API. */
+  readonly apiSocket?: string;
   /** Number of -v: 0 warnings, 1 information, 2 debugging, 3 everything. */
   readonly verbosity: number;
 }

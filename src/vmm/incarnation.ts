@@ -83,14 +83,19 @@ export class Incarnation {
     this.#platform.powerButton();
   }
 
-  /** Tells a device's workers something. */
-  control(device: string, message: unknown): void {
-    this.#io.control(device, message);
+  /** Tells a device's workers something. @returns how many workers that are */
+  control(device: string, message: unknown): number {
+    return this.#io.control(device, message);
   }
 
   /** What the queues of each device have done so far. */
   deviceCounters(): DeviceCounters[] {
     return this.#devices.counters();
+  }
+
+  /** Where the devices are on PCI, by name. */
+  deviceAddresses(): ReadonlyMap<string, string> {
+    return this.#devices.addresses();
   }
 
   /** Exits of all vCPUs so far, by kind. */

@@ -47,14 +47,17 @@ export class IoManager {
     }
   }
 
-  /** Tells every worker that serves the device. */
-  control(device: string, message: unknown): void {
+  /** Tells every worker that serves the device. @returns how many there are */
+  control(device: string, message: unknown): number {
+    let told = 0;
     for (const { data, worker } of this.#threads) {
       if (!data.devices.some(({ handle }) => handle.id === device)) continue;
       const command: IoCommand = { device, message };
       worker?.postMessage(command);
       this.kernel.signal(data.wake);
+      told++;
     }
+    return told;
   }
 
   /** Ends the workers; what is in flight is finished first. */

@@ -2,3 +2,15 @@
 export class MachineError extends Error {
   readonly code = 'MACHINE';
 }
+
+/** What was asked of a running machine cannot be done, and nothing has changed. */
+export class RequestError extends Error {
+  readonly code = 'REQUEST';
+
+  constructor(
+    message: string,
+    readonly kind: 'invalid' | 'unknown' | 'failed',
+  ) {
+    super(message);
+  }
+}

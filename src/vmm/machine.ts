@@ -9,7 +9,7 @@ import type { VmConfig } from '../config/vm-config.js';
 import type { CpuManagerEvents } from './cpu-manager.js';
 import { HostResources } from './host-resources.js';
 import { type Backends, Incarnation } from './incarnation.js';
-import { MachineError } from './machine-error.js';
+import { MachineError, RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
 import { openSerialBackend, type SerialBackend } from './serial-backend.js';
 import type { VcpuEnd } from './vcpu-loop.js';
@@ -27,6 +27,28 @@ type DeviceMessage =
   | { readonly kind: 'balloon-actual' | 'resized'; readonly size: number }
   | { readonly kind: 'resize-failed'; readonly reason: string };
 
+/** What the API tells of a machine, in Cloud Hypervisor's terms (VmInfo). */
+export interface MachineInfo {
+  readonly config: VmConfig;
+  readonly state: 'Created' | 'Running';
+  /** Bytes, without what the balloon holds. */
+  readonly memory_actual_size: number;
+  readonly device_tree: Readonly<Record<string, DeviceNode>>;
+}
+
+interface DeviceNode {
+  readonly id: string;
+  readonly children: readonly string[];
+  readonly pci_bdf: string | null;
+}
+
+/** A disk's new size that its workers have yet to answer. */
+interface Resizing {
+  left: number;
+  failure: string;
+  readonly settle: (failure: string) => void;
+}
+
 /** Bits of the pvpanic event (QEMU's docs/specs/pvpanic.rst). */
 const PANICKED = 1;
 
@@ -34,6 +56,11 @@ export class Machine {
   #current: Incarnation | undefined;
   #finish: (end: End) => void = () => undefined;
   #stopping = false;
+  #resources: HostResources | undefined;
+  /** By disk. */
+  readonly #resizing = new Map<string, Resizing>();
+  /** Bytes that the guest has put in its balloon. */
+  #ballooned = 0;
 
   constructor(private readonly parts: MachineParts) {}
 
@@ -45,6 +72,7 @@ export class Machine {
   async run(): Promise<void> {
     const { config, kernel, logger, openTaps } = this.parts;
     const resources = HostResources.open(kernel, config, openTaps);
+    this.#resources = resources;
     const opened: SerialBackend[] = [];
     const open = async (place: VmConfig['serial'], name: string) => {
       const quit = () => this.stop('the escape key, or the end of standard output');
@@ -92,9 +120,82 @@ export class Machine {
     this.#finish({ kind: 'stopped' });
   }
 
+  /** Resets the machine as the guest could. @param reason for the log */
+  reset(reason: string): void {
+    this.parts.logger.info(`Resetting: ${reason}`);
+    this.#finish({ kind: 'reset' });
+  }
+
   /** Presses the ACPI power button. The guest decides what it does. */
   powerButton(): void {
     this.#current?.powerButton();
+  }
+
+  info(): MachineInfo {
+    const { config } = this.parts;
+    const nodes: Record<string, DeviceNode> = {};
+    for (const [id, address] of this.#current?.deviceAddresses() ?? []) {
+      const function_ = `_virtio-pci-${id}`;
+      nodes[function_] = { id: function_, children: [id], pci_bdf: address };
+      nodes[id] = { id, children: [], pci_bdf: null };
+    }
+    return {
+      config,
+      state: this.#current === undefined ? 'Created' : 'Running',
+      memory_actual_size: config.memory.size - this.#ballooned,
+      device_tree: nodes,
+    };
+  }
+
+  /** What the devices have done so far, by name: Cloud Hypervisor's VmCounters, and more of them. */
+  counters(): Record<string, Readonly<Record<string, number>>> {
+    return Object.fromEntries(this.#current?.deviceCounters().map(({ id, device }) => [id, device]) ?? []);
+  }
+
+  /**
+   * Asks the guest for memory, or gives some back. It takes its time; `info` tells how far it is.
+   *
+   * @param size bytes that the balloon is to hold
+   * @throws RequestError
+   */
+  resizeBalloon(size: number): void {
+    const { balloon, memory } = this.parts.config;
+    if (balloon === undefined) throw new RequestError('The machine has no balloon', 'unknown');
+    if (size >= memory.size) throw new RequestError(`desired_balloon: accepted is less than ${memory.size}`, 'invalid');
+    // A reset finds it there.
+    balloon.size = size;
+    this.#current?.control(balloon.id ?? '__balloon', { kind: 'resize', size });
+  }
+
+  /**
+   * Gives a disk's image another size and tells the guest.
+   *
+   * @param size bytes, a multiple of 512
+   * @throws RequestError
+   */
+  async resizeDisk(id: string, size: number): Promise<void> {
+    const disk = this.#resources?.disks.find((candidate) => candidate.id === id);
+    if (disk === undefined) throw new RequestError(`The machine has no disk ${id}`, 'unknown');
+    if (disk.config.readonly) throw new RequestError(`The disk ${id} cannot be written`, 'invalid');
+    if (this.#resizing.has(id)) throw new RequestError(`The disk ${id} is being resized`, 'failed');
+    const failure = await new Promise<string>((settle) => {
+      const left = this.#current?.control(id, { size }) ?? 0;
+      if (left === 0) settle('The machine does not run');
+      else this.#resizing.set(id, { left, failure: '', settle });
+    });
+    if (failure !== '') throw new RequestError(failure, 'failed');
+  }
+
+  /** A worker has answered. @param size the disk's size now; undefined: as before */
+  #resized(id: string, failure: string, size?: number): void {
+    const disk = this.#resources?.disks.find((candidate) => candidate.id === id);
+    if (disk !== undefined && size !== undefined) disk.size = size;
+    const resizing = this.#resizing.get(id);
+    if (resizing === undefined) return;
+    if (failure !== '') resizing.failure = failure;
+    if (--resizing.left > 0) return;
+    this.#resizing.delete(id);
+    resizing.settle(resizing.failure);
   }
 
   async #runOnce(resources: HostResources, backends: Backends): Promise<End> {
@@ -115,6 +216,7 @@ export class Machine {
       },
     });
     this.#current = incarnation;
+    this.#ballooned = 0;
     try {
       incarnation.start();
       this.#resizeConsole();
@@ -122,6 +224,8 @@ export class Machine {
     } finally {
       this.#current = undefined;
       await incarnation.close();
+      for (const { settle } of this.#resizing.values()) settle('The machine was reset');
+      this.#resizing.clear();
       this.#logCounters(incarnation);
     }
   }
@@ -140,13 +244,16 @@ export class Machine {
         this.#finish({ kind: 'reset' });
         break;
       case 'balloon-actual':
+        this.#ballooned = message.size;
         logger.info(`${device}: The guest has given back ${message.size} bytes`);
         break;
       case 'resized':
         logger.info(`${device}: ${message.size} bytes from now on`);
+        this.#resized(device, '', message.size);
         break;
       case 'resize-failed':
         logger.warn(`${device}: ${message.reason}`);
+        this.#resized(device, message.reason);
         break;
     }
   }

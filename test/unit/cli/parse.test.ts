@@ -83,7 +83,7 @@ describe('a machine', () => {
 
   test('with everything', () => {
     const text = [
-      '--kernel /boot/vmlinuz --initramfs=/boot/initrd --pvpanic --watchdog --hypervisor mshv --log-file log -v',
+      '--kernel /boot/vmlinuz --initramfs=/boot/initrd --pvpanic --watchdog --hypervisor mshv --log-file log --api-socket path="a,b" -v',
       '--cpus boot=2,max=4,topology=2:2:1:1,max_phys_bits=40,affinity=[0@[0-2],3@[5]]',
       '--memory size=1G,shared=on,hugepages=on,hugepage_size=2M,prefault=on,thp=off,mergeable=off',
       '--serial file=out.log --console off --verbose',
@@ -117,7 +117,7 @@ describe('a machine', () => {
         watchdog: true,
         pvpanic: true,
       },
-      process: { hypervisor: 'mshv', logFile: 'log', verbosity: 2 },
+      process: { hypervisor: 'mshv', apiSocket: 'a,b', logFile: 'log', verbosity: 2 },
     });
   });
 
@@ -202,6 +202,12 @@ describe('refuses options', () => {
     ['--kernel k --hypervisor xen', '--hypervisor xen: accepted is kvm or mshv'],
     ['--kernel k --log-file=', '--log-file=: accepted is the path of a file'],
     ['--kernel k --log-file=a\0b', '--log-file a\\u{0}b: accepted is the path of a file'],
+    ['--kernel k --api-socket=', '--api-socket=: accepted is path=PATH or PATH, up to 107 bytes'],
+    ['--kernel k --api-socket fd=3', '--api-socket fd=3: accepted is path=PATH or PATH, up to 107 bytes'],
+    [
+      `--kernel k --serial socket=${'s'.repeat(108)}`,
+      `--serial socket=${'s'.repeat(108)}: accepted is a path of up to 107 bytes`,
+    ],
     ['--kernel k --console x', '--console x: accepted is off, null, tty, pty, file=PATH, socket=PATH'],
     ['--kernel k --serial tty --console tty', '--console tty: accepted is another place than --serial tty has'],
     ['--kernel k --disk', '--disk: accepted is a value after it'],

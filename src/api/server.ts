@@ -1,0 +1,178 @@
+/**
+ * The REST API: HTTP/1.1 on a Unix socket, under /api/v1, with Cloud Hypervisor's paths, bodies and answers. 200 with a JSON body,
+ * 204 without one; an error is a JSON array of strings, from the outermost to the cause.
+ *
+ * Built: what a machine that runs can be asked and told. Creating and booting one, hotplug and migration are not.
+ */
+import { once } from 'node:events';
+import fs from 'node:fs';
+import http from 'node:http';
+import net from 'node:net';
+import * as z from 'zod';
+import type { Machine } from '../vmm/machine.js';
+import { MachineError, RequestError } from '../vmm/machine-error.js';
+
+const BASE = '/api/v1/';
+const MAX_BODY_BYTES = 4 * 1024 * 1024;
+const SECTOR = 512;
+
+export interface Api {
+  /** Refuses further requests and removes the socket. */
+  close(): Promise<void>;
+}
+
+/** What of a machine the API uses. */
+export type ApiMachine = Pick<
+  Machine,
+  'counters' | 'info' | 'powerButton' | 'reset' | 'resizeBalloon' | 'resizeDisk' | 'stop'
+>;
+
+/** An answer: its body, or nothing; then what is to happen once it has been sent. */
+interface Answer {
+  readonly body?: unknown;
+  readonly afterwards?: () => void;
+}
+
+type Handler = (body: unknown) => Answer | Promise<Answer>;
+
+const bytes = (error: string) => z.int({ error }).min(0, { error });
+const balloonError = 'desired_balloon: accepted is a number of bytes';
+const diskSizeError = `desired_size: accepted is a multiple of ${SECTOR} bytes`;
+
+/** The other two fields that Cloud Hypervisor has here change vCPUs and RAM. */
+const resizeSchema = z.strictObject(
+  { desired_balloon: bytes(balloonError) },
+  { error: 'accepted is {"desired_balloon": BYTES}' },
+);
+const resizeDiskSchema = z.strictObject(
+  {
+    id: z.string({ error: 'id: accepted is the name of a disk' }),
+    desired_size: bytes(diskSizeError)
+      .min(SECTOR, { error: diskSizeError })
+      .multipleOf(SECTOR, { error: diskSizeError }),
+  },
+  { error: 'accepted is {"id": DISK, "desired_size": BYTES}' },
+);
+
+function check<T>(schema: z.ZodType<T>, body: unknown): T {
+  const checked = schema.safeParse(body);
+  if (checked.success) return checked.data;
+  throw new RequestError(checked.error.issues[0].message, 'invalid');
+}
+
+function handlers(machine: ApiMachine, version: string): Readonly<Partial<Record<string, Handler>>> {
+  const done: Answer = {};
+  return {
+    'GET vmm.ping': () => ({ body: { build_version: `v${version}`, version, pid: process.pid, features: [] } }),
+    'PUT vmm.shutdown': () => ({ afterwards: () => machine.stop('vmm.shutdown') }),
+    'GET vm.info': () => ({ body: machine.info() }),
+    'GET vm.counters': () => ({ body: machine.counters() }),
+    'PUT vm.power-button': () => {
+      machine.powerButton();
+      return done;
+    },
+    'PUT vm.reboot': () => {
+      machine.reset('vm.reboot');
+      return done;
+    },
+    'PUT vm.resize': (body) => {
+      machine.resizeBalloon(check(resizeSchema, body).desired_balloon);
+      return done;
+    },
+    'PUT vm.resize-disk': async (body) => {
+      const { id, desired_size: size } = check(resizeDiskSchema, body);
+      await machine.resizeDisk(id, size);
+      return done;
+    },
+  };
+}
+
+const STATUS = { invalid: 400, unknown: 404, failed: 500 } as const;
+
+async function readBody(request: http.IncomingMessage): Promise<unknown> {
+  const chunks: Buffer[] = [];
+  let length = 0;
+  for await (const chunk of request as AsyncIterable<Buffer>) {
+    length += chunk.length;
+    // Read to its end, so that the answer finds its way; a client that never ends meets the server's time limit.
+    if (length <= MAX_BODY_BYTES) chunks.push(chunk);
+  }
+  if (length > MAX_BODY_BYTES) throw new RequestError(`accepted is a body of up to ${MAX_BODY_BYTES} bytes`, 'invalid');
+  if (length === 0) return undefined;
+  try {
+    return JSON.parse(Buffer.concat(chunks).toString());
+  } catch {
+    throw new RequestError('accepted is a body in JSON', 'invalid');
+  }
+}
+
+function messages(error: unknown): string[] {
+  const chain: string[] = [];
+  for (let at = error; at instanceof Error && chain.length < 16; at = at.cause) chain.push(at.message);
+  return chain;
+}
+
+/** @throws MachineError when the socket cannot be made */
+export async function openApi(socket: string, machine: ApiMachine, version: string): Promise<Api> {
+  const routes = handlers(machine, version);
+
+  async function answer(request: http.IncomingMessage): Promise<Answer> {
+    const { method, url = '' } = request;
+    if (method !== 'GET' && method !== 'PUT') throw new RequestError('accepted is GET or PUT', 'invalid');
+    const name = url.startsWith(BASE) ? `${method} ${url.slice(BASE.length)}` : '';
+    const handler = Object.hasOwn(routes, name) ? routes[name] : undefined;
+    if (handler === undefined) throw new RequestError(`${method} ${url} is not served here`, 'unknown');
+    return handler(await readBody(request));
+  }
+
+  async function serve(request: http.IncomingMessage, response: http.ServerResponse): Promise<void> {
+    let status = 204;
+    let reply: Answer;
+    try {
+      reply = await answer(request);
+      if (reply.body !== undefined) status = 200;
+    } catch (error) {
+      status = error instanceof RequestError ? STATUS[error.kind] : 500;
+      reply = { body: messages(error) };
+    }
+    const body = reply.body === undefined ? '' : JSON.stringify(reply.body);
+    if (body !== '') response.setHeader('Content-Type', 'application/json');
+    response.writeHead(status);
+    // Sent, or the client has gone: it was asked for either way.
+    response.on('close', () => reply.afterwards?.());
+    response.end(body);
+  }
+
+  const server = http.createServer((request, response) => void serve(request, response));
+  try {
+    await removeStale(socket);
+    server.listen(socket);
+    await once(server, 'listening');
+  } catch (error) {
+    throw new MachineError(`--api-socket path=${socket}: accepted is a path where a socket can be made`, {
+      cause: error,
+    });
+  }
+  return {
+    close: async () => {
+      const closed = new Promise((resolve) => server.close(resolve));
+      server.closeAllConnections();
+      await closed;
+    },
+  };
+}
+
+/** Removes a socket that a killed process left. @throws Error when somebody listens on it */
+async function removeStale(path: string): Promise<void> {
+  if (!(fs.statSync(path, { throwIfNoEntry: false })?.isSocket() ?? false)) return;
+  const client = net.connect(path);
+  try {
+    await once(client, 'connect');
+  } catch {
+    fs.rmSync(path, { force: true });
+    return;
+  } finally {
+    client.destroy();
+  }
+  throw new Error('another process listens on it');
+}

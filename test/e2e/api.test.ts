@@ -1,0 +1,151 @@
+/** A running machine, asked and told things through its REST API. */
+import { afterAll, beforeAll, expect, test } from '@jest/globals';
+import { kernel, type Kernel } from '../lab/kernels.js';
+import { Guest, testFolder } from '../support/guest.js';
+import { TestHost } from '../support/host.js';
+
+const { folder, remove } = testFolder();
+const scratch = `/tmp/api-${process.pid}`;
+const socket = `${scratch}/api`;
+const MIB = 2 ** 20;
+let host: TestHost;
+let cloud: Kernel;
+
+beforeAll(async () => {
+  host = await TestHost.open();
+  cloud = await kernel('cloud');
+  await shell(`mkdir -p ${scratch}`);
+});
+
+afterAll(async () => {
+  await host.shell(`rm -rf ${scratch}`);
+  host.close();
+  remove();
+});
+
+async function shell(script: string): Promise<string> {
+  const { status, stdout, stderr } = await host.shell(`set -e; ${script}`);
+  if (status !== 0) throw new Error(`${script}: ${stderr}`);
+  return stdout;
+}
+
+/** One request from the machine that runs vmm. */
+async function api(method: 'GET' | 'PUT', name: string, body?: unknown): Promise<{ status: number; body: unknown }> {
+  const script = `
+    const [socketPath, method, path, body] = process.argv.slice(1);
+    require('node:http').request({ socketPath, method, path }, (response) => {
+      process.stdout.write(response.statusCode + ' ');
+      response.pipe(process.stdout);
+    }).end(body);`;
+  const words = [socket, method, `/api/v1/${name}`, ...(body === undefined ? [] : [JSON.stringify(body)])];
+  const { stdout, stderr } = await host.run([process.execPath, '-e', script, ...words]);
+  const match = /^(\d+) ([^]*)$/.exec(stdout);
+  if (match === null) throw new Error(`${method} ${name}: ${stderr}`);
+  const [, status, text] = match;
+  return { status: Number(status), body: text === '' ? undefined : (JSON.parse(text) as unknown) };
+}
+
+const done = { status: 204, body: undefined };
+
+test('disks and the balloon change their size under a running guest, and keep it over a reboot', async () => {
+  await shell(`truncate -s 8M ${scratch}/raw; qemu-img create -q -f qcow2 ${scratch}/qcow2 8M`);
+  // Lines come one by one, so that the guest does nothing unasked.
+  const loop = `
+true
+while echo "@@done-$?@@"; read -r line; do
+  eval "$line" </dev/null
+done`;
+  const guest = await Guest.start(host, folder, {
+    kernel: cloud,
+    task: { command: loop, modules: { kernel: cloud, names: ['virtio_pci', 'virtio_blk', 'virtio_balloon'] } },
+    vmm: [
+      ...['--cpus', 'boot=2', '--memory', 'size=512M', '--balloon', 'size=0', '--api-socket', `path=${socket}`],
+      // Two threads serve the first disk: both have to hear of its size.
+      ...['--disk', `path=${scratch}/raw,num_queues=2,queue_affinity=[0@[0],1@[0]]`, `path=${scratch}/qcow2,id=data`],
+    ],
+  });
+  let from = 0;
+  const prompt = async (): Promise<string> => {
+    await guest.waitFor(/@@done-\d+@@/, from);
+    const [all, before, status] = /^([^]*?)@@done-(\d+)@@/.exec(guest.console.slice(from))!;
+    from += all.length;
+    if (status !== '0') throw new Error(before);
+    return before;
+  };
+  const run = (command: string): Promise<string> => {
+    guest.type(`${command}\n`);
+    return prompt();
+  };
+  const sizes = async () => (await run('cat /sys/block/vda/size /sys/block/vdb/size')).match(/^\d+/gm);
+  await prompt();
+  expect(await sizes()).toEqual(['16384', '16384']);
+
+  expect(await api('GET', 'vmm.ping')).toMatchObject({ status: 200, body: { features: [] } });
+  expect(await api('PUT', 'vm.resize-disk', { id: '_disk0', desired_size: 16 * MIB })).toEqual(done);
+  expect(await api('PUT', 'vm.resize-disk', { id: 'data', desired_size: 32 * MIB })).toEqual(done);
+  expect(await sizes()).toEqual(['32768', '65536']);
+  // The room is there, through either queue of the first and in the image of the second.
+  for (const [disk, end] of [
+    ['vda', 15],
+    ['vdb', 31],
+  ] as const) {
+    for (const cpu of [0, 1]) {
+      const device = `of=/dev/${disk} bs=1M seek=${end} count=1 conv=fsync`;
+      await run(`echo end-${cpu} | taskset ${cpu + 1} dd ${device} 2>/dev/null`);
+      expect(await run(`dd if=/dev/${disk} bs=1M skip=${end} count=1 2>/dev/null | head -c 5`)).toContain(`end-${cpu}`);
+    }
+  }
+  expect(await api('PUT', 'vm.resize-disk', { id: 'data', desired_size: 8 * MIB })).toMatchObject({
+    status: 500,
+    body: [expect.stringMatching(/cannot shrink/)],
+  });
+  expect(await api('PUT', 'vm.resize-disk', { id: 'none', desired_size: 8 * MIB })).toMatchObject({ status: 404 });
+
+  expect(await api('PUT', 'vm.resize', { desired_balloon: 64 * MIB })).toEqual(done);
+  const inflated = new RegExp(`__balloon: The guest has given back ${64 * MIB} bytes`);
+  await guest.waitForLog(inflated);
+  expect(await api('GET', 'vm.info')).toMatchObject({
+    status: 200,
+    body: {
+      state: 'Running',
+      memory_actual_size: 448 * MIB,
+      config: { balloon: { size: 64 * MIB }, disks: [{ path: `${scratch}/raw` }, { id: 'data' }] },
+      device_tree: {
+        '_virtio-pci-data': { children: ['data'], pci_bdf: expect.stringMatching(/^0000:00:[0-9a-f]{2}\.0$/) },
+      },
+    },
+  });
+  const { body } = await api('GET', 'vm.counters');
+  // A page for each of the two writes.
+  expect(body).toMatchObject({
+    data: { write_ops: 2, write_bytes: 8192, errors: 0 },
+    __balloon: { inflated: (64 * MIB) / 4096 },
+  });
+
+  const logged = guest.log.length;
+  expect(await api('PUT', 'vm.reboot')).toEqual(done);
+  await prompt();
+  expect(await sizes()).toEqual(['32768', '65536']);
+  await guest.waitForLog(inflated, logged);
+
+  expect(await api('PUT', 'vmm.shutdown')).toEqual(done);
+  expect(await guest.end()).toMatchObject({ status: 0 });
+  expect(await shell(`ls ${scratch}; stat -c %s ${scratch}/raw; qemu-img check -q ${scratch}/qcow2`)).toBe(
+    `qcow2\nraw\n${16 * MIB}\n`,
+  );
+});
+
+test('a socket in use is refused in one line', async () => {
+  const taken = `${scratch}/taken`;
+  const script = `require('node:net').createServer().listen('${taken}', () => console.log('listening'))`;
+  const holder = host.spawn([process.execPath, '-e', script]);
+  await new Promise((resolve) => holder.stdout.once('data', resolve));
+  const argv = [process.execPath, 'dist/vmm.js', '--kernel', cloud.vmlinuz, '--api-socket', taken, '--console', 'off'];
+  const { status, stderr } = await host.run(argv);
+  holder.kill('SIGKILL');
+  await holder.exit;
+  expect(stderr).toBe(
+    `vmm: --api-socket path=${taken}: accepted is a path where a socket can be made: another process listens on it\n`,
+  );
+  expect(status).toBe(1);
+});

@@ -1,0 +1,136 @@
+import { spawnSync } from 'node:child_process';
+import { once } from 'node:events';
+import fs from 'node:fs';
+import http from 'node:http';
+import net from 'node:net';
+import os from 'node:os';
+import path from 'node:path';
+import { afterEach, beforeEach, expect, test } from '@jest/globals';
+import { type Api, type ApiMachine, openApi } from '../../../src/api/server.js';
+import { RequestError } from '../../../src/vmm/machine-error.js';
+
+let folder: string;
+let socket: string;
+let api: Api | undefined;
+let asked: unknown[];
+
+/** Remembers what it is asked; the disk `stuck` cannot be resized. */
+function machine(): ApiMachine {
+  return {
+    info: () => ({ config: {}, state: 'Running', memory_actual_size: 5, device_tree: {} }) as never,
+    counters: () => ({ _disk0: { read_ops: 1 } }),
+    powerButton: () => asked.push('power-button'),
+    reset: (reason) => asked.push(reason),
+    stop: (reason) => asked.push(reason),
+    resizeBalloon: (size) => asked.push({ balloon: size }),
+    resizeDisk: (id, size) => {
+      if (id === 'none') return Promise.reject(new RequestError('The machine has no disk none', 'unknown'));
+      if (id === 'stuck') return Promise.reject(new RequestError('No space', 'failed'));
+      asked.push({ id, size });
+      return Promise.resolve();
+    },
+  };
+}
+
+beforeEach(() => {
+  folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-api-'));
+  socket = path.join(folder, 'api');
+  asked = [];
+});
+
+afterEach(async () => {
+  await api?.close();
+  api = undefined;
+  fs.rmSync(folder, { recursive: true });
+});
+
+async function request(method: string, name: string, body?: string): Promise<{ status?: number; body: unknown }> {
+  const call = http.request({ socketPath: socket, method, path: `/api/v1/${name}`, agent: false });
+  call.end(body);
+  const [response] = (await once(call, 'response')) as [http.IncomingMessage];
+  let text = '';
+  for await (const chunk of response) text += String(chunk);
+  return { status: response.statusCode, body: text === '' ? undefined : (JSON.parse(text) as unknown) };
+}
+
+const put = (name: string, body?: unknown) =>
+  request('PUT', name, body === undefined ? undefined : JSON.stringify(body));
+
+test('what a machine can be asked', async () => {
+  api = await openApi(socket, machine(), '1.2.3');
+  expect(await request('GET', 'vmm.ping')).toEqual({
+    status: 200,
+    body: { build_version: 'v1.2.3', version: '1.2.3', pid: process.pid, features: [] },
+  });
+  expect((await request('GET', 'vm.info')).body).toMatchObject({ state: 'Running', memory_actual_size: 5 });
+  expect((await request('GET', 'vm.counters')).body).toEqual({ _disk0: { read_ops: 1 } });
+});
+
+test('what a machine can be told', async () => {
+  api = await openApi(socket, machine(), '1');
+  const none = { status: 204, body: undefined };
+  expect(await put('vm.power-button')).toEqual(none);
+  expect(await put('vm.reboot')).toEqual(none);
+  expect(await put('vm.resize', { desired_balloon: 4096 })).toEqual(none);
+  expect(await put('vm.resize-disk', { id: '_disk0', desired_size: 1024 })).toEqual(none);
+  expect(await put('vmm.shutdown')).toEqual(none);
+  expect(asked).toEqual(['power-button', 'vm.reboot', { balloon: 4096 }, { id: '_disk0', size: 1024 }, 'vmm.shutdown']);
+});
+
+test.each([
+  ['GET', 'vm.nothing', undefined, 404, 'GET /api/v1/vm.nothing is not served here'],
+  ['GET', 'constructor', undefined, 404, 'GET /api/v1/constructor is not served here'],
+  ['GET', 'vm.reboot', undefined, 404, 'GET /api/v1/vm.reboot is not served here'],
+  ['POST', 'vm.reboot', undefined, 400, 'accepted is GET or PUT'],
+  ['PUT', 'vm.resize', undefined, 400, 'accepted is {"desired_balloon": BYTES}'],
+  ['PUT', 'vm.resize', '{', 400, 'accepted is a body in JSON'],
+  ['PUT', 'vm.resize', '[]', 400, 'accepted is {"desired_balloon": BYTES}'],
+  ['PUT', 'vm.resize', '{"desired_balloon":1,"desired_ram":2}', 400, 'accepted is {"desired_balloon": BYTES}'],
+  ['PUT', 'vm.resize', '{"desired_balloon":-1}', 400, 'desired_balloon: accepted is a number of bytes'],
+  ['PUT', 'vm.resize', '{"desired_balloon":1e99}', 400, 'desired_balloon: accepted is a number of bytes'],
+  ['PUT', 'vm.resize-disk', '{"id":"a","desired_size":513}', 400, 'desired_size: accepted is a multiple of 512 bytes'],
+  ['PUT', 'vm.resize-disk', '{"id":"a","desired_size":0}', 400, 'desired_size: accepted is a multiple of 512 bytes'],
+  ['PUT', 'vm.resize-disk', '{"desired_size":512}', 400, 'id: accepted is the name of a disk'],
+  ['PUT', 'vm.resize-disk', '{"id":"none","desired_size":512}', 404, 'The machine has no disk none'],
+  ['PUT', 'vm.resize-disk', '{"id":"stuck","desired_size":512}', 500, 'No space'],
+])('%s %s %s: %i', async (method, name, body, status, message) => {
+  api = await openApi(socket, machine(), '1');
+  expect(await request(method, name, body)).toEqual({ status, body: [message] });
+  expect(asked).toEqual([]);
+});
+
+test('a body that is too long is refused', async () => {
+  api = await openApi(socket, machine(), '1');
+  const { status, body } = await request('PUT', 'vm.resize', ' '.repeat(4 * 1024 * 1024 + 1));
+  expect({ status, body }).toEqual({ status: 400, body: ['accepted is a body of up to 4194304 bytes'] });
+});
+
+test('nothing is left behind, also of a client that holds its connection', async () => {
+  api = await openApi(socket, machine(), '1');
+  const client = net.connect(socket);
+  await once(client, 'connect');
+  const gone = once(client, 'close');
+  await api.close();
+  await gone;
+  api = undefined;
+  expect(fs.readdirSync(folder)).toEqual([]);
+});
+
+test('the socket of a killed process is replaced, one that is in use is not', async () => {
+  const script = `require('node:net').createServer().listen(${JSON.stringify(socket)}, () => process.kill(process.pid, 9))`;
+  spawnSync(process.execPath, ['-e', script]);
+  expect(fs.statSync(socket).isSocket()).toBe(true);
+  api = await openApi(socket, machine(), '1');
+  await expect(openApi(socket, machine(), '1')).rejects.toThrow(/--api-socket path=.*: accepted is a path/);
+  expect((await request('GET', 'vmm.ping')).status).toBe(200);
+});
+
+test('a path where no socket can be', async () => {
+  await expect(openApi(path.join(folder, 'no/such/folder'), machine(), '1')).rejects.toThrow(/--api-socket path=/);
+});
+
+test('a file that is no socket is left alone', async () => {
+  fs.writeFileSync(socket, 'precious');
+  await expect(openApi(socket, machine(), '1')).rejects.toThrow(/--api-socket path=/);
+  expect(fs.readFileSync(socket, 'utf8')).toBe('precious');
+});
