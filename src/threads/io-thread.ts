@@ -1,5 +1,6 @@
 /** The composition root of an I/O worker: it builds its devices and serves their queues until main ends it. */
 import fs from 'node:fs';
+import os from 'node:os';
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
 import { BlockDevice } from '../block/block-device.js';
 import { openEngine } from '../block/engine.js';
@@ -25,13 +26,22 @@ import { attachSignals } from './backends.js';
 
 /** Transfers under way for each disk. */
 const ENGINE_DEPTH = 128;
+/**
+ * Steps of niceness (sched(7)) that a worker is behind the vCPUs. On a CPU that they share, a busy worker would otherwise stop the
+ * guest at each kick, and each packet would cost an exit, an interrupt and two switches; so it lets the driver queue more first.
+ * A worker that uses little of the CPU runs at once all the same. docs/performance.md has what other numbers give.
+ */
+const NICENESS = 1;
+const MAX_NICENESS = 19;
 /** Lines that a guest's mistakes may add to the log, for each worker. */
 const LOG_LIMIT = 200;
 
 /** Serves queues until main ends the worker. */
 export function runIoThread(kernel: HostKernel): void {
   const data = workerData as IoWorkerData;
-  fs.writeFileSync(`/proc/self/task/${kernel.threadId()}/comm`, data.name);
+  const thread = kernel.threadId();
+  fs.writeFileSync(`/proc/self/task/${thread}/comm`, data.name);
+  os.setPriority(thread, Math.min(os.getPriority(thread) + NICENESS, MAX_NICENESS));
   if (data.affinity !== undefined) kernel.setAffinity(data.affinity);
   const post = (message: IoMessage) => parentPort!.postMessage(message);
   const loop = new EpollLoop(kernel);

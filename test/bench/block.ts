@@ -20,7 +20,7 @@ import { median, row, type Row } from './report.js';
 const RAM_MIB = 768;
 const CMDLINE = 'console=ttyS0 quiet loglevel=1 panic=-1 reboot=t';
 const BOOT_LIMIT_SECONDS = 90;
-const TURNS = 3;
+const TURNS = 5;
 
 export interface GuestFiles {
   readonly kernel: string;

@@ -153,6 +153,9 @@ test('vCPU threads are bound to the CPUs of the command line, and named', async 
       `for task in /proc/${pid}/task/*; do echo "$(cat $task/comm) $(awk '/Cpus_allowed_list/ { print $2 }' $task/status)"; done | grep vcpu | sort`,
     );
     expect(stdout).toMatch(/^vcpu0 1\nvcpu1 0\nvcpu2 0-\d+\n$/);
+    // A worker is a step nicer than the vCPUs: they are served first where both share a CPU.
+    const nice = await two.shell(`ps -L -o comm=,nice= -p ${pid} | grep -E '^(io|vcpu)' | sort | tr -s ' '`);
+    expect(nice.stdout).toBe('io0 1\nvcpu0 0\nvcpu1 0\nvcpu2 0\n');
     guest.process.kill('SIGTERM');
     await guest.end();
   });
