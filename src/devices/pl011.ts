@@ -10,6 +10,7 @@
  * Sent bytes wait in a ring for main; while it has no room for another FIFO's worth, which a driver may send without looking
  * again, the transmit FIFO is full, so a stuck host slows the guest down instead of blocking its vCPU.
  */
+import { ByteRing } from '../state/byte-ring.js';
 import { type StateBlock, stateLayout } from '../state/state-block.js';
 import type { AccessSize, BusDevice, InterruptLine } from './bus.js';
 import { identification, identify, isRegister, truncated } from './primecell.js';
@@ -99,8 +100,8 @@ const BURST_MASK = FIFO_DEPTH / 2 - 1;
 
 export class Pl011 implements BusDevice {
   readonly #words: Int32Array;
-  readonly #rx: Uint8Array;
-  readonly #tx: Uint8Array;
+  readonly #rx: ByteRing;
+  readonly #tx: ByteRing;
 
   constructor(
     private readonly state: StateBlock,
@@ -108,8 +109,8 @@ export class Pl011 implements BusDevice {
     private readonly doorbell: SerialDoorbell,
   ) {
     this.#words = state.words;
-    this.#rx = new Uint8Array(state.buffer, at.rx * 4, FIFO_DEPTH);
-    this.#tx = new Uint8Array(state.buffer, at.tx * 4, TX_SIZE);
+    this.#rx = new ByteRing(state.words, { head: at.rxHead, count: at.rxCount, bytes: at.rx }, FIFO_DEPTH);
+    this.#tx = new ByteRing(state.words, { head: at.txHead, count: at.txCount, bytes: at.tx }, TX_SIZE);
   }
 
   /** As firmware leaves it, since an SBSA driver and an early console use it as they find it: enabled, with FIFOs. */
@@ -134,10 +135,10 @@ export class Pl011 implements BusDevice {
   write(offset: number, size: AccessSize, value: number): void {
     if (!isRegister(offset)) return;
     this.state.lock();
-    const before = this.#words[at.txCount];
+    const before = this.#tx.length;
     this.#writeRegister(offset, truncated(value, size));
     const raise = this.#newCause();
-    const output = before === 0 && this.#words[at.txCount] !== 0;
+    const output = before === 0 && this.#tx.length !== 0;
     const room = this.#newRoom();
     this.state.unlock();
     if (raise) this.line.raise();
@@ -164,11 +165,8 @@ export class Pl011 implements BusDevice {
   drainTransmit(into: Uint8Array): number {
     const words = this.#words;
     this.state.lock();
-    const count = Math.min(into.length, words[at.txCount]);
-    for (let index = 0; index < count; index++) into[index] = this.#tx[(words[at.txHead] + index) % TX_SIZE]!;
     const full = this.#transmitterFull();
-    words[at.txHead] = (words[at.txHead] + count) % TX_SIZE;
-    words[at.txCount] -= count;
+    const count = this.#tx.drain(into);
     if (full && !this.#transmitterFull()) words[at.ris] |= INT_TX;
     const raise = this.#newCause();
     this.state.unlock();
@@ -256,7 +254,7 @@ export class Pl011 implements BusDevice {
   #send(value: number): void {
     const words = this.#words;
     if ((words[at.cr] & CR_LOOPBACK) !== 0) {
-      if (words[at.rxCount] < this.#depth()) this.#push(value);
+      if (this.#rx.length < this.#depth()) this.#push(value);
       else {
         words[at.overrun] = 1;
         words[at.ris] |= INT_OVERRUN;
@@ -265,10 +263,8 @@ export class Pl011 implements BusDevice {
       return;
     }
     // A guest that writes though the FIFO is full loses the byte, as with the chip.
-    if (words[at.txCount] === TX_SIZE) return;
-    const place = (words[at.txHead] + words[at.txCount]) % TX_SIZE;
-    this.#tx[place] = value;
-    words[at.txCount]++;
+    if (this.#tx.room === 0) return;
+    const place = this.#tx.push(value);
     // The FIFO is empty again at once, which is when the chip interrupts.
     if (this.#transmitterFull()) words[at.ris] &= ~INT_TX;
     else words[at.ris] |= INT_TX;
@@ -294,7 +290,7 @@ export class Pl011 implements BusDevice {
   }
 
   #flags(): number {
-    const count = this.#words[at.rxCount];
+    const count = this.#rx.length;
     return (
       this.#modemLines() |
       (count === 0 ? FR_RX_EMPTY : 0) |
@@ -304,7 +300,7 @@ export class Pl011 implements BusDevice {
   }
 
   #transmitterFull(): boolean {
-    return this.#words[at.txCount] > TX_SIZE - FIFO_DEPTH;
+    return this.#tx.room < FIFO_DEPTH;
   }
 
   #depth(): number {
@@ -314,7 +310,7 @@ export class Pl011 implements BusDevice {
   #room(): number {
     const words = this.#words;
     const on = CR_ENABLE | CR_RECEIVE;
-    return (words[at.cr] & on) === on ? Math.max(this.#depth() - words[at.rxCount], 0) : 0;
+    return (words[at.cr] & on) === on ? Math.max(this.#depth() - this.#rx.length, 0) : 0;
   }
 
   /** Whether the sender waits for room and there is some now. */
@@ -335,26 +331,22 @@ export class Pl011 implements BusDevice {
 
   #push(value: number): void {
     const words = this.#words;
-    this.#rx[(words[at.rxHead] + words[at.rxCount]) % FIFO_DEPTH] = value;
-    words[at.rxCount]++;
+    this.#rx.push(value);
     const fifos = (words[at.lcr] & LCR_FIFOS) !== 0;
-    if (!fifos || words[at.rxCount] >= TRIGGER[(words[at.ifls] >> 3) & 7]) words[at.ris] |= INT_RX;
+    if (!fifos || this.#rx.length >= TRIGGER[(words[at.ifls] >> 3) & 7]) words[at.ris] |= INT_RX;
     if (fifos) words[at.ris] |= INT_TIMEOUT;
   }
 
   #pop(): number {
     const words = this.#words;
-    if (words[at.rxCount] === 0) return 0;
-    const value = this.#rx[words[at.rxHead]];
-    words[at.rxHead] = (words[at.rxHead] + 1) % FIFO_DEPTH;
-    words[at.rxCount]--;
-    if (words[at.rxCount] === 0) words[at.ris] &= ~(INT_RX | INT_TIMEOUT);
-    else if (words[at.rxCount] < TRIGGER[(words[at.ifls] >> 3) & 7]) words[at.ris] &= ~INT_RX;
+    const value = this.#rx.shift();
+    if (this.#rx.length === 0) words[at.ris] &= ~(INT_RX | INT_TIMEOUT);
+    else if (this.#rx.length < TRIGGER[(words[at.ifls] >> 3) & 7]) words[at.ris] &= ~INT_RX;
     return value;
   }
 
   #flushReceived(): void {
-    this.#words[at.rxCount] = 0;
+    this.#rx.clear();
     this.#words[at.ris] &= ~(INT_RX | INT_TIMEOUT);
   }
 }

@@ -9,6 +9,7 @@
  * Sent bytes wait in a ring for main; while it has no room for another FIFO's worth, which a driver may send without looking
  * again, the transmitter is not empty, so a stuck host slows the guest down instead of blocking its vCPU.
  */
+import { ByteRing } from '../state/byte-ring.js';
 import type { StateBlock } from '../state/state-block.js';
 import { stateLayout } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler, type InterruptLine } from './bus.js';
@@ -86,8 +87,8 @@ export interface SerialDoorbell {
 
 export class Serial16550 implements BusDevice {
   readonly #words: Int32Array;
-  readonly #rx: Uint8Array;
-  readonly #tx: Uint8Array;
+  readonly #rx: ByteRing;
+  readonly #tx: ByteRing;
 
   constructor(
     private readonly state: StateBlock,
@@ -95,8 +96,8 @@ export class Serial16550 implements BusDevice {
     private readonly doorbell: SerialDoorbell,
   ) {
     this.#words = state.words;
-    this.#rx = new Uint8Array(state.buffer, at.rx * 4, RX_SIZE);
-    this.#tx = new Uint8Array(state.buffer, at.tx * 4, TX_SIZE);
+    this.#rx = new ByteRing(state.words, { head: at.rxHead, count: at.rxCount, bytes: at.rx }, RX_SIZE);
+    this.#tx = new ByteRing(state.words, { head: at.txHead, count: at.txCount, bytes: at.tx }, TX_SIZE);
   }
 
   read(offset: number, size: AccessSize): number {
@@ -114,10 +115,10 @@ export class Serial16550 implements BusDevice {
   write(offset: number, size: AccessSize, value: number): void {
     if (size !== 1) return;
     this.state.lock();
-    const before = this.#words[at.txCount];
+    const before = this.#tx.length;
     this.#writeRegister(offset, value);
     const raise = this.#newCause();
-    const output = before === 0 && this.#words[at.txCount] !== 0;
+    const output = before === 0 && this.#tx.length !== 0;
     const room = this.#newRoom();
     this.state.unlock();
     if (raise) this.line.raise();
@@ -129,8 +130,8 @@ export class Serial16550 implements BusDevice {
   receive(bytes: Uint8Array): number {
     const words = this.#words;
     this.state.lock();
-    const count = Math.min(bytes.length, RX_SIZE - words[at.rxCount]);
-    for (let index = 0; index < count; index++) this.#push(bytes[index]);
+    const count = Math.min(bytes.length, this.#rx.room);
+    for (let index = 0; index < count; index++) this.#rx.push(bytes[index]);
     if (count < bytes.length) words[at.starved] = 1;
     const raise = this.#newCause();
     this.state.unlock();
@@ -142,11 +143,8 @@ export class Serial16550 implements BusDevice {
   drainTransmit(into: Uint8Array): number {
     const words = this.#words;
     this.state.lock();
-    const count = Math.min(into.length, words[at.txCount]);
-    for (let index = 0; index < count; index++) into[index] = this.#tx[(words[at.txHead] + index) % TX_SIZE]!;
     const full = this.#transmitterFull();
-    words[at.txHead] = (words[at.txHead] + count) % TX_SIZE;
-    words[at.txCount] -= count;
+    const count = this.#tx.drain(into);
     if (full && !this.#transmitterFull()) words[at.thrEmpty] = 1;
     const raise = this.#newCause();
     this.state.unlock();
@@ -159,7 +157,7 @@ export class Serial16550 implements BusDevice {
     const latch = (words[at.lcr] & LCR_DLAB) !== 0;
     switch (offset) {
       case RBR_THR:
-        return latch ? words[at.dll] : this.#pop();
+        return latch ? words[at.dll] : this.#rx.shift();
       case IER:
         return latch ? words[at.dlm] : words[at.ier];
       case IIR_FCR:
@@ -195,7 +193,7 @@ export class Serial16550 implements BusDevice {
         else this.#enableInterrupts(value & 0x0f);
         break;
       case IIR_FCR:
-        if ((value & FCR_CLEAR_RX) !== 0 || ((value ^ words[at.fcr]) & FCR_ENABLE) !== 0) words[at.rxCount] = 0;
+        if ((value & FCR_CLEAR_RX) !== 0 || ((value ^ words[at.fcr]) & FCR_ENABLE) !== 0) this.#rx.clear();
         words[at.fcr] = (value & FCR_ENABLE) !== 0 ? value & 0xc9 : 0;
         break;
       case LCR:
@@ -215,15 +213,14 @@ export class Serial16550 implements BusDevice {
   #send(value: number): void {
     const words = this.#words;
     if ((words[at.mcr] & MCR_LOOPBACK) !== 0) {
-      if (words[at.rxCount] === RX_SIZE) words[at.overrun] = 1;
-      else this.#push(value);
+      if (this.#rx.room === 0) words[at.overrun] = 1;
+      else this.#rx.push(value);
       words[at.thrEmpty] = 1;
       return;
     }
     // A guest that writes though the transmitter is not empty loses the byte, as with the chip.
-    if (words[at.txCount] === TX_SIZE) return;
-    this.#tx[(words[at.txHead] + words[at.txCount]) % TX_SIZE] = value;
-    words[at.txCount]++;
+    if (this.#tx.room === 0) return;
+    this.#tx.push(value);
     words[at.thrEmpty] = this.#transmitterFull() ? 0 : 1;
     // The register was full for an instant: its getting empty is a new event.
     words[at.causes] &= ~CAUSE_TX;
@@ -255,7 +252,7 @@ export class Serial16550 implements BusDevice {
   #lineStatus(): number {
     const words = this.#words;
     const status =
-      (words[at.rxCount] !== 0 ? LSR_DATA_READY : 0) |
+      (this.#rx.length !== 0 ? LSR_DATA_READY : 0) |
       (words[at.overrun] !== 0 ? LSR_OVERRUN : 0) |
       (this.#transmitterFull() ? 0 : LSR_THR_EMPTY | LSR_TRANSMITTER_EMPTY);
     words[at.overrun] = 0;
@@ -263,13 +260,13 @@ export class Serial16550 implements BusDevice {
   }
 
   #transmitterFull(): boolean {
-    return this.#words[at.txCount] > TX_SIZE - FIFO_DEPTH;
+    return this.#tx.room < FIFO_DEPTH;
   }
 
   /** Whether the sender waits for room and there is some now. */
   #newRoom(): boolean {
     const words = this.#words;
-    if (words[at.starved] === 0 || words[at.rxCount] > RX_SIZE / 2) return false;
+    if (words[at.starved] === 0 || this.#rx.room < RX_SIZE / 2) return false;
     words[at.starved] = 0;
     return true;
   }
@@ -278,7 +275,7 @@ export class Serial16550 implements BusDevice {
   #activeCauses(): number {
     const words = this.#words;
     const causes =
-      (words[at.rxCount] !== 0 ? CAUSE_RX : 0) |
+      (this.#rx.length !== 0 ? CAUSE_RX : 0) |
       (words[at.thrEmpty] !== 0 ? CAUSE_TX : 0) |
       (words[at.overrun] !== 0 ? CAUSE_LINE : 0) |
       (words[at.modemDelta] !== 0 ? CAUSE_MODEM : 0);
@@ -305,26 +302,11 @@ export class Serial16550 implements BusDevice {
     if ((causes & CAUSE_LINE) !== 0) id = 0x06;
     else if ((causes & CAUSE_RX) !== 0) {
       // Fewer bytes than the trigger level: the character timeout, which comes at once here.
-      id = fifos && words[at.rxCount] < TRIGGER[words[at.fcr] >> 6] ? 0x0c : 0x04;
+      id = fifos && this.#rx.length < TRIGGER[words[at.fcr] >> 6] ? 0x0c : 0x04;
     } else if ((causes & CAUSE_TX) !== 0) {
       id = 0x02;
       words[at.thrEmpty] = 0;
     } else if ((causes & CAUSE_MODEM) !== 0) id = 0x00;
     return id | (fifos ? IIR_FIFOS : 0);
-  }
-
-  #push(value: number): void {
-    const words = this.#words;
-    this.#rx[(words[at.rxHead] + words[at.rxCount]) % RX_SIZE] = value;
-    words[at.rxCount]++;
-  }
-
-  #pop(): number {
-    const words = this.#words;
-    if (words[at.rxCount] === 0) return 0;
-    const value = this.#rx[words[at.rxHead]];
-    words[at.rxHead] = (words[at.rxHead] + 1) % RX_SIZE;
-    words[at.rxCount]--;
-    return value;
   }
 }
