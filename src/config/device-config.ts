@@ -186,11 +186,12 @@ export const vsockSchema = z.strictObject({
   ...pciFields,
 });
 
-const CONSOLE_MODES = ['Off', 'Null', 'Tty', 'Pty', 'File', 'Socket'] as const;
+const CHARACTER_MODES = ['Off', 'Null', 'Tty', 'Pty', 'File', 'Socket'] as const;
 
-export const consoleSchema = z
+/** Where the serial port or the console leads. */
+export const characterSchema = z
   .strictObject({
-    mode: z.enum(CONSOLE_MODES, { error: `one of ${CONSOLE_MODES.join(', ')}` }),
+    mode: z.enum(CHARACTER_MODES, { error: `one of ${CHARACTER_MODES.join(', ')}` }),
     file: path.optional(),
     socket: socketPath.optional(),
   })

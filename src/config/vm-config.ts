@@ -8,14 +8,13 @@
 import * as z from 'zod';
 import {
   balloonSchema,
-  consoleSchema,
+  characterSchema,
   diskSchema,
   netSchema,
   type PciPlacement,
   platformSchema,
   pmemSchema,
   rngSchema,
-  socketPath,
   vsockSchema,
 } from './device-config.js';
 
@@ -122,29 +121,12 @@ export const memorySchema = z
     if (value.shared && value.mergeable) refuse('mergeable', 'off when shared=on');
   });
 
-const SERIAL_MODES = ['Off', 'Null', 'Tty', 'Pty', 'File', 'Socket'] as const;
-
-const serialSchema = z
-  .strictObject({
-    mode: z.enum(SERIAL_MODES, { error: `one of ${SERIAL_MODES.join(', ')}` }),
-    file: path.optional(),
-    socket: socketPath.optional(),
-  })
-  .check(({ value, issues }) => {
-    for (const [field, mode] of [['file', 'File'] as const, ['socket', 'Socket'] as const]) {
-      const wanted = value.mode === mode;
-      if (wanted === (value[field] !== undefined)) continue;
-      const message = wanted ? 'a path' : `a path only with mode ${mode}`;
-      issues.push({ code: 'custom', input: value, path: [field], message });
-    }
-  });
-
 const vmFields = z.strictObject({
   payload: payloadSchema,
   cpus: cpusSchema.prefault({ boot_vcpus: 1, max_vcpus: 1 }).describe('Virtual CPUs'),
   memory: memorySchema.prefault({}).describe('Guest memory'),
-  serial: serialSchema.prefault({ mode: 'Null' }).describe('Serial port (16550A)'),
-  console: consoleSchema.prefault({ mode: 'Off' }).describe('Paravirtual console'),
+  serial: characterSchema.prefault({ mode: 'Null' }).describe('Serial port (16550A)'),
+  console: characterSchema.prefault({ mode: 'Off' }).describe('Paravirtual console'),
   platform: platformSchema.prefault({}).describe('Platform'),
   disks: z.array(diskSchema).default([]).describe('Disk; may be repeated'),
   net: z.array(netSchema).default([]).describe('Network interface; may be repeated'),
