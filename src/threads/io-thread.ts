@@ -41,7 +41,11 @@ export function runIoThread(kernel: HostKernel): void {
   const data = workerData as IoWorkerData;
   const thread = kernel.threadId();
   fs.writeFileSync(`/proc/self/task/${thread}/comm`, data.name);
-  os.setPriority(thread, Math.min(os.getPriority(thread) + NICENESS, MAX_NICENESS));
+  try {
+    os.setPriority(thread, Math.min(os.getPriority(thread) + NICENESS, MAX_NICENESS));
+  } catch {
+    // A sandbox that forbids it: slower where CPUs are shared, and nothing else.
+  }
   if (data.affinity !== undefined) kernel.setAffinity(data.affinity);
   const post = (message: IoMessage) => parentPort!.postMessage(message);
   const loop = new EpollLoop(kernel);
