@@ -154,6 +154,9 @@ test('reads as a buffer does', () => {
       } else {
         qemuImg('create', '-f', 'qcow2', '-o', options, ...backing, 'a.qcow2', String(model.length));
       }
+      // qemu-img refuses a snapshot where a refcount has no room for it. Two of them and the return to one make four
+      // references of one, and up to 26 compressed clusters share a cluster of the file.
+      const snapshotsFit = old || refcountOrder > (base === 'itself' ? 2 : 1);
       let snapshots = 0;
       let image = open(false, shape.sparse);
       for (const { kind, from, sectors, seed } of steps) {
@@ -191,8 +194,7 @@ test('reads as a buffer does', () => {
             break;
           default:
             image.close();
-            // A refcount of one bit has no room for a snapshot's.
-            if (kind === 'snapshot' && (old || refcountOrder > 1) && snapshots < 2) {
+            if (kind === 'snapshot' && snapshotsFit && snapshots < 2) {
               qemuImg('snapshot', '-c', String(snapshots++), 'a.qcow2');
             }
             image = open(false, shape.sparse);
