@@ -217,6 +217,30 @@ describe('a host that fails', () => {
     await shell('umount small');
   });
 
+  // A loop device over a file that has no room: what its page cache took fails as it is written back.
+  test('a block device that fails: the guest sees errors, the log a line, and the machine goes on', async () => {
+    const { root } = await kernel('generic');
+    await shell('mkdir device && mount -t tmpfs -o size=8M device device && truncate -s 64M device/disk.img');
+    await shell(`[ -e /dev/loop-control ] || modprobe loop || modprobe -d ${root} loop`);
+    const device = (await shell('losetup --find --show device/disk.img')).trim();
+    const { output, status, vmm, log } = await runInGuest(host, folder, {
+      kernel: cloud,
+      task: {
+        command: [
+          'cat /sys/block/vda/size',
+          'dd if=/dev/zero of=/dev/vda bs=1M count=32 conv=fsync; echo "dd $?"',
+          'dd if=/dev/vda of=/dev/null bs=4k count=1; echo alive',
+        ].join('; '),
+        modules: modules(),
+      },
+      vmm: ['--disk', `path=${device}`],
+    });
+    expect({ status, vmm }).toEqual({ status: 0, vmm: 0 });
+    expect(output).toMatch(/^131072\n[^]*dd 1\n[^]*alive/);
+    expect(log).toMatch(/_disk0: Syncing: input\/output error/);
+    await shell(`losetup --detach ${device}; umount device`);
+  });
+
   test('a file that is cut off: errors beyond its end', async () => {
     await shell('truncate -s 64M cut.img');
     const guest = await Guest.start(host, folder, {
