@@ -10,7 +10,7 @@ import http from 'node:http';
 import net from 'node:net';
 import * as z from 'zod';
 import type { Machine } from '../vmm/machine.js';
-import { MachineError, RequestError } from '../vmm/machine-error.js';
+import { causeMessages, MachineError, RequestError } from '../vmm/machine-error.js';
 
 const BASE = '/api/v1/';
 const MAX_BODY_BYTES = 4 * 1024 * 1024;
@@ -106,12 +106,6 @@ async function readBody(request: http.IncomingMessage): Promise<unknown> {
   }
 }
 
-function messages(error: unknown): string[] {
-  const chain: string[] = [];
-  for (let at = error; at instanceof Error && chain.length < 16; at = at.cause) chain.push(at.message);
-  return chain;
-}
-
 /** @throws MachineError when the socket cannot be made */
 export async function openApi(socket: string, machine: ApiMachine, version: string): Promise<Api> {
   const routes = handlers(machine, version);
@@ -133,7 +127,7 @@ export async function openApi(socket: string, machine: ApiMachine, version: stri
       if (reply.body !== undefined) status = 200;
     } catch (error) {
       status = error instanceof RequestError ? STATUS[error.kind] : 500;
-      reply = { body: messages(error) };
+      reply = { body: causeMessages(error) };
     }
     const body = reply.body === undefined ? '' : JSON.stringify(reply.body);
     if (body !== '') response.setHeader('Content-Type', 'application/json');

@@ -1,3 +1,9 @@
+/** What went wrong, and how it is said. */
+import { inspect } from 'node:util';
+
+/** Causes followed at most, against a chain that loops. */
+const MAX_CAUSES = 16;
+
 /** The machine cannot be built or cannot go on. The message is for the user and names the option where one is to blame. */
 export class MachineError extends Error {
   readonly code = 'MACHINE';
@@ -13,4 +19,16 @@ export class RequestError extends Error {
   ) {
     super(message);
   }
+}
+
+/** Messages of an error and its causes, outermost first, each once and on one line. */
+export function causeMessages(error: unknown): string[] {
+  const messages = new Set<string>();
+  let current = error;
+  for (let depth = 0; depth < MAX_CAUSES && current !== undefined; depth += 1) {
+    const message = current instanceof Error ? current.message || current.name : inspect(current);
+    messages.add(message.replace(/\s+/g, ' '));
+    current = current instanceof Error ? current.cause : undefined;
+  }
+  return [...messages];
 }

@@ -7,7 +7,7 @@
 import type { PlatformEvent } from './platform-parts.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { CpuManagerEvents } from './cpu-manager.js';
-import { HostResources } from './host-resources.js';
+import { type DiskResource, HostResources } from './host-resources.js';
 import { type Backends, Incarnation } from './incarnation.js';
 import { MachineError, RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
@@ -44,6 +44,7 @@ interface DeviceNode {
 
 /** A disk's new size that its workers have yet to answer. */
 interface Resizing {
+  readonly disk: DiskResource;
   left: number;
   failure: string;
   readonly settle: (failure: string) => void;
@@ -181,17 +182,16 @@ export class Machine {
     const failure = await new Promise<string>((settle) => {
       const left = this.#current?.control(id, { size }) ?? 0;
       if (left === 0) settle('The machine does not run');
-      else this.#resizing.set(id, { left, failure: '', settle });
+      else this.#resizing.set(id, { disk, left, failure: '', settle });
     });
     if (failure !== '') throw new RequestError(failure, 'failed');
   }
 
   /** A worker has answered. @param size the disk's size now; undefined: as before */
   #resized(id: string, failure: string, size?: number): void {
-    const disk = this.#resources?.disks.find((candidate) => candidate.id === id);
-    if (disk !== undefined && size !== undefined) disk.size = size;
     const resizing = this.#resizing.get(id);
     if (resizing === undefined) return;
+    if (size !== undefined) resizing.disk.size = size;
     if (failure !== '') resizing.failure = failure;
     if (--resizing.left > 0) return;
     this.#resizing.delete(id);
