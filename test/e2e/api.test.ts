@@ -14,7 +14,7 @@ let cloud: Kernel;
 beforeAll(async () => {
   host = await TestHost.open();
   cloud = await kernel('cloud');
-  await shell(`mkdir -p ${scratch}`);
+  await host.check(`mkdir -p ${scratch}`);
 });
 
 afterAll(async () => {
@@ -22,12 +22,6 @@ afterAll(async () => {
   host.close();
   remove();
 });
-
-async function shell(script: string): Promise<string> {
-  const { status, stdout, stderr } = await host.shell(`set -e; ${script}`);
-  if (status !== 0) throw new Error(`${script}: ${stderr}`);
-  return stdout;
-}
 
 /** One request from the machine that runs vmm. */
 async function api(method: 'GET' | 'PUT', name: string, body?: unknown): Promise<{ status: number; body: unknown }> {
@@ -48,7 +42,7 @@ async function api(method: 'GET' | 'PUT', name: string, body?: unknown): Promise
 const done = { status: 204, body: undefined };
 
 test('disks and the balloon change their size under a running guest, and keep it over a reboot', async () => {
-  await shell(`truncate -s 8M ${scratch}/raw; qemu-img create -q -f qcow2 ${scratch}/qcow2 8M`);
+  await host.check(`truncate -s 8M ${scratch}/raw; qemu-img create -q -f qcow2 ${scratch}/qcow2 8M`);
   // Lines come one by one, so that the guest does nothing unasked.
   const loop = `
 true
@@ -130,7 +124,7 @@ done`;
 
   expect(await api('PUT', 'vmm.shutdown')).toEqual(done);
   expect(await guest.end()).toMatchObject({ status: 0 });
-  expect(await shell(`ls ${scratch}; stat -c %s ${scratch}/raw; qemu-img check -q ${scratch}/qcow2`)).toBe(
+  expect(await host.check(`ls ${scratch}; stat -c %s ${scratch}/raw; qemu-img check -q ${scratch}/qcow2`)).toBe(
     `qcow2\nraw\n${16 * MIB}\n`,
   );
 });

@@ -17,9 +17,9 @@ let host: TestHost;
 
 beforeAll(async () => {
   host = await TestHost.simple();
-  const { root } = await kernel('generic');
-  const tun = `[ -c /dev/net/tun ] || modprobe tun || modprobe -d ${root} tun`;
-  await host.shell(`mkdir -p ${scratch}; truncate -s 1M ${scratch}/disk; ${tun}`);
+  const hasTaps = (await host.shell('[ -c /dev/net/tun ]')).status === 0;
+  if (!hasTaps) await host.loadModules(await kernel('generic'), ['tun']);
+  await host.check(`mkdir -p ${scratch}; truncate -s 1M ${scratch}/disk`);
 });
 
 afterAll(async () => {

@@ -26,11 +26,7 @@ afterAll(async () => {
 
 const modules = () => ({ kernel: cloud, names: ['virtio_pci', 'virtio_blk'] });
 
-async function shell(script: string): Promise<string> {
-  const { status, stdout, stderr } = await host.shell(`cd ${scratch} && ${script}`);
-  if (status !== 0) throw new Error(`${script}: ${stderr}`);
-  return stdout;
-}
+const shell = (script: string) => host.check(`cd ${scratch}; ${script}`);
 
 describe('a Debian root file system', () => {
   const run = async (disk: string) => {
@@ -219,9 +215,9 @@ describe('a host that fails', () => {
 
   // A loop device over a file that has no room: what its page cache took fails as it is written back.
   test('a block device that fails: the guest sees errors, the log a line, and the machine goes on', async () => {
-    const { root } = await kernel('generic');
     await shell('mkdir device && mount -t tmpfs -o size=8M device device && truncate -s 64M device/disk.img');
-    await shell(`[ -e /dev/loop-control ] || modprobe loop || modprobe -d ${root} loop`);
+    const hasLoops = (await host.shell('[ -e /dev/loop-control ]')).status === 0;
+    if (!hasLoops) await host.loadModules(await kernel('generic'), ['loop']);
     const device = (await shell('losetup --find --show device/disk.img')).trim();
     const { output, status, vmm, log } = await runInGuest(host, folder, {
       kernel: cloud,

@@ -14,10 +14,8 @@ let cloud: Kernel;
 beforeAll(async () => {
   host = await TestHost.open();
   cloud = await kernel('cloud');
-  // A lab has its modules in the cache alone.
-  const { root } = await kernel('generic');
-  const load = ['tun', 'bridge', 'vhost_net'].map((name) => `modprobe ${name} || modprobe -d ${root} ${name}`);
-  await shell([`mkdir -p ${scratch}`, ...load].join('; '));
+  await host.loadModules(await kernel('generic'), ['tun', 'bridge', 'vhost_net']);
+  await host.check(`mkdir -p ${scratch}`);
 });
 
 afterAll(async () => {
@@ -25,12 +23,6 @@ afterAll(async () => {
   host.close();
   remove();
 });
-
-async function shell(script: string): Promise<string> {
-  const { status, stdout, stderr } = await host.shell(`set -e; ${script}`);
-  if (status !== 0) throw new Error(`${script}: ${stderr}`);
-  return stdout;
-}
 
 const modules = () => ({ kernel: cloud, names: ['virtio_pci', 'virtio_net'] });
 const MIB = 8;
@@ -45,7 +37,7 @@ test.each([
     const bridge = option === '' ? 'vmmbr0' : 'vmmbr1';
     const net = option === '' ? '10.91.0' : '10.92.0';
     const [tapA, tapB] = [`${bridge}a`, `${bridge}b`];
-    await shell(
+    await host.check(
       [
         `ip link add ${bridge} type bridge; ip addr add ${net}.1/24 dev ${bridge}; ip link set ${bridge} up`,
         ...[tapA, tapB].map(
@@ -89,8 +81,8 @@ test.each([
     expect(await server.end()).toMatchObject({ status: 0 });
     expect(server.console.split(sum)).toHaveLength(3);
     // Taps that were there stay.
-    expect(await shell(`ip -o link show ${tapA} | wc -l`)).toBe('1\n');
-    await shell(`ip link del ${tapA}; ip link del ${tapB}; ip link del ${bridge}`);
+    expect(await host.check(`ip -o link show ${tapA} | wc -l`)).toBe('1\n');
+    await host.check(`ip link del ${tapA}; ip link del ${tapB}; ip link del ${bridge}`);
   },
   240_000,
 );
@@ -109,7 +101,7 @@ test('a tap of its own: address and size as told, gone with the machine', async 
   });
   await guest.waitFor('guest-ready');
   expect(guest.console).toMatch(/12:34:56:78:9a:bc\r?\n1400/);
-  const link = await shell('ip -o addr show vmmown0; ip -o link show vmmown0');
+  const link = await host.check('ip -o addr show vmmown0; ip -o link show vmmown0');
   expect(link).toMatch(/10\.93\.0\.1\/24[^]*mtu 1400[^]*02:00:00:00:00:01/);
   guest.process.kill('SIGTERM');
   expect(await guest.end()).toMatchObject({ status: 0 });
@@ -143,7 +135,7 @@ test('vsock: 1 GiB each way, with equal checksums', async () => {
 }, 400_000);
 
 test('16 disks, 8 networks and a vsock at once', async () => {
-  await shell(
+  await host.check(
     `cd ${scratch}; for i in $(seq 16); do truncate -s 1M disk$i; echo "this is disk $i" | dd of=disk$i conv=notrunc 2>/dev/null; done`,
   );
   const disks = Array.from({ length: 16 }, (_, index) => `path=${scratch}/disk${index + 1}`);

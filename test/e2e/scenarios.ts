@@ -70,16 +70,11 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): v
     flavour: Flavour = 'cloud',
   ) => runInGuest(host, folder, { kernel: kernels[flavour], ...options, backend });
   const modules = (...names: string[]) => ({ kernel: kernels.cloud, names });
-  const shell = async (script: string): Promise<string> => {
-    const { status, stdout, stderr } = await host.shell(`set -e; ${script}`);
-    if (status !== 0) throw new Error(`${script}: ${stderr}`);
-    return stdout;
-  };
 
   beforeAll(async () => {
     host = await TestHost.open(backend.architecture);
     for (const flavour of ['cloud', 'generic'] as const) kernels[flavour] = await kernel(flavour, backend.architecture);
-    await shell(`mkdir -p ${scratch}`);
+    await host.check(`mkdir -p ${scratch}`);
   });
 
   afterAll(async () => {
@@ -141,7 +136,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): v
   });
 
   test('reboot: machine and devices as new', async () => {
-    await shell(`truncate -s 1M ${scratch}/disk`);
+    await host.check(`truncate -s 1M ${scratch}/disk`);
     const guest = await start({
       task: {
         command:
@@ -177,7 +172,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): v
   }
 
   test('PCI: a disk on each of 16 segments', async () => {
-    await shell(
+    await host.check(
       `cd ${scratch}; for i in $(seq 0 15); do truncate -s 1M segment$i; echo "segment $i" | dd of=segment$i conv=notrunc 2>/dev/null; done`,
     );
     const disks = Array.from(
@@ -198,7 +193,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): v
   });
 
   test('block: fio verifies what two jobs wrote through two queues', async () => {
-    await shell(`truncate -s 32M ${scratch}/data.img`);
+    await host.check(`truncate -s 32M ${scratch}/data.img`);
     const fio = [
       ...['fio', '--name=v', '--filename=/dev/vda', '--rw=randwrite', '--bsrange=512-64k', '--verify=crc32c'],
       ...['--do_verify=1', '--verify_fatal=1', '--ioengine=libaio', '--iodepth=16', '--direct=1', '--numjobs=2'],
@@ -220,11 +215,9 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): v
     ['net: 16 MiB from the host and back, by tap', ''],
     ['net: 16 MiB from the host and back, by vhost', ',vhost=on'],
   ])('%s', async (_name, option) => {
-    // A lab has its modules in the cache alone.
-    const { root } = await kernel('generic', backend.architecture);
-    const load = ['tun', 'vhost_net'].map((name) => `{ modprobe ${name} 2>/dev/null || modprobe -d ${root} ${name}; }`);
-    await shell(`${load.join('; ')}; head -c ${16 * MIB} /dev/urandom >${scratch}/data`);
-    const sum = (await shell(`sha256sum <${scratch}/data`)).slice(0, 64);
+    await host.loadModules(kernels.generic, ['tun', 'vhost_net']);
+    await host.check(`head -c ${16 * MIB} /dev/urandom >${scratch}/data`);
+    const sum = (await host.check(`sha256sum <${scratch}/data`)).slice(0, 64);
     const tap = option === '' ? 'vmmscn0' : 'vmmscn1';
     const net = option === '' ? '10.95.0' : '10.95.1';
     const guest = await start({
@@ -306,12 +299,12 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): v
   });
 
   test('pmem: keeps what was written', async () => {
-    await shell(`cd ${scratch} && truncate -s 8M pmem && printf before | dd of=pmem conv=notrunc 2>/dev/null`);
+    await host.check(`cd ${scratch} && truncate -s 8M pmem && printf before | dd of=pmem conv=notrunc 2>/dev/null`);
     const command = `head -c 6 /dev/pmem0; printf second | dd of=/dev/pmem0 conv=notrunc,fsync 2>/dev/null`;
     const names = ['virtio_pci', 'virtio_pmem', 'nd_pmem'];
     const task = { command, modules: { kernel: kernels.generic, names } };
     const { status, output } = await run({ task, vmm: ['--pmem', `file=${scratch}/pmem`] }, 'generic');
     expect({ status, output }).toEqual({ status: 0, output: 'before' });
-    expect(await shell(`head -c 6 ${scratch}/pmem`)).toBe('second');
+    expect(await host.check(`head -c 6 ${scratch}/pmem`)).toBe('second');
   });
 }

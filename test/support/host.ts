@@ -6,7 +6,7 @@ import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import { PassThrough, type Writable } from 'node:stream';
 import { Lab, type LabProcess, type SpawnOptions } from '../lab/lab.js';
-import type { Architecture } from '../lab/kernels.js';
+import type { Architecture, Kernel } from '../lab/kernels.js';
 import type { ExitReport } from '../lab/protocol.js';
 
 /** Where the runner names the labs: their folders, with colons between. */
@@ -67,6 +67,29 @@ export class TestHost {
 
   async shell(script: string): Promise<Result> {
     return this.run(['sh', '-c', script]);
+  }
+
+  /**
+   * Runs a script up to its first command that fails.
+   *
+   * @returns its standard output
+   * @throws Error when one failed
+   */
+  async check(script: string): Promise<string> {
+    const { status, stdout, stderr } = await this.shell(`set -e; ${script}`);
+    if (status !== 0) throw new Error(`${script}: ${stderr}`);
+    return stdout;
+  }
+
+  /**
+   * Loads modules of the kernel that runs there.
+   *
+   * @param image a lab's own kernel: there, its modules are in the cache alone
+   * @throws Error when one of them does not load
+   */
+  async loadModules({ root }: Kernel, names: readonly string[]): Promise<void> {
+    const load = names.map((name) => `{ modprobe ${name} 2>/dev/null || modprobe -d ${root} ${name}; }`);
+    await this.check(load.join('; '));
   }
 
   close(): void {
