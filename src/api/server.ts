@@ -39,10 +39,13 @@ const bytes = (error: string) => z.int({ error }).min(0, { error });
 const balloonError = 'desired_balloon: accepted is a number of bytes';
 const diskSizeError = `desired_size: accepted is a multiple of ${SECTOR} bytes`;
 
+const resizeError = 'accepted is {"desired_balloon": BYTES}';
+/** Its clients write out what they do not set. */
+const unset = z.null({ error: resizeError }).optional();
 /** The other two fields that Cloud Hypervisor has here change vCPUs and RAM. */
 const resizeSchema = z.strictObject(
-  { desired_balloon: bytes(balloonError) },
-  { error: 'accepted is {"desired_balloon": BYTES}' },
+  { desired_balloon: bytes(balloonError).nullish(), desired_vcpus: unset, desired_ram: unset },
+  { error: resizeError },
 );
 const resizeDiskSchema = z.strictObject(
   {
@@ -76,7 +79,8 @@ function handlers(machine: ApiMachine, version: string): Readonly<Partial<Record
       return done;
     },
     'PUT vm.resize': (body) => {
-      machine.resizeBalloon(check(resizeSchema, body).desired_balloon);
+      const { desired_balloon: size } = check(resizeSchema, body);
+      if (typeof size === 'number') machine.resizeBalloon(size);
       return done;
     },
     'PUT vm.resize-disk': async (body) => {
@@ -130,8 +134,12 @@ export async function openApi(socket: string, machine: ApiMachine, version: stri
       reply = { body: causeMessages(error) };
     }
     const body = reply.body === undefined ? '' : JSON.stringify(reply.body);
-    if (body !== '') response.setHeader('Content-Type', 'application/json');
-    response.writeHead(status);
+    if (body !== '') {
+      response.setHeader('Content-Type', 'application/json');
+      response.setHeader('Content-Length', Buffer.byteLength(body));
+    }
+    // Cloud Hypervisor's client takes all behind "HTTP/1.1 " for a number, and no chunks: no reason phrase (RFC 9112, 4).
+    response.writeHead(status, '');
     // Sent, or the client has gone: it was asked for either way.
     response.on('close', () => reply.afterwards?.());
     response.end(body);

@@ -61,7 +61,7 @@ const DISK_SUB_OPTIONS: readonly SubOption[] = [
   ...[text('path'), toggle('readonly'), toggle('direct'), number('num_queues'), number('queue_size'), text('serial')],
   ...LIMIT_SUB_OPTIONS,
   { name: 'queue_affinity', field: 'queue_affinity', kind: KINDS.queueAffinity },
-  ...[toggle('backing_files'), toggle('sparse'), text('image_type')],
+  ...[toggle('backing_files'), toggle('sparse'), { name: 'image_type', field: 'image_type', kind: KINDS.word }],
   ...[toggle('_disable_io_uring'), toggle('_disable_aio')],
   ...PCI_SUB_OPTIONS,
 ];

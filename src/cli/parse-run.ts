@@ -47,7 +47,7 @@ function readMode(name: string, text: string, modes: readonly ModeChoice[]): Rec
     throw new OptionError(withValue(name, text), modes.map(modeSyntax).join(', '));
   }
   // An empty path counts as not set, and the schema asks for it.
-  const path = unquote(rest.join('='));
+  const path = unquote(rest.join('=').trim());
   return choice.field === undefined || path === ''
     ? { mode: choice.mode }
     : { mode: choice.mode, [choice.field]: path };

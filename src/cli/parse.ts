@@ -42,6 +42,18 @@ function refuseValuesOfSwitches(argv: readonly string[]): void {
   }
 }
 
+/** Refuses `--cmdline -x`, where yargs would see two options; known ones and numbers are left to it. */
+function refuseDashedValues(argv: readonly string[]): void {
+  const flags = argv[0] === 'doctor' ? DOCTOR_FLAGS : RUN_FLAGS;
+  const valued = new Set(flags.filter(({ takes }) => takes === 'value').map(({ name }) => `--${name}`));
+  const known = new Set(flags.flatMap(({ name, alias = name }) => [`--${name}`, `-${alias}`]));
+  argv.forEach((value, index) => {
+    const option = argv.at(index - 1) ?? '';
+    if (index === 0 || !valued.has(option) || !/^-(?!\.?\d)/.test(value) || known.has(value.split('=')[0])) return;
+    throw new OptionError(`${option} ${value}`, `a value that begins with a dash as ${option}=VALUE`);
+  });
+}
+
 /** Refuses what no table lists: yargs' own strict mode forgets the dashes, and fails for names such as toString. */
 function refuseUnknown(found: Arguments): void {
   const [command, ...rest] = found['_'] as readonly (string | undefined)[];
@@ -62,6 +74,7 @@ function refuseUnknown(found: Arguments): void {
  */
 export function parseCommandLine(argv: readonly string[], host: HostFacts): Command {
   refuseValuesOfSwitches(argv);
+  refuseDashedValues(argv);
   let command: Command | undefined;
   const help = (parser: Argv): Command => {
     let text = '';

@@ -65,6 +65,17 @@ const queueAffinity = z
   .optional()
   .describe('Gives a queue a thread of its own, bound to these host CPUs');
 
+/** What is wrong with a device's `queue_affinity`, if anything. */
+function affinityProblem(affinity: z.infer<typeof queueAffinity>, queues: number): string | undefined {
+  const bound = new Set<number>();
+  for (const { queue_index: queue } of affinity ?? []) {
+    if (queue >= queues) return `a queue from 0 to ${queues - 1}`;
+    if (bound.has(queue)) return `each queue once (${queue} is repeated)`;
+    bound.add(queue);
+  }
+  return undefined;
+}
+
 export const IMAGE_TYPES = ['raw', 'qcow2'] as const;
 
 export const diskSchema = z
@@ -92,11 +103,8 @@ export const diskSchema = z
     ...pciFields,
   })
   .check(({ value, issues }) => {
-    for (const { queue_index: queue } of value.queue_affinity ?? []) {
-      if (queue < value.num_queues) continue;
-      const message = `a queue from 0 to ${value.num_queues - 1}`;
-      issues.push({ code: 'custom', input: value, path: ['queue_affinity'], message });
-    }
+    const message = affinityProblem(value.queue_affinity, value.num_queues);
+    if (message !== undefined) issues.push({ code: 'custom', input: value, path: ['queue_affinity'], message });
   });
 
 const MAC = /^[0-9a-f]{2}(:[0-9a-f]{2}){5}$/i;
@@ -104,19 +112,38 @@ const macError = 'a unicast address such as 12:34:56:78:9a:bc';
 const mac = z
   .string({ error: macError })
   .regex(MAC, { error: macError })
-  .refine((text) => (parseInt(text.slice(0, 2), 16) & 1) === 0, { error: macError });
-const addressError = 'an IPv4 address such as 192.168.249.1';
-const ipv4 = z.ipv4({ error: addressError });
+  .refine((text) => (parseInt(text.slice(0, 2), 16) & 1) === 0 && /[1-9a-f]/i.test(text), { error: macError });
+const addressError = 'an IPv4 address of a host such as 192.168.249.1';
+const address = z.ipv4({ error: addressError }).refine(
+  (text) => {
+    // RFC 1122, 3.2.1.3: 0 is "this network"; from 224 on they are groups, reserved, or everybody.
+    const first = parseInt(text);
+    return first > 0 && first < 224;
+  },
+  { error: addressError },
+);
+const maskError = 'a network mask such as 255.255.255.0';
+const mask = z.ipv4({ error: maskError }).refine(
+  (text) => {
+    const hostBits = ~text.split('.').reduce((bits, part) => (bits << 8) | Number(part), 0);
+    return (hostBits & (hostBits + 1)) === 0;
+  },
+  { error: maskError },
+);
+/** dev_valid_name() of Linux: 15 bytes, not all dots, no slash, colon or blank. */
+const tapError = 'the name of a tap, up to 15 characters';
+const TAP = /^(?!\.{1,2}$)[^\0/:\s]{1,15}$/;
 
 export const netSchema = z
   .strictObject({
     tap: z
-      .string({ error: 'the name of a tap' })
-      .regex(/^[^\0/\s]{1,15}$/, { error: 'the name of a tap, up to 15 characters' })
+      .string({ error: tapError })
+      .regex(TAP, { error: tapError })
+      .refine((text) => Buffer.byteLength(text) <= 15, { error: tapError })
       .optional()
       .describe('Tap, made when it is not there; default a new one that the host names'),
-    ip: ipv4.optional().describe('Address of the host end'),
-    mask: ipv4.optional().describe('Network mask of the host end'),
+    ip: address.optional().describe('Address of the host end'),
+    mask: mask.optional().describe('Network mask of the host end'),
     mac: mac.optional().describe('Address of the guest, default a random one'),
     host_mac: mac.optional().describe('Hardware address of the host end'),
     mtu: wholeNumber(MIN_MTU, MAX_MTU).optional().describe('Largest packet of the guest'),
@@ -147,13 +174,17 @@ export const netSchema = z
     if (value.fds !== undefined && value.fds.length * 2 !== value.num_queues) {
       refuse('fds', `${value.num_queues / 2} descriptors for num_queues=${value.num_queues}`);
     }
+    const twice = value.fds?.find((fd, index, fds) => fds.indexOf(fd) !== index);
+    if (twice !== undefined) refuse('fds', `each descriptor once (${twice} is repeated)`);
+    const affinity = affinityProblem(value.queue_affinity, value.num_queues);
+    if (affinity !== undefined) refuse('queue_affinity', affinity);
     if (value.fds !== undefined && value.tap !== undefined) refuse('tap', 'a tap only without fd=');
     if (value.vhost && value.rate_limiter_config !== undefined) refuse('vhost', 'off with a rate limit');
     if (value.vhost && value.queue_affinity !== undefined) refuse('vhost', 'off with queue_affinity=');
   });
 
 export const rngSchema = z.strictObject({
-  src: path.default('/dev/urandom').describe('File that the random bytes come from'),
+  src: path.default('/dev/urandom').describe('File or character device that the random bytes come from'),
   ...pciFields,
 });
 
@@ -169,7 +200,7 @@ export const PMEM_ALIGNMENT = 2 * 2 ** 20;
 const pmemSizeError = 'a multiple of 2M';
 
 export const pmemSchema = z.strictObject({
-  file: path.describe('File or folder with the contents'),
+  file: path.describe('File or block device with the contents'),
   size: z
     .int({ error: pmemSizeError })
     .min(PMEM_ALIGNMENT, { error: pmemSizeError })

@@ -8,7 +8,7 @@ import { parseIntegerList } from './option-syntax.js';
 import type { VmConfig } from './vm-config.js';
 
 export interface HostFacts {
-  /** Ids of the online CPUs. */
+  /** Ids of the CPUs that are online and, where the process is confined to some by a cpuset, among those. */
   readonly cpus: readonly number[];
   /** Huge page sizes in bytes, the default one first. Empty: the kernel has none. */
   readonly hugepageSizes: readonly number[];
@@ -39,8 +39,11 @@ function readText(path: string): string {
  */
 export function readHostFacts(root = '/'): HostFacts {
   const onlinePath = join(root, 'sys/devices/system/cpu/online');
-  const cpus = parseIntegerList(readText(onlinePath));
-  if (cpus === undefined) throw new HostFactsError(`No list of CPUs in ${onlinePath}`);
+  const online = parseIntegerList(readText(onlinePath));
+  if (online === undefined) throw new HostFactsError(`No list of CPUs in ${onlinePath}`);
+
+  const confined = readCpuset(root);
+  const cpus = confined === undefined ? online : online.filter((cpu) => confined.includes(cpu));
 
   const defaultKib = /^Hugepagesize:\s+(\d+) kB$/m.exec(readText(join(root, 'proc/meminfo')))?.[1];
   const defaultSize = defaultKib === undefined ? undefined : Number(defaultKib) * 1024;
@@ -60,6 +63,17 @@ export function readHostFacts(root = '/'): HostFacts {
   return { cpus, hugepageSizes: sizes.sort((a, b) => rank(a) - rank(b)) };
 }
 
+/** The CPUs that the process's cgroup leaves it (cgroup-v2.rst, cpuset.cpus.effective); undefined: it does not say. */
+function readCpuset(root: string): number[] | undefined {
+  try {
+    const group = /^0::(\/.*)$/m.exec(readText(join(root, 'proc/self/cgroup')))?.[1];
+    if (group === undefined) return undefined;
+    return parseIntegerList(readText(join(root, 'sys/fs/cgroup', group, 'cpuset.cpus.effective')));
+  } catch {
+    return undefined;
+  }
+}
+
 /** Bytes as the option syntax writes them: 2097152 is 2M. */
 export function formatSize(bytes: number): string {
   for (const [shift, unit] of [[30, 'G'] as const, [20, 'M'] as const, [10, 'K'] as const]) {
@@ -70,13 +84,17 @@ export function formatSize(bytes: number): string {
 
 /** The first thing in a valid configuration that this host cannot do, if any. */
 export function findHostProblem(config: VmConfig, host: HostFacts): ConfigProblem | undefined {
-  const { cpus, memory } = config;
-  for (const { host_cpus } of cpus.affinity ?? []) {
-    const absent = host_cpus.find((cpu) => !host.cpus.includes(cpu));
-    if (absent !== undefined) {
-      const accepted = `CPUs that the host has online (${formatIntegerList(host.cpus)}), not ${absent}`;
-      return { path: ['cpus', 'affinity'], accepted };
-    }
+  const { cpus, memory, disks, net } = config;
+  const bound = [
+    { path: ['cpus', 'affinity'], lists: cpus.affinity },
+    ...disks.map((disk, index) => ({ path: ['disks', index, 'queue_affinity'], lists: disk.queue_affinity })),
+    ...net.map((device, index) => ({ path: ['net', index, 'queue_affinity'], lists: device.queue_affinity })),
+  ];
+  for (const { path, lists } of bound) {
+    const absent = lists?.flatMap(({ host_cpus }) => host_cpus).find((cpu) => !host.cpus.includes(cpu));
+    if (absent === undefined) continue;
+    const accepted = `CPUs that the host lets this process use (${formatIntegerList(host.cpus)}), not ${absent}`;
+    return { path, accepted };
   }
   if (!memory.hugepages) return undefined;
   const defaultSize = host.hugepageSizes.at(0);

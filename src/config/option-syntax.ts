@@ -2,8 +2,8 @@
  * The syntax of option values: `key=value,key=value` lists with quotes and brackets, and the kinds of value in them.
  *
  * The grammar is Cloud Hypervisor's. Quotes protect commas and brackets, a doubled quote inside quotes stands for one
- * quote, brackets protect commas and nest. An empty value counts as not set. What a number may be is not decided here
- * but in the schema of vm-config.ts.
+ * quote, brackets protect commas and nest. Blanks around a value do not count, save inside quotes. An empty value counts as
+ * not set, an empty list sets nothing. What a number may be is not decided here but in the schema of vm-config.ts.
  */
 
 /** A wrong option. The message is one line: the option with its value, and what is accepted. */
@@ -146,8 +146,10 @@ export const KINDS = {
     accepted: 'a number of bytes, or one followed by K, M or G',
     parse: (raw) => parseSize(unquote(raw)),
   },
-  toggle: { placeholder: 'on|off', accepted: 'on or off', parse: (raw) => TOGGLES.get(unquote(raw)) },
+  toggle: { placeholder: 'on|off', accepted: 'on or off', parse: (raw) => TOGGLES.get(unquote(raw).toLowerCase()) },
   text: { placeholder: 'TEXT', accepted: 'text', parse: unquote },
+  /** One of some words, whose case does not count. */
+  word: { placeholder: 'TEXT', accepted: 'text', parse: (raw) => unquote(raw).toLowerCase() },
   topology: {
     placeholder: 'T:C:D:P',
     accepted: 'threads:cores:dies:packages, four whole numbers',
@@ -196,6 +198,7 @@ export function parseSubOptions(flag: string, text: string, subOptions: readonly
   if (parts === undefined) throw new OptionError(`${flag} ${text}`, 'text whose brackets and quotes balance');
   const fields: Record<string, unknown> = {};
   const typed = new Map<string, string>();
+  if (text.trim() === '') return { fields, typed };
   for (const part of parts) {
     const equals = part.indexOf('=');
     const name = equals < 0 ? part : part.slice(0, equals);
@@ -208,7 +211,7 @@ export function parseSubOptions(flag: string, text: string, subOptions: readonly
     if (equals < 0) throw new OptionError(`${flag} ${part}`, `${name}=${option.kind.placeholder}`);
     if (typed.has(option.field)) throw new OptionError(`${flag} ${part}`, `${name}= once`);
     typed.set(option.field, part);
-    const raw = part.slice(equals + 1);
+    const raw = part.slice(equals + 1).trim();
     if (raw === '') continue;
     const value = option.kind.parse(raw);
     if (value === undefined) throw new OptionError(`${flag} ${part}`, option.kind.accepted);

@@ -181,6 +181,18 @@ export const vmConfigSchema = vmFields.check(({ value, issues }) => {
       refuse(['net', index, 'num_queues'], `up to ${cpus.boot_vcpus * 2}, two for each vCPU`);
     }
   });
+  const descriptors = new Set<number>();
+  const taps = new Set<string>();
+  value.net.forEach(({ fds, tap }, index) => {
+    const taken = fds?.find((fd) => descriptors.has(fd));
+    if (taken !== undefined) refuse(['net', index, 'fds'], `descriptors that no other network has, not ${taken}`);
+    fds?.forEach((fd) => descriptors.add(fd));
+    // A name with %d is a pattern, of which each network gets another.
+    if (tap !== undefined && taps.has(tap) && !tap.includes('%')) {
+      refuse(['net', index, 'tap'], 'a tap that no other network has');
+    }
+    if (tap !== undefined) taps.add(tap);
+  });
   if (balloon !== undefined && balloon.size >= memory.size)
     refuse(['balloon', 'size'], 'less than the guest has memory');
 });

@@ -139,8 +139,8 @@ const SIGACTION_BYTES = 152;
 const RLIMIT = { nofile: 7, memlock: 8 };
 /** Larger views abort Node 20. */
 const MAX_VIEW = 0x4000_0000;
-/** glibc's cpu_set_t. */
-const CPU_SET_BYTES = 128;
+/** As many CPUs as Linux can be built for; its own mask may be shorter (sched_setaffinity(2)). */
+const CPU_SET_BYTES = 1024;
 /** sizeof(struct io_uring_params) */
 const RING_PARAMETERS_BYTES = 120;
 /** sizeof(struct termios) is 60 on both architectures. */

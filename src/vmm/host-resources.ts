@@ -10,7 +10,7 @@ import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../config/d
 import { PMEM_ALIGNMENT } from '../config/device-config.js';
 import type { VmConfig } from '../config/vm-config.js';
 import { VHOST_DEVICE, vhostFeatures } from '../net/vhost.js';
-import { type HostKernel, type HostMapping, SystemError } from '../sys/host-kernel.js';
+import { type HostKernel, type HostMapping, type OpenOptions, SystemError } from '../sys/host-kernel.js';
 import { MachineError } from './machine-error.js';
 
 export interface DiskResource {
@@ -72,10 +72,7 @@ export class HostResources {
       }
       if (config.net.some(({ vhost }) => vhost)) resources.#openVhost();
       for (const pmem of config.pmem) resources.#openPmem(pmem);
-      resources.rng = resources.#open(`--rng src=${config.rng.src}`, config.rng.src, {
-        readonly: true,
-        nonblocking: true,
-      });
+      resources.#openRng(config.rng.src);
       if (config.vsock !== undefined) resources.#openVsock(config.vsock);
       return resources;
     } catch (error) {
@@ -84,15 +81,25 @@ export class HostResources {
     }
   }
 
-  #open(option: string, file: string, options: Parameters<HostKernel['open']>[1]): number {
+  /** What the host refuses is told with the option that asked for it. */
+  #explain<T>(option: string, attempt: () => T): T {
     try {
-      const fd = this.kernel.open(file, options);
-      this.#undo.push(() => this.kernel.close(fd));
-      return fd;
+      return attempt();
     } catch (error) {
       if (error instanceof SystemError) throw new MachineError(`${option}: ${error.reason}`);
       throw error;
     }
+  }
+
+  /** Looks before it opens: a FIFO would wait for somebody at its other end. */
+  #open(option: string, file: string, options: OpenOptions, accepted: Accepted = FILE_OR_BLOCK): number {
+    const kind = statOf(file);
+    if (kind !== undefined && !accepted.is(kind)) {
+      throw new MachineError(`${option}: ${kindName(kind)}; accepted is ${accepted.name}`);
+    }
+    const fd = this.#explain(option, () => this.kernel.open(file, options));
+    this.#undo.push(() => this.kernel.close(fd));
+    return fd;
   }
 
   #openDisk(config: DiskConfig): void {
@@ -100,12 +107,6 @@ export class HostResources {
     const files = new Map<string, number>();
     const openFile = (file: string, readonly: boolean, direct: boolean): number => {
       const fd = this.#open(option, file, { readonly, direct });
-      const kind = fs.fstatSync(fd);
-      if (!kind.isFile() && !kind.isBlockDevice()) {
-        throw new MachineError(
-          `${option}: ${kind.isDirectory() ? 'a folder' : 'not a file'}; accepted is a file or block device`,
-        );
-      }
       // Nobody may write what this machine reads, and nobody else may read what it writes.
       if (!this.kernel.lockFile(fd, !readonly)) {
         throw new MachineError(`${option}: ${file} is in use by another process, which has locked it`);
@@ -155,18 +156,27 @@ export class HostResources {
     return probeFormat(first);
   }
 
+  #openRng(src: string): void {
+    const option = `--rng src=${src}`;
+    this.rng = this.#open(option, src, { readonly: true, nonblocking: true }, FILE_OR_CHARACTER);
+  }
+
   #openPmem(config: PmemConfig): void {
     const option = `--pmem file=${config.file}`;
     const fd = this.#open(option, config.file, { readonly: config.discard_writes });
-    const size = config.size ?? fs.fstatSync(fd).size;
+    const kind = fs.fstatSync(fd);
+    const present = kind.isFile() ? kind.size : deviceSize(this.kernel, fd);
+    const size = config.size ?? present;
     if (size === 0 || size % PMEM_ALIGNMENT !== 0) {
-      throw new MachineError(`${option}: ${size} bytes; accepted is a size that is a multiple of 2M`);
+      throw new MachineError(`${option}: ${size} bytes; accepted is a size that is a multiple of 2M, see size=`);
     }
-    if (fs.fstatSync(fd).size < size) {
-      if (config.discard_writes) throw new MachineError(`${option}: a file shorter than size=${size}`);
-      this.kernel.truncate(fd, size);
+    if (present < size) {
+      if (config.discard_writes || !kind.isFile()) {
+        throw new MachineError(`${option},size=${size}: accepted is at most the ${present} bytes that are there`);
+      }
+      this.#explain(`${option},size=${size}`, () => this.kernel.truncate(fd, size));
     }
-    const mapping = this.kernel.map({ length: size, fd, shared: !config.discard_writes });
+    const mapping = this.#explain(option, () => this.kernel.map({ length: size, fd, shared: !config.discard_writes }));
     this.#undo.push(() => mapping.unmap());
     this.pmem.push({ config, mapping, fd: config.discard_writes ? undefined : fd });
   }
@@ -218,6 +228,45 @@ class LazyFiles extends Map<string, number> {
   override get(file: string): number {
     return this.opened.get(file) ?? this.open(file);
   }
+}
+
+/** @returns undefined where the path leads nowhere, or nobody may look: opening it tells why */
+function statOf(file: string): fs.Stats | undefined {
+  try {
+    return fs.statSync(file);
+  } catch {
+    return undefined;
+  }
+}
+
+interface Accepted {
+  readonly name: string;
+  readonly is: (kind: fs.Stats) => boolean;
+}
+const FILE_OR_BLOCK: Accepted = {
+  name: 'a file or block device',
+  is: (kind) => kind.isFile() || kind.isBlockDevice(),
+};
+const FILE_OR_CHARACTER: Accepted = {
+  name: 'a file or character device',
+  is: (kind) => kind.isFile() || kind.isCharacterDevice(),
+};
+
+/** What a path leads to, for a user who gave it in the place of a file. */
+function kindName(kind: fs.Stats): string {
+  if (kind.isDirectory()) return 'a folder';
+  if (kind.isFIFO()) return 'a FIFO';
+  return kind.isCharacterDevice() ? 'a character device' : kind.isBlockDevice() ? 'a block device' : 'not a file';
+}
+
+/** linux/fs.h: BLKGETSIZE64, _IOR(0x12, 114, size_t). */
+const BLKGETSIZE64 = 0x8008_1272;
+
+/** Bytes of a block device. */
+function deviceSize(kernel: HostKernel, fd: number): number {
+  const size = new BigUint64Array(1);
+  kernel.ioctlBuffer(fd, BLKGETSIZE64, new Uint8Array(size.buffer));
+  return Number(size[0]);
 }
 
 /** Bytes: what the host moves at the least without reading first, within what a guest expects. */

@@ -21,13 +21,14 @@ export class RequestError extends Error {
   }
 }
 
-/** Messages of an error and its causes, outermost first, each once and on one line. */
+/** Messages of an error and its causes, outermost first, each once and on one line: also what one ends with is said. */
 export function causeMessages(error: unknown): string[] {
   const messages = new Set<string>();
   let current = error;
   for (let depth = 0; depth < MAX_CAUSES && current !== undefined; depth += 1) {
-    const message = current instanceof Error ? current.message || current.name : inspect(current);
-    messages.add(message.replace(/\s+/g, ' '));
+    const text = current instanceof Error ? current.message || current.name : inspect(current);
+    const message = text.replace(/\s+/g, ' ');
+    if (![...messages].some((said) => said.endsWith(`: ${message}`))) messages.add(message);
     current = current instanceof Error ? current.cause : undefined;
   }
   return [...messages];

@@ -51,15 +51,15 @@ function checkArchitecture({ architecture }: Facts): Check {
     : { id: 'architecture', status: 'fail', detail: architecture, advice: 'use an x86_64 or aarch64 host' };
 }
 
-function checkKvm({ kvmProblem }: Facts): Check {
-  return kvmProblem === undefined
-    ? { id: 'kvm', status: 'ok', detail: `${KVM_DEVICE} can be used` }
-    : {
-        id: 'kvm',
-        status: 'fail',
-        detail: kvmProblem,
-        advice: 'enable virtualization in the firmware, or nested in the host',
-      };
+const PERMISSION_ADVICE = 'give this user access to it: usually its group (`ls -l` tells), then log in again';
+
+function checkKvm({ devices, kvmProblem }: Facts): Check {
+  if (kvmProblem === undefined) return { id: 'kvm', status: 'ok', detail: `${KVM_DEVICE} can be used` };
+  const advice =
+    devices[KVM_DEVICE] === 'no permission'
+      ? PERMISSION_ADVICE
+      : 'enable virtualization in the firmware, or nested in the host';
+  return { id: 'kvm', status: 'fail', detail: kvmProblem, advice };
 }
 
 function checkMshv({ devices, mshvProblem }: Facts): Check {
@@ -69,7 +69,10 @@ function checkMshv({ devices, mshvProblem }: Facts): Check {
     return { id: 'mshv', status: 'ok', detail: `no ${MSHV_DEVICE}: no Microsoft hypervisor root partition` };
   }
   if (mshvProblem === undefined) return { id: 'mshv', status: 'ok', detail: `${MSHV_DEVICE} can be used` };
-  const advice = 'use the root partition of a Microsoft hypervisor, with Linux 6.15 or later';
+  const advice =
+    devices[MSHV_DEVICE] === 'no permission'
+      ? PERMISSION_ADVICE
+      : 'use the root partition of a Microsoft hypervisor, with Linux 6.15 or later';
   return { id: 'mshv', status: 'warn', detail: mshvProblem, advice };
 }
 
@@ -131,7 +134,7 @@ function checkCpu({ architecture, cpu, cpuFlags }: Facts): Check {
 function checkDevice(path: string, state: DeviceState): Check {
   const { use, modules } = DEVICE_ADVICE[path];
   if (state === 'usable') return { id: path, status: 'ok', detail: `${path}, for ${use}` };
-  const advice = state === 'absent' ? `modprobe ${modules}` : 'give this user access to it';
+  const advice = state === 'absent' ? `modprobe ${modules}` : PERMISSION_ADVICE;
   return { id: path, status: 'warn', detail: `${path}, for ${use}: ${state}`, advice };
 }
 

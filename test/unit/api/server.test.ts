@@ -99,6 +99,40 @@ test.each([
   expect(asked).toEqual([]);
 });
 
+test("fields that are null count as absent, as Cloud Hypervisor's clients send them", async () => {
+  api = await openApi(socket, machine(), '1');
+  const none = { desired_vcpus: null, desired_ram: null };
+  expect((await put('vm.resize', { ...none, desired_balloon: 4096 })).status).toBe(204);
+  expect((await put('vm.resize', { ...none, desired_balloon: null })).status).toBe(204);
+  expect((await put('vm.resize', {})).status).toBe(204);
+  expect(asked).toEqual([{ balloon: 4096 }]);
+  for (const field of ['desired_vcpus', 'desired_ram']) {
+    expect((await put('vm.resize', { ...none, [field]: 1 })).body).toEqual(['accepted is {"desired_balloon": BYTES}']);
+  }
+});
+
+test('an answer is a number, its headers and as many bytes as they say', async () => {
+  api = await openApi(socket, machine(), '1');
+  const whole = async (head: string) => {
+    const client = net.connect(socket);
+    client.write(`${head} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n`);
+    let text = '';
+    for await (const chunk of client) text += String(chunk);
+    return text;
+  };
+  for (const [head, status] of [
+    ['GET /api/v1/vm.info', 200],
+    ['GET /api/v1/none', 404],
+    ['PUT /api/v1/vm.reboot', 204],
+  ] as const) {
+    const [headers, body] = (await whole(head)).split('\r\n\r\n');
+    expect(headers).toMatch(new RegExp(`^HTTP/1.1 ${status} \r\n`));
+    expect(headers).not.toMatch(/transfer-encoding/i);
+    const length = /^content-length: (\d+)$/im.exec(headers)?.[1];
+    expect(length).toBe(status === 204 ? undefined : String(Buffer.byteLength(body)));
+  }
+});
+
 test('a body that is too long is refused', async () => {
   api = await openApi(socket, machine(), '1');
   const { status, body } = await request('PUT', 'vm.resize', ' '.repeat(4 * 1024 * 1024 + 1));

@@ -93,6 +93,17 @@ describe('the doctor', () => {
     expect(Object.keys(statuses(facts)).some((id) => id.startsWith('kvm.'))).toBe(false);
   });
 
+  test('tells a user who may not use a device whom to ask, not to look into the firmware', () => {
+    const devices = { ...GOOD.devices, '/dev/kvm': 'no permission', '/dev/mshv': 'no permission' } as const;
+    const refused = { ...GOOD, devices, kvmProblem: 'No permission for /dev/kvm', live: [] };
+    const { checks } = judge({ ...refused, mshvProblem: 'No permission for /dev/mshv' });
+    for (const id of ['kvm', 'mshv']) {
+      expect(checks.find((check) => check.id === id)?.advice).toMatch(/^give this user access to it/);
+    }
+    const absent = judge({ ...GOOD, kvmProblem: 'No /dev/kvm', devices: { ...devices, '/dev/kvm': 'absent' } });
+    expect(absent.checks.find(({ id }) => id === 'kvm')?.advice).toMatch(/firmware/);
+  });
+
   test('tells needed capabilities from useful ones', () => {
     const without = (name: string) => ({ ...GOOD, capabilities: { ...GOOD.capabilities, [name]: 0 } });
     expect(statuses(without('IRQFD'))['kvm.IRQFD']).toBe('fail');

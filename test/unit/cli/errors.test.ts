@@ -28,6 +28,13 @@ test('a message that two levels share is said once', () => {
   expect(written).toBe('vmm: A: B\n');
 });
 
+test('what a message ends with already is not said again', () => {
+  const cause = new Error('ioctl: not supported by this device (ENOTTY)', { cause: new Error('ENOTTY') });
+  const error = new Error('--net tap=lo: ioctl: not supported by this device (ENOTTY)', { cause });
+  reportAndExitCode(error, { verbose: false });
+  expect(written).toBe('vmm: --net tap=lo: ioctl: not supported by this device (ENOTTY): ENOTTY\n');
+});
+
 test('a chain that loops ends', () => {
   const error = new Error('A');
   error.cause = error;

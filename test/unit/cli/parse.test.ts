@@ -4,6 +4,7 @@ import { DOCTOR_FLAGS, RUN_FLAGS } from '../../../src/cli/options.js';
 import { parseCommandLine } from '../../../src/cli/parse.js';
 import type { RunCommand } from '../../../src/cli/parse-run.js';
 import { OptionError } from '../../../src/config/option-syntax.js';
+import { vmConfigSchema } from '../../../src/config/vm-config.js';
 
 const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30] };
 const parse = (...argv: string[]): ReturnType<typeof parseCommandLine> => parseCommandLine(argv, host);
@@ -166,6 +167,51 @@ test('values arrive as they were typed', () => {
   }
 });
 
+describe('what the reference takes', () => {
+  test('blanks around values', () => {
+    const { config } = run(
+      '--kernel',
+      'k',
+      '--cpus',
+      'boot= 2 ,max=\t4',
+      '--memory',
+      'size= 1G,shared= on ',
+      '--disk',
+      'path= a b ',
+    );
+    expect(config.cpus).toMatchObject({ boot_vcpus: 2, max_vcpus: 4 });
+    expect(config.memory).toMatchObject({ size: 2 ** 30, shared: true });
+    expect(config.disks[0].path).toBe('a b');
+    expect(run('--kernel', 'k', '--serial', 'file= a ').config.serial).toEqual({ mode: 'File', file: 'a' });
+    // Quotes protect them.
+    expect(run('--kernel', 'k', '--disk', 'path= " a " ').config.disks[0].path).toBe(' a ');
+  });
+
+  test('words in capitals', () => {
+    const { config } = run('--kernel', 'k', '--disk', 'path=A,readonly=ON,direct=False,image_type=RAW');
+    expect(config.disks[0]).toMatchObject({ path: 'A', readonly: true, direct: false, image_type: 'raw' });
+  });
+
+  test.each(['', ' '])('a list that sets nothing: %j', (empty) => {
+    const lists = ['balloon', 'cpus', 'memory', 'net', 'platform', 'rng'].flatMap((name) => [`--${name}`, empty]);
+    const { config } = run('--kernel', 'k', ...lists);
+    const none = vmConfigSchema.parse({ payload: { kernel: 'k' }, console: { mode: 'Tty' }, balloon: {}, net: [{}] });
+    expect(config).toEqual(none);
+    refuses(['--kernel', 'k', '--disk', empty], '--disk: accepted is path=, a path');
+  });
+});
+
+test('masks and descriptors up to their bounds', () => {
+  for (const mask of ['0.0.0.0', '128.0.0.0', '255.255.255.0', '255.255.255.254', '255.255.255.255']) {
+    expect(run('--kernel', 'k', '--net', `ip=1.0.0.1,mask=${mask}`).config.net[0].mask).toBe(mask);
+  }
+  expect(run('--kernel', 'k', '--net', 'ip=223.255.255.255,mask=255.0.0.0').config.net[0].ip).toBe('223.255.255.255');
+  expect(run('--kernel', 'k', '--net', 'fd=[3]', '--net', 'fd=[65535]').config.net[1].fds).toEqual([65535]);
+  expect(run('--kernel', 'k', '--net', 'tap=0123456789abcde', '--net', 'tap=t%d', 'tap=t%d').config.net).toHaveLength(
+    3,
+  );
+});
+
 const VMM_HELP = 'accepted is what `vmm --help` lists';
 const SERIAL = 'accepted is off, null, tty, pty, file=PATH, socket=PATH';
 
@@ -241,6 +287,50 @@ describe('refuses options', () => {
     ['--kernel k --pmem file=a,size=1M', '--pmem size=1M: accepted is a multiple of 2M'],
     ['--kernel k --balloon size=512M', '--balloon size=512M: accepted is less than the guest has memory'],
     ['--kernel k --platform num_pci_segments=17', '--platform num_pci_segments=17: accepted is a number from 1 to 16'],
+    [
+      '--kernel k --disk path=a,queue_affinity=[0@[0],0@[1]]',
+      '--disk queue_affinity=[0@[0],0@[1]]: accepted is each queue once (0 is repeated)',
+    ],
+    [
+      '--kernel k --disk path=a,queue_affinity=[0@[3]]',
+      '--disk queue_affinity=[0@[3]]: accepted is CPUs that the host lets this process use (0-2,5), not 3',
+    ],
+    [
+      '--kernel k --net queue_affinity=[1@[0],1@[1]]',
+      '--net queue_affinity=[1@[0],1@[1]]: accepted is each queue once (1 is repeated)',
+    ],
+    ['--kernel k --net queue_affinity=[2@[0]]', '--net queue_affinity=[2@[0]]: accepted is a queue from 0 to 1'],
+    [
+      '--kernel k --cpus boot=2 --net num_queues=4,fd=[3,3]',
+      '--net fd=[3,3]: accepted is each descriptor once (3 is repeated)',
+    ],
+    ['--kernel k --net fd=[3] --net fd=[3]', '--net fd=[3]: accepted is descriptors that no other network has, not 3'],
+    ['--kernel k --net tap=a --net tap=a', '--net tap=a: accepted is a tap that no other network has'],
+    ['--kernel k --net fd=[2]', '--net fd=[2]: accepted is open descriptors from 3 to 65535'],
+    ['--kernel k --net tap=a:b', '--net tap=a:b: accepted is the name of a tap, up to 15 characters'],
+    ['--kernel k --net tap=..', '--net tap=..: accepted is the name of a tap, up to 15 characters'],
+    [
+      '--kernel k --net tap=0123456789abcdef',
+      '--net tap=0123456789abcdef: accepted is the name of a tap, up to 15 characters',
+    ],
+    ...['255.0.255.0', '0.255.255.255', '255.255.255.1', '24'].map((mask) => [
+      `--kernel k --net ip=10.0.0.1,mask=${mask}`,
+      `--net mask=${mask}: accepted is a network mask such as 255.255.255.0`,
+    ]),
+    ...['0.0.0.0', '224.0.0.1', '255.255.255.255', '10.0.0', '::1'].map((ip) => [
+      `--kernel k --net ip=${ip},mask=255.0.0.0`,
+      `--net ip=${ip}: accepted is an IPv4 address of a host such as 192.168.249.1`,
+    ]),
+    [
+      '--kernel k --net mac=00:00:00:00:00:00',
+      '--net mac=00:00:00:00:00:00: accepted is a unicast address such as 12:34:56:78:9a:bc',
+    ],
+    ['--kernel k --cmdline -x', '--cmdline -x: accepted is a value that begins with a dash as --cmdline=VALUE'],
+    [
+      '--kernel k --log-file --x=1',
+      '--log-file --x=1: accepted is a value that begins with a dash as --log-file=VALUE',
+    ],
+    ['--kernel k --cmdline --pvpanic', '--cmdline: accepted is a value after it'],
     ['--kernel k --serial vga', `--serial vga: ${SERIAL}`],
     ['--kernel k --serial tty=1', `--serial tty=1: ${SERIAL}`],
     ['--kernel k --serial tty,pty', `--serial tty,pty: ${SERIAL}`],
@@ -274,7 +364,10 @@ describe('refuses --cpus', () => {
     ['max_phys_bits=35', '--cpus max_phys_bits=35: accepted is a number from 36 to 52'],
     ['affinity=[2@[0]],max=2', '--cpus affinity=[2@[0]]: accepted is a vCPU from 0 to 1'],
     ['affinity=[0@[0],0@[1]]', '--cpus affinity=[0@[0],0@[1]]: accepted is each vCPU once (0 is repeated)'],
-    ['affinity=[0@[3]]', '--cpus affinity=[0@[3]]: accepted is CPUs that the host has online (0-2,5), not 3'],
+    [
+      'affinity=[0@[3]]',
+      '--cpus affinity=[0@[3]]: accepted is CPUs that the host lets this process use (0-2,5), not 3',
+    ],
     ['affinity=[0@[9999]]', '--cpus affinity=[0@[9999]]: accepted is host CPUs from 0 to 8191'],
     ['affinity=[0@[2-1]]', `--cpus affinity=[0@[2-1]]: ${AFFINITY}`],
     ['affinity=0@0', `--cpus affinity=0@0: ${AFFINITY}`],

@@ -21,6 +21,15 @@ describe('readHostFacts', () => {
     expect(readHostFacts(root)).toEqual({ cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 16, 2 ** 30] });
   });
 
+  test("CPUs that are online but outside the process's cpuset do not count", () => {
+    put('sys/devices/system/cpu/online', '0-7\n');
+    put('proc/meminfo', 'MemTotal:  1 kB\n');
+    put('proc/self/cgroup', '0::/a/b\n');
+    expect(readHostFacts(root).cpus).toHaveLength(8);
+    put('sys/fs/cgroup/a/b/cpuset.cpus.effective', '1,6-9\n');
+    expect(readHostFacts(root).cpus).toEqual([1, 6, 7]);
+  });
+
   test('a kernel without huge pages', () => {
     put('sys/devices/system/cpu/online', '0\n');
     put('proc/meminfo', 'MemTotal:  1 kB\n');
@@ -53,8 +62,12 @@ describe('findHostProblem', () => {
   });
 
   test('a CPU that is not online', () => {
-    const accepted = 'CPUs that the host has online (0-2,5), not 4';
+    const accepted = 'CPUs that the host lets this process use (0-2,5), not 4';
     expect(problem(cpus(0, 4))).toEqual({ path: ['cpus', 'affinity'], accepted });
+    const queue_affinity = [{ queue_index: 0, host_cpus: [5, 4] }];
+    const disks = [{ path: 'a' }, { path: 'b', queue_affinity }];
+    expect(problem({ disks })).toEqual({ path: ['disks', 1, 'queue_affinity'], accepted });
+    expect(problem({ net: [{ queue_affinity }] })).toEqual({ path: ['net', 0, 'queue_affinity'], accepted });
   });
 
   test('huge pages', () => {

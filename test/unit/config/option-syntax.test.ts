@@ -60,6 +60,8 @@ describe('kinds of value', () => {
     [KINDS.size, '1M', 2 ** 20],
     [KINDS.size, '5G', 5 * 2 ** 30],
     [KINDS.toggle, 'on', true],
+    [KINDS.toggle, 'ON', true],
+    [KINDS.word, '"Raw"', 'raw'],
     [KINDS.toggle, 'true', true],
     [KINDS.toggle, 'off', false],
     [KINDS.toggle, 'false', false],
@@ -70,7 +72,7 @@ describe('kinds of value', () => {
   test.each([
     ...['-1', '1.5', '0x1', '1e3', ' 1', '', '9007199254740992', '٣'].map((raw) => [KINDS.number, raw] as const),
     ...['1k', '1T', '1MB', 'K', '-1K', '1.5G', '1 G'].map((raw) => [KINDS.size, raw] as const),
-    ...['ON', 'yes', '1', 'toString'].map((raw) => [KINDS.toggle, raw] as const),
+    ...['yes', '1', 'toString'].map((raw) => [KINDS.toggle, raw] as const),
     ...['1:1:1', '1:1:1:1:1', '1:1:1:', 'a:1:1:1'].map((raw) => [KINDS.topology, raw] as const),
     ...['0@[0]', '[]', '[0]', '[0@]', '[0@[]]', '[@[0]]', '[0@0@0]', '[a@0]', '[0@a]', '[0@0,]', '[0@0]]'].map(
       (raw) => [KINDS.affinity, raw] as const,
@@ -113,7 +115,9 @@ describe('sub-options', () => {
     expect(read('label=a=b')).toEqual({ label: 'a=b' });
   });
 
-  test('an empty value counts as not set', () => expect(read('boot=')).toEqual({}));
+  test('an empty value counts as not set, and so does an empty list', () => {
+    for (const text of ['boot=', 'boot= ', '', ' ']) expect(read(text)).toEqual({});
+  });
 
   test('keep what was typed, for messages', () => {
     expect(parseSubOptions('--x', 'boot="2"', subOptions).typed).toEqual(new Map([['boot_vcpus', 'boot="2"']]));
@@ -122,7 +126,7 @@ describe('sub-options', () => {
   test.each([
     ['boots=2', '--x boots=2: accepted is a list of boot=, label='],
     ['__proto__=2', '--x __proto__=2: accepted is a list of boot=, label='],
-    ['', '--x: accepted is a list of boot=, label='],
+    [',', '--x ,: accepted is a list of boot=, label='],
     ['boot=1,', '--x boot=1,: accepted is a list of boot=, label='],
     ['boot', '--x boot: accepted is boot=N'],
     ['boot=1,boot=2', '--x boot=2: accepted is boot= once'],

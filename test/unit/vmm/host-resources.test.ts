@@ -1,0 +1,123 @@
+import { spawnSync } from 'node:child_process';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterEach, beforeEach, expect, jest, test } from '@jest/globals';
+import { vmConfigSchema } from '../../../src/config/vm-config.js';
+import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
+import { HostResources } from '../../../src/vmm/host-resources.js';
+import { MachineError } from '../../../src/vmm/machine-error.js';
+
+const MIB = 2 ** 20;
+const kernel = new LinuxKernel();
+let folder: string;
+let fifo: string;
+
+beforeEach(() => {
+  folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-resources-'));
+  fifo = path.join(folder, 'fifo');
+  spawnSync('mkfifo', [fifo]);
+});
+
+afterEach(() => {
+  jest.restoreAllMocks();
+  fs.rmSync(folder, { recursive: true });
+});
+
+function open(config: object, host: LinuxKernel = kernel): HostResources {
+  return HostResources.open(host, vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config }), () => {
+    throw new Error('No network was asked for');
+  });
+}
+
+function refusal(config: object, host?: LinuxKernel): string {
+  const before = fs.readdirSync('/proc/self/fd').length;
+  try {
+    open(config, host).close();
+  } catch (error) {
+    if (!(error instanceof MachineError)) throw error;
+    expect(fs.readdirSync('/proc/self/fd').length).toBe(before);
+    return error.message.replaceAll(folder, 'DIR');
+  }
+  throw new Error('It was accepted');
+}
+
+const FILE_OR_BLOCK = 'accepted is a file or block device';
+const FILE_OR_CHARACTER = 'accepted is a file or character device';
+
+test('a folder, a FIFO or a device of another kind in the place of a file', () => {
+  expect(refusal({ rng: { src: folder } })).toBe(`--rng src=DIR: a folder; ${FILE_OR_CHARACTER}`);
+  expect(refusal({ rng: { src: fifo } })).toBe(`--rng src=DIR/fifo: a FIFO; ${FILE_OR_CHARACTER}`);
+  for (const discard_writes of [false, true]) {
+    const pmem = (file: string) => refusal({ pmem: [{ file, discard_writes, size: 2 * MIB }] });
+    expect(pmem(folder)).toBe(`--pmem file=DIR: a folder; ${FILE_OR_BLOCK}`);
+    expect(pmem(fifo)).toBe(`--pmem file=DIR/fifo: a FIFO; ${FILE_OR_BLOCK}`);
+    expect(pmem('/dev/null')).toBe(`--pmem file=/dev/null: a character device; ${FILE_OR_BLOCK}`);
+  }
+  for (const readonly of [false, true]) {
+    const disk = (file: string) => refusal({ disks: [{ path: file, readonly }] });
+    expect(disk(folder)).toBe(`--disk path=DIR: a folder; ${FILE_OR_BLOCK}`);
+    expect(disk(fifo)).toBe(`--disk path=DIR/fifo: a FIFO; ${FILE_OR_BLOCK}`);
+  }
+});
+
+test('a path that leads nowhere', () => {
+  const none = path.join(folder, 'none');
+  expect(refusal({ rng: { src: none } })).toBe('--rng src=DIR/none: no such file or directory');
+  expect(refusal({ pmem: [{ file: none, size: 2 * MIB }] })).toBe('--pmem file=DIR/none: no such file or directory');
+});
+
+test('persistent memory of a file: its size or a larger one, in steps of 2 MiB', () => {
+  const file = path.join(folder, 'pmem');
+  const sizes = (config: object) => {
+    const resources = open({ pmem: [{ file, ...config }] });
+    const size = resources.pmem[0].mapping.handle.length;
+    resources.close();
+    return [size, fs.statSync(file).size];
+  };
+  fs.writeFileSync(file, '');
+  fs.truncateSync(file, 4 * MIB);
+  expect(sizes({})).toEqual([4 * MIB, 4 * MIB]);
+  expect(sizes({ size: 2 * MIB })).toEqual([2 * MIB, 4 * MIB]);
+  expect(refusal({ pmem: [{ file, size: 6 * MIB, discard_writes: true }] })).toBe(
+    `--pmem file=DIR/pmem,size=${6 * MIB}: accepted is at most the ${4 * MIB} bytes that are there`,
+  );
+  expect(sizes({ size: 6 * MIB })).toEqual([6 * MIB, 6 * MIB]);
+  for (const size of [0, 2 * MIB - 1, 2 * MIB + 1]) {
+    fs.truncateSync(file, size);
+    expect(refusal({ pmem: [{ file }] })).toMatch(
+      new RegExp(`^--pmem file=DIR/pmem: ${size} bytes; accepted is a size that is a multiple of 2M`),
+    );
+  }
+});
+
+test('persistent memory of a block device is as large as the device, and never larger', () => {
+  const file = path.join(folder, 'device');
+  fs.writeFileSync(file, '');
+  fs.truncateSync(file, 4 * MIB);
+  // A file that says to be a device: its size is then asked for by BLKGETSIZE64 alone.
+  const device = Object.assign(new LinuxKernel(), {
+    ioctlBuffer: (_fd: number, request: number, argument: Uint8Array) => {
+      expect(request).toBe(0x8008_1272);
+      new DataView(argument.buffer).setBigUint64(0, BigInt(4 * MIB), true);
+      return 0;
+    },
+  });
+  const { statSync, fstatSync } = fs;
+  const asDevice = (stats: fs.Stats) =>
+    Object.assign(stats, { size: 0, isFile: () => false, isBlockDevice: () => true });
+  jest.spyOn(fs, 'statSync').mockImplementation(((name: string) => asDevice(statSync(name))) as typeof statSync);
+  jest.spyOn(fs, 'fstatSync').mockImplementation((fd: number) => asDevice(fstatSync(fd)));
+  for (const [size, length] of [
+    [undefined, 4 * MIB],
+    [2 * MIB, 2 * MIB],
+    [4 * MIB, 4 * MIB],
+  ]) {
+    const resources = open({ pmem: [{ file, size }] }, device);
+    expect(resources.pmem[0].mapping.handle.length).toBe(length);
+    resources.close();
+  }
+  expect(refusal({ pmem: [{ file, size: 6 * MIB }] }, device)).toBe(
+    `--pmem file=DIR/device,size=${6 * MIB}: accepted is at most the ${4 * MIB} bytes that are there`,
+  );
+});
