@@ -2,6 +2,7 @@
  * The virtio devices of one life of a machine: where each is on PCI, its state block and events, and which I/O worker serves
  * which of its queues.
  */
+import fs from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { blockDescription } from '../block/block-device.js';
 import type { PciPlacement } from '../config/device-config.js';
@@ -31,14 +32,11 @@ import { vsockDescription } from '../virtio/vsock.js';
 import { watchdogDescription } from '../virtio/watchdog.js';
 import type { BackendSpec, IoWorkerData, ServedDevice } from './device-specs.js';
 import type { HostResources } from './host-resources.js';
+import { type PlannedDevice, planWorkers, type QueueAffinity } from './io-planner.js';
 import { MachineError } from './machine-error.js';
 import type { MemoryHandle } from './memory-manager.js';
 
 const CONSOLE_QUEUE_SIZE = 256;
-/** Workers that share the queues of all devices without a thread of their own. */
-const MAX_POOL = 4;
-
-type QueueAffinity = readonly { readonly queue_index: number; readonly host_cpus: readonly number[] }[];
 
 interface Device {
   readonly id: string;
@@ -46,14 +44,14 @@ interface Device {
   readonly description: VirtioDescription;
   readonly backend: BackendSpec;
   readonly affinity?: QueueAffinity | undefined;
-  /** All of its queues have to be on one worker: it keeps something that workers cannot share. */
-  readonly together: boolean;
+  /** `together`: it keeps something that workers cannot share. */
+  readonly division: PlannedDevice['division'];
   /** Queues that the host's kernel serves: no worker listens to their doorbells, and these events raise their vectors. */
   readonly kernelCalls?: readonly number[];
   /** What the host's kernel can do with the queues that it serves. */
   readonly featureLimit?: readonly [number, number] | undefined;
-  /** Bulk data: spread over the pool. */
   readonly busy: boolean;
+  readonly blocking: boolean;
   /** The BAR is below 4 GiB, where firmware reaches it. */
   readonly lowBar: boolean;
 }
@@ -135,7 +133,8 @@ export class DeviceManager {
       more: Partial<Device> = {},
     ) => {
       const id = placement.id ?? fallbackId;
-      devices.push({ id, placement, description, backend, together: true, busy: false, lowBar: false, ...more });
+      const usual = { division: 'together', busy: false, blocking: false, lowBar: false } as const;
+      devices.push({ id, placement, description, backend, ...usual, ...more });
     };
     const onSegment0 = { pci_segment: 0 };
     if (this.console !== undefined) {
@@ -165,8 +164,10 @@ export class DeviceManager {
       };
       add(id, disk, blockDescription(size, queues, queueSize, readonly, blockSize), backend, {
         affinity: disk.queue_affinity,
-        together: format !== 'raw' || limits !== undefined,
+        division: format === 'raw' && limits === undefined ? 'single' : 'together',
         busy: true,
+        // A format's metadata is read and written synchronously.
+        blocking: format !== 'raw',
         lowBar: disk.pci_segment === 0,
       });
     });
@@ -187,18 +188,26 @@ export class DeviceManager {
         calls === undefined ? { kind: 'net', taps, limits } : { kind: 'vhost-net', taps, calls };
       add(`_net${index}`, net, description, backend, {
         affinity: net.queue_affinity,
+        division: net.vhost || limits !== undefined ? 'together' : 'pairs',
         busy: true,
         kernelCalls: calls,
         featureLimit,
       });
     });
-    add('__rng', config.rng, entropyDescription(), { kind: 'entropy', source: resources.rng });
+    const source = fs.fstatSync(resources.rng);
+    add(
+      '__rng',
+      config.rng,
+      entropyDescription(),
+      { kind: 'entropy', source: resources.rng },
+      { blocking: source.isFile() || source.isBlockDevice() },
+    );
     resources.pmem.forEach(({ config: pmem, mapping, fd }, index) => {
       const { length: size } = mapping.handle;
       const start = this.#high[pmem.pci_segment].take(size, 2 * 2 ** 20);
       if (start === undefined) throw new MachineError(`--pmem file=${pmem.file}: no room for it in the address space`);
       this.vm.addMemory({ slot: this.options.memorySlot + index, guestAddress: start, mapping: mapping.handle });
-      add(`_pmem${index}`, pmem, pmemDescription({ start, size }), { kind: 'pmem', fd });
+      add(`_pmem${index}`, pmem, pmemDescription({ start, size }), { kind: 'pmem', fd }, { blocking: true });
     });
     if (resources.vsock !== undefined) {
       const { config: vsock, listener } = resources.vsock;
@@ -216,22 +225,12 @@ export class DeviceManager {
 
   #place(devices: readonly Device[]): void {
     const { memory, hypervisor, config } = this.options;
-    const pools: { wake: number; devices: ServedDevice[]; affinity?: readonly number[] }[] = [];
-    const newPool = (affinity?: readonly number[]) => {
-      const pool = { wake: this.#eventfd(), devices: [], affinity };
-      pools.push(pool);
-      return pool;
-    };
-    const shared: (typeof pools)[number][] = [];
-    const busy = devices.filter((device) => device.busy && device.affinity === undefined).length;
-    const poolSize = Math.max(Math.min(availableParallelism() - 1, busy, MAX_POOL), 1);
-    let turn = 0;
-    const nextShared = () => {
-      const index = turn++ % poolSize;
-      return (shared[index] ??= newPool());
-    };
-
-    for (const device of devices) {
+    const planned = planWorkers(
+      devices.map(({ description, ...device }) => ({ ...device, queues: description.queueSizes.length })),
+      availableParallelism(),
+    );
+    const workers = planned.map((worker) => ({ ...worker, wake: this.#eventfd(), devices: [] as ServedDevice[] }));
+    devices.forEach((device, index) => {
       const segment = device.placement.pci_segment;
       const slot = device.placement.pci_device_id ?? this.#slots[segment].next();
       const bar = virtioBar(!device.lowBar);
@@ -239,34 +238,20 @@ export class DeviceManager {
       if (slot === undefined || address === undefined) {
         throw new MachineError(`${device.id}: no room on PCI segment ${segment}, which takes 31 devices`);
       }
-      // Which worker serves which queues.
-      const count = device.description.queueSizes.length;
-      const served = new Map<(typeof pools)[number], number[]>();
-      const serve = (pool: (typeof pools)[number], queue: number) =>
-        served.set(pool, [...(served.get(pool) ?? []), queue]);
-      const bound = new Map(device.affinity?.map(({ queue_index: queue, host_cpus: cpus }) => [queue, cpus]));
-      if (device.together) {
-        const cpus = [...new Set([...bound.values()].flat())];
-        const pool = cpus.length > 0 ? newPool(cpus) : device.busy ? nextShared() : (shared[0] ??= newPool());
-        for (let queue = 0; queue < count; queue++) serve(pool, queue);
-      } else {
-        const rest = bound.size < count ? nextShared() : undefined;
-        for (let queue = 0; queue < count; queue++) {
-          const cpus = bound.get(queue);
-          serve(cpus === undefined ? rest! : newPool(cpus), queue);
-        }
-      }
+      const serving = workers.filter(({ serves }) => serves.has(index));
       const handle = this.#handle(
         device,
         segment,
         slot,
-        [...served.keys()].map(({ wake }) => wake),
+        serving.map(({ wake }) => wake),
       );
       VirtioPciDevice.powerOn(handle, address, this.kernel, this.vm.signals);
       this.handles.push(handle);
-      for (const [pool, queues] of served) pool.devices.push({ handle, queues, backend: device.backend });
-    }
-    pools.forEach(({ wake, devices: list, affinity }, index) => {
+      for (const { serves, devices: list } of serving) {
+        list.push({ handle, queues: serves.get(index)!, backend: device.backend });
+      }
+    });
+    workers.forEach(({ wake, devices: list, affinity }, index) => {
       this.plan.push({
         name: `io${index}`,
         hypervisor,
