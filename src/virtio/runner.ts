@@ -1,7 +1,6 @@
 /** One virtio device on an I/O worker: it gives the device its queues when the driver is ready and takes them back on reset. */
 import type { VmSignals } from '../hypervisor/hypervisor.js';
 import type { GuestMemory } from '../memory/guest-memory.js';
-import { Msix, NO_VECTOR } from '../pci/msix.js';
 import { StateBlock } from '../state/state-block.js';
 import { EPOLL, type HostKernel } from '../sys/host-kernel.js';
 import {
@@ -12,14 +11,15 @@ import {
   type QueuePlace,
   type VirtioDevice,
 } from './device.js';
+import { Interrupts } from './interrupts.js';
 import { PackedQueue } from './packed-queue.js';
-import { announceConfig, requester, resetTransport, type VirtioPciHandle } from './pci-transport.js';
+import type { VirtioPciHandle } from './pci-handle.js';
 import { QUEUE_WORDS, queueAddress, QueueWord } from './queue.js';
 import { SplitQueue } from './split-queue.js';
 import {
   configBytes,
   deviceCounters,
-  msixPlace,
+  resetTransport,
   Status,
   type TransportLayout,
   transportLayout,
@@ -39,7 +39,7 @@ export class VirtioRunner {
   readonly #state: StateBlock;
   readonly #words: Int32Array;
   readonly #at: TransportLayout['at'];
-  readonly #msix: Msix;
+  readonly #interrupts: Interrupts;
   readonly #device: VirtioDevice;
   /** Live queues by index; empty while the device is not active. */
   #queues: (DeviceQueue | undefined)[] = [];
@@ -65,7 +65,7 @@ export class VirtioRunner {
     this.#state = new StateBlock(layout, handle.state);
     this.#words = this.#state.words;
     this.#at = layout.at;
-    this.#msix = new Msix(this.#state, msixPlace(layout, queues), services.signals, requester(handle));
+    this.#interrupts = new Interrupts(handle, this.#state, layout, services.signals);
     this.#resets = this.#words[layout.at.resets];
     this.#configWrites = this.#words[layout.at.configWrites];
     this.#device = build({
@@ -74,7 +74,7 @@ export class VirtioRunner {
       loop: services.loop,
       config: configBytes(this.#state, description.config.length),
       counters: deviceCounters(this.#state),
-      configChanged: () => announceConfig(this.#words, this.#at, this.#msix),
+      configChanged: () => this.#interrupts.config(),
       needsReset: (reason) => this.#needsReset(reason),
       log: (level, line) => services.log(level, `${id}: ${line}`),
       emit: (message) => services.emit(id, message),
@@ -155,13 +155,10 @@ export class VirtioRunner {
       eventIndex,
       indirect: this.#has(Feature.indirect),
     });
-    const msix = this.#msix;
     const signal = () => {
       if (!ring.needsInterrupt()) return;
       words[at + QueueWord.interrupts]++;
-      const vector = words[at + QueueWord.vector];
-      if (vector !== NO_VECTOR) msix.raise(vector);
-      if (!msix.enabled) Atomics.or(words, this.#at.isr, 1);
+      this.#interrupts.queue(words[at + QueueWord.vector]);
     };
     return { index, ring, place: this.#place(index, at), signal };
   }
@@ -202,7 +199,7 @@ export class VirtioRunner {
     this.#state.lock();
     Atomics.or(this.#words, this.#at.status, Status.needsReset);
     this.#state.unlock();
-    announceConfig(this.#words, this.#at, this.#msix);
+    this.#interrupts.config();
   }
 
   /** The machine ends: nothing of the device is left on this worker. */

@@ -1,10 +1,10 @@
 /** The state block of a virtio device behind PCI: everything that its driver can see or set. */
 import { FUNCTION_WORDS } from '../pci/function.js';
-import { type MsixPlace, msixWords } from '../pci/msix.js';
+import { type MsixPlace, msixWords, NO_VECTOR } from '../pci/msix.js';
 import type { StateBlock } from '../state/state-block.js';
 import { type StateLayout, stateLayout } from '../state/state-block.js';
-import { DEVICE_COUNTERS } from './device.js';
-import { QUEUE_WORDS } from './queue.js';
+import { DEVICE_COUNTERS, type VirtioDescription } from './device.js';
+import { QUEUE_WORDS, QueueWord } from './queue.js';
 
 type Fields =
   | 'function'
@@ -94,4 +94,23 @@ export function configBytes(block: StateBlock<Fields>, length: number): Uint8Arr
 /** The device's counters. */
 export function deviceCounters(block: StateBlock<Fields>): Float64Array {
   return new Float64Array(block.buffer, Math.ceil(block.layout.at.counters / 2) * 8, DEVICE_COUNTERS);
+}
+
+/** The device as a reset leaves it (2.4); the PCI function and its vectors stay as they are. */
+export function resetTransport(words: Int32Array, at: TransportLayout['at'], description: VirtioDescription): void {
+  words[at.featureSelect] = 0;
+  words[at.driverFeatureSelect] = 0;
+  words[at.driverFeatures] = 0;
+  words[at.driverFeatures + 1] = 0;
+  words[at.configVector] = NO_VECTOR;
+  words[at.queueSelect] = 0;
+  words[at.isr] = 0;
+  description.queueSizes.forEach((size, queue) => {
+    const first = at.queues + queue * QUEUE_WORDS;
+    // The counters that follow are not the driver's.
+    words.fill(0, first, first + QueueWord.requests);
+    words[first + QueueWord.size] = size;
+    words[first + QueueWord.vector] = NO_VECTOR;
+  });
+  Atomics.store(words, at.status, 0);
 }

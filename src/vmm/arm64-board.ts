@@ -9,7 +9,7 @@ import type { VmConfig } from '../config/vm-config.js';
 import type { Arm64Hypervisor, Arm64Vcpu, Arm64Vm } from '../hypervisor/hypervisor.js';
 import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
 import { divideSegments, type SegmentWindows } from '../pci/segments.js';
-import type { VirtioPciHandle } from '../virtio/pci-transport.js';
+import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
 import { type Board, configuredTopology } from './board.js';
 import { MachineError } from './machine-error.js';

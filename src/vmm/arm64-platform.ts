@@ -14,7 +14,7 @@ import type { InterruptHandle, Vm, VmSignals } from '../hypervisor/hypervisor.js
 import type { SegmentWindows } from '../pci/segments.js';
 import { StateBlock, type StateLayout } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import type { VirtioPciHandle } from '../virtio/pci-transport.js';
+import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import { attachSegments, interruptLine, type PciHandle, type Platform, type PlatformEvent } from './platform-parts.js';
 
 export interface Arm64PlatformOptions {

@@ -4,7 +4,7 @@ import type { CpusConfig } from '../config/vm-config.js';
 import type { Vcpu, Vm } from '../hypervisor/hypervisor.js';
 import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
 import type { SegmentWindows } from '../pci/segments.js';
-import type { VirtioPciHandle } from '../virtio/pci-transport.js';
+import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import type { PlatformHandle } from './platform.js';
 
 /** A machine's processors, interrupt controllers, firmware tables and memory map: what its architecture decides. */

@@ -16,13 +16,9 @@ import { consoleDescription } from '../virtio/console.js';
 import type { VirtioDescription } from '../virtio/device.js';
 import { entropyDescription } from '../virtio/entropy.js';
 import { netDescription } from '../virtio/net-description.js';
-import {
-  type KernelInterrupt,
-  offeredFeatures,
-  virtioBar,
-  VirtioPciDevice,
-  type VirtioPciHandle,
-} from '../virtio/pci-transport.js';
+import { type KernelInterrupt, offeredFeatures, type VirtioPciHandle } from '../virtio/pci-handle.js';
+import { virtioBar } from '../virtio/pci-registers.js';
+import { VirtioPciDevice } from '../virtio/pci-transport.js';
 import { pmemDescription } from '../virtio/pmem.js';
 import { QUEUE_WORDS, QueueWord } from '../virtio/queue.js';
 import type { LimiterOptions } from '../virtio/rate-limiter.js';

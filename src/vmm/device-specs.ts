@@ -1,7 +1,7 @@
 /** What main tells an I/O worker about the devices that it serves. Everything here can be cloned to another thread. */
 import type { EngineName } from '../block/io-engine.js';
 import type { HypervisorName, VmHandle } from '../hypervisor/hypervisor.js';
-import type { VirtioPciHandle } from '../virtio/pci-transport.js';
+import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import type { LimiterOptions } from '../virtio/rate-limiter.js';
 import type { MemoryHandle } from './memory-manager.js';
 

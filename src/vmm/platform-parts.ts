@@ -5,7 +5,8 @@ import { ECAM_BUS_SIZE, HostBridge, PciEcam, PciSegment } from '../pci/config-sp
 import { type PciFunction, PciWindow } from '../pci/function.js';
 import type { SegmentWindows } from '../pci/segments.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import { VirtioPciDevice, type VirtioPciHandle } from '../virtio/pci-transport.js';
+import type { VirtioPciHandle } from '../virtio/pci-handle.js';
+import { VirtioPciDevice } from '../virtio/pci-transport.js';
 import type { BytePort } from './serial-pump.js';
 
 /** Something that a device has to tell main. */

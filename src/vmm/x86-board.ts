@@ -15,7 +15,7 @@ import type { X86Hypervisor, X86Vcpu, X86Vm } from '../hypervisor/hypervisor.js'
 import type { CpuidEntry } from '../hypervisor/x86-state.js';
 import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
 import { divideSegments, type SegmentWindows } from '../pci/segments.js';
-import type { VirtioPciHandle } from '../virtio/pci-transport.js';
+import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import { type Board, configuredTopology } from './board.js';
 import { MachineError } from './machine-error.js';
 import { createX86Platform, type X86PlatformHandle } from './x86-platform.js';

@@ -17,7 +17,7 @@ import { PCI_CONFIG_PORTS, PciConfigPorts, pciPortsLayout } from '../pci/config-
 import type { SegmentWindows } from '../pci/segments.js';
 import { StateBlock, type StateLayout } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import type { VirtioPciHandle } from '../virtio/pci-transport.js';
+import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import {
   attachSegments,
   interruptLine,
