@@ -63,7 +63,8 @@ export function loadBzImage(file: PayloadFile, memory: GuestMemory): BzImage | u
   const size = file.size - kernelOffset;
   const initSize = setup.readUInt32LE(INIT_SIZE);
   // A signature for secure boot may follow the kernel, so that the file may be longer than it says.
-  if (size <= ENTRY_64 || size < setup.readUInt32LE(SYSSIZE) * PARAGRAPH) {
+  // `syssize` is rounded up: the last paragraph need not be whole.
+  if (size <= ENTRY_64 || Math.ceil(size / PARAGRAPH) < setup.readUInt32LE(SYSSIZE)) {
     throw file.error('a complete bzImage: this one is cut short');
   }
 
