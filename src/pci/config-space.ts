@@ -77,32 +77,53 @@ export class PciEcam implements BusDevice {
   }
 }
 
-export const pciPortsLayout = stateLayout('pci-config-ports', 1, { address: 1 });
+export const pciPortsLayout = stateLayout('pci-config-ports', 2, { address: 1, resetControl: 1 });
 export const PCI_CONFIG_PORTS = 8;
 
 const ENABLE = 0x8000_0000;
 const DATA = 4;
+const RESET_CONTROL = 1;
+/** SYS_RST and FULL_RST say which kind of reset it is to be, and are kept; RST_CPU does it, and reads as zero. */
+const RESET_KIND = 0x0a;
+const RST_CPU = 0x04;
 
-/** Ports 0xcf8 (address) and 0xcfc (data). Other sizes at the address port are not for it: 0xcf9 resets nothing here. */
+/**
+ * Ports 0xcf8 (address) and 0xcfc (data); between them, as a byte, the reset control register 0xcf9 of Intel's chipsets (ICH9 data
+ * sheet, 13.7.5). Any kind of reset is one of the whole machine here.
+ */
 export class PciConfigPorts implements BusDevice {
   constructor(
-    private readonly state: StateBlock,
+    private readonly state: StateBlock<keyof typeof pciPortsLayout.at>,
     private readonly segment: PciSegment,
+    private readonly reset: () => void,
   ) {}
 
   read(offset: number, size: AccessSize): number {
-    if (offset < DATA) return offset === 0 && size === 4 ? this.#address() : filler(size);
+    if (offset < DATA) return this.#readControl(offset, size);
     const target = this.#target(offset);
     return target === undefined ? filler(size) : this.segment.read(target, size);
   }
 
   write(offset: number, size: AccessSize, value: number): void {
     if (offset < DATA) {
-      if (offset === 0 && size === 4) this.state.words[pciPortsLayout.at.address] = value;
+      this.#writeControl(offset, size, value);
       return;
     }
     const target = this.#target(offset);
     if (target !== undefined) this.segment.write(target, size, value);
+  }
+
+  #readControl(offset: number, size: AccessSize): number {
+    if (offset === 0 && size === 4) return this.#address();
+    return offset === RESET_CONTROL && size === 1 ? this.state.words[pciPortsLayout.at.resetControl] : filler(size);
+  }
+
+  #writeControl(offset: number, size: AccessSize, value: number): void {
+    const { words } = this.state;
+    if (offset === 0 && size === 4) words[pciPortsLayout.at.address] = value;
+    if (offset !== RESET_CONTROL || size !== 1) return;
+    words[pciPortsLayout.at.resetControl] = value & RESET_KIND;
+    if ((value & RST_CPU) !== 0) this.reset();
   }
 
   #address(): number {

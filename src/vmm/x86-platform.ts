@@ -127,7 +127,7 @@ export function attachX86Platform(
   ports.insert(
     layout.PORT_PCI_CONFIG,
     PCI_CONFIG_PORTS,
-    new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), segments[0]),
+    new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), segments[0], reset),
   );
   return { ports, memory, serial, powerButton: () => ged.notify(GedEvent.PowerButton) };
 }

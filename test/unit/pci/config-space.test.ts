@@ -32,13 +32,14 @@ function bus() {
   const segment = new PciSegment();
   segment.insert(0, new HostBridge());
   const scratch = new Scratch();
+  const resets: string[] = [];
   segment.insert(31, scratch);
-  const ports = new PciConfigPorts(new StateBlock(pciPortsLayout), segment);
+  const ports = new PciConfigPorts(new StateBlock(pciPortsLayout), segment, () => void resets.push('reset'));
   const ecam = new PciEcam(segment);
   const select = (device: number, fn: number, register: number) =>
     ports.write(CONFIG_ADDRESS, 4, (ENABLE | (device << 11) | (fn << 8) | (register & 0xfc)) >>> 0);
   const at = (device: number, fn: number, register: number) => (device << 15) | (fn << 12) | register;
-  return { ports, ecam, scratch, select, at };
+  return { ports, ecam, scratch, select, at, resets };
 }
 
 const size = fc.constantFrom<AccessSize>(1, 2, 4);
@@ -118,13 +119,13 @@ describe('the PCI configuration space', () => {
     expect(scratch.registers[0]).toBe(0x1234_5678);
   });
 
-  test('has an address register of 32 bits that no other access changes, 0xcf9 least of all', () => {
+  test('has an address register of 32 bits that no other access changes', () => {
     const { ports } = bus();
     ports.write(CONFIG_ADDRESS, 4, 0xffff_fffc);
     for (const [offset, n] of [
       [0, 1],
       [0, 2],
-      [1, 1],
+      [1, 2],
       [1, 4],
       [2, 2],
       [3, 1],
@@ -133,5 +134,24 @@ describe('the PCI configuration space', () => {
       expect(ports.read(offset, n)).toBe(filler(n));
     }
     expect(ports.read(CONFIG_ADDRESS, 4)).toBe(0xffff_fffc);
+  });
+
+  test('has a reset control register at 0xcf9: bit 2 resets, of whichever kind the others say', () => {
+    const { ports, resets } = bus();
+    const RESET_CONTROL = 1;
+    ports.write(CONFIG_ADDRESS, 4, ENABLE);
+    // As Linux does it: the kind first, then the reset.
+    ports.write(RESET_CONTROL, 1, 0x02);
+    expect([ports.read(RESET_CONTROL, 1), resets]).toEqual([0x02, []]);
+    ports.write(RESET_CONTROL, 1, 0xfb);
+    expect([ports.read(RESET_CONTROL, 1), resets]).toEqual([0x0a, []]);
+    ports.write(RESET_CONTROL, 1, 0x06);
+    expect([ports.read(RESET_CONTROL, 1), resets]).toEqual([0x02, ['reset']]);
+    ports.write(RESET_CONTROL, 1, 0x04);
+    expect(resets).toEqual(['reset', 'reset']);
+    // Of another size it is none of this register's.
+    ports.write(RESET_CONTROL, 2, 0x0606);
+    ports.write(CONFIG_ADDRESS, 4, 0xffff_ffff);
+    expect(resets).toHaveLength(2);
   });
 });
