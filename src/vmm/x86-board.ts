@@ -121,13 +121,14 @@ export class X86Board implements Board {
 
   /** @returns the RSDP's address */
   #writeTables(memory: GuestMemory): number {
-    const { cpus, pvpanic, memory: ram } = this.config;
+    const { cpus, serial, pvpanic, memory: ram } = this.config;
     const apicIds = Array.from({ length: cpus.max_vcpus }, (_, id) => apicId(id, this.#topology));
     const acpi = buildAcpiTables({
       apicIds,
       bootVcpus: cpus.boot_vcpus,
       pciSegments: this.segments,
       gedAddress: layout.platformArea(this.#physicalBits).ged,
+      serial: serial.mode !== 'Off',
       pvpanic,
     });
     for (const { address, bytes } of acpi.tables) memory.write(address, bytes);

@@ -21,6 +21,7 @@ function machine(vcpus: number, segments: number, pvpanic: boolean, bootVcpus = 
       mmio64: { start: (64 + segment) * GIB, end: (65 + segment) * GIB },
     })),
     gedAddress: layout.platformArea(46).ged,
+    serial: true,
     pvpanic,
   };
 }
@@ -233,6 +234,11 @@ describe('the DSDT', () => {
     expect(deviceOf(dsdt, 'PWRB')).toContain('EisaId ("PNP0C0C")');
     expect(deviceOf(dsdt, 'PEVT')).toContain('Name (_HID, "QEMU0001") Name (_STA, 0x0F)');
     expect(deviceOf(dsdt, 'PEVT')).toContain('IO (Decode16, 0x0505, 0x0505, 0x01, 0x01, )');
+  });
+
+  test('has no serial port where the machine has none', () => {
+    const text = plain(disassembleMachine({ ...machine(1, 1, false), serial: false }).dsl['DSDT']);
+    expect(text).not.toMatch(/COM1|0x03F8/);
   });
 
   test('has a generic event device whose method reads the register and notifies the power button', () => {

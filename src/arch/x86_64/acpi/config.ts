@@ -9,5 +9,6 @@ export interface AcpiConfig {
   readonly pciSegments: readonly PciSegmentWindows[];
   /** Guest physical address of the GED's event register. */
   readonly gedAddress: number;
+  readonly serial: boolean;
   readonly pvpanic: boolean;
 }

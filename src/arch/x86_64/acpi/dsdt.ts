@@ -29,7 +29,7 @@ export function dsdtTerms(config: AcpiConfig): Aml {
       '\\_SB',
       ...config.pciSegments.map((windows, segment) => hostBridge(windows, segment, segment === 0 ? ports : [])),
       motherboard(config),
-      serialPort(),
+      ...(config.serial ? [serialPort()] : []),
       clock(),
       powerButton(),
       ...(config.pvpanic ? [pvpanicDevice(io(layout.PORT_PVPANIC, 1))] : []),
