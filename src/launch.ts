@@ -1,33 +1,31 @@
-/**
- * The file that `vmm` starts with: it runs the bundle beside it with V8's code cache, so that starting compiles nothing.
- *
- * The cache is made by the build (tools/build.mjs). Node rejects one of another version of V8, and then compiles as usual.
- */
+/** The file that `vmm` starts with: it runs the bundle beside it with V8's code cache (code-cache.ts). */
 import fs from 'node:fs';
 import { createRequire } from 'node:module';
 import path from 'node:path';
-import vm from 'node:vm';
+import { compile } from './code-cache.js';
 
 const BUNDLE = path.join(__dirname, 'main.js');
-/** V8 does not look at the architecture that a cache was made on, and runs its code. */
-const CACHE = path.join(__dirname, `main.${process.arch}.cache`);
+/** By then a machine has run all the code that a start needs, and V8 has not yet dropped any of it for being old. */
+const STARTED_MILLISECONDS = 3000;
 
-function readCache(): Buffer | undefined {
-  try {
-    return fs.readFileSync(CACHE);
-  } catch {
-    return undefined; // not built with one
-  }
-}
+/** The bundle's hash, which the build puts here (tools/build.mjs). */
+declare const BUNDLE_HASH: string;
 
 const source = fs.readFileSync(BUNDLE, 'latin1');
-const script = new vm.Script(`(function (require, __filename) {${source}\n})`, {
-  filename: BUNDLE,
-  cachedData: readCache(),
-});
-const run = script.runInThisContext() as (require: NodeJS.Require, filename: string) => void;
-run(createRequire(BUNDLE), BUNDLE);
+const wrapped = `(function (require, __filename, onMachine) {${source}\n})`;
+const { script, keep } = compile(wrapped, BUNDLE, BUNDLE_HASH);
 
-// The build asks for the cache after a run that has compiled what a start needs.
-const target = process.env['VMM_WRITE_CODE_CACHE'];
-if (target !== undefined) process.on('exit', () => fs.writeFileSync(target, script.createCachedData()));
+/** The cache is of a start that went for a machine: other commands compile little of it. */
+function onMachine(): void {
+  if (keep === undefined) return;
+  let kept = false;
+  const once = () => {
+    if (!kept) keep();
+    kept = true;
+  };
+  setTimeout(once, STARTED_MILLISECONDS).unref();
+  process.once('exit', once);
+}
+
+const run = script.runInThisContext() as (require: NodeJS.Require, filename: string, onMachine: () => void) => void;
+run(createRequire(BUNDLE), BUNDLE, onMachine);

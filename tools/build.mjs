@@ -1,5 +1,6 @@
 // Bundles src/ into dist/ (the product) and the tools into dist/tools/. Plain JavaScript: it runs before anything is built.
 import { spawnSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -21,10 +22,12 @@ const common = {
   write: false,
 };
 
+/** It knows the hash of main.js, and so is made after it. */
+const LAUNCHER = 'dist/vmm.js';
 // CommonJS, since neither a script with a code cache nor a quick worker can be an ES module.
 const product = {
-  'dist/vmm.js': 'src/launch.ts',
   'dist/main.js': 'src/main.ts',
+  [LAUNCHER]: 'src/launch.ts',
   'dist/vcpu-worker.js': 'src/threads/vcpu-worker.ts',
   'dist/io-worker.js': 'src/threads/io-worker.ts',
 };
@@ -52,9 +55,12 @@ function writeWhole(file, bytes, mode) {
   fs.renameSync(temporary, file);
 }
 
+/** @returns what it wrote, and the sources that are in it */
 async function bundle(output, entry, options) {
-  const result = await build({ ...common, ...options, entryPoints: [entry], outfile: output });
-  writeWhole(path.join(root, output), result.outputFiles[0].contents, 0o755);
+  const result = await build({ ...common, ...options, entryPoints: [entry], outfile: output, metafile: true });
+  const bytes = result.outputFiles[0].contents;
+  writeWhole(path.join(root, output), bytes, 0o755);
+  return { bytes, inputs: Object.keys(result.metafile.inputs) };
 }
 
 const script = (output) => ({
@@ -63,32 +69,54 @@ const script = (output) => ({
   charset: 'ascii',
   alias: { 'string-width': './src/cli/string-width.ts' },
   // yargs, an ES module, asks where it is.
-  banner: { js: output === 'dist/vmm.js' ? '#!/usr/bin/env node' : "const bundleUrl = 'file://' + __filename;" },
+  banner: { js: output === LAUNCHER ? '#!/usr/bin/env node' : "const bundleUrl = 'file://' + __filename;" },
   define: { 'import.meta.url': 'bundleUrl' },
 });
 
-await Promise.all([
-  ...Object.entries(product).map(([output, entry]) =>
-    bundle(output, entry, { ...script(output), minifySyntax: true, minifyWhitespace: true }),
-  ),
-  ...Object.entries(simulated).map(([output, entry]) => bundle(output, entry, script(output))),
-  ...Object.entries(tools)
-    .filter(([, entry]) => fs.existsSync(path.join(root, entry)))
-    .map(([output, entry]) => bundle(output, entry, { format: 'esm', banner: { js: banner } })),
+const minified = (output, options = {}) =>
+  bundle(output, product[output], { ...script(output), minifySyntax: true, minifyWhitespace: true, ...options });
+
+const LICENCE_FILE = /^(licen[cs]e|copying|notice|copyrightnotice)/i;
+
+/** The licences of all packages that are in the product's bundles, whose terms ask for that. */
+function licences(inputs) {
+  const packages = new Set(inputs.flatMap((input) => /^.*node_modules\/(?:@[^/]+\/)?[^/]+(?=\/)/.exec(input) ?? []));
+  const texts = [...packages].map((folder) => {
+    const at = path.join(root, folder);
+    const { name, version, license } = JSON.parse(fs.readFileSync(path.join(at, 'package.json'), 'utf8'));
+    const files = fs.readdirSync(at).filter((file) => LICENCE_FILE.test(file));
+    if (files.length === 0) throw new Error(`${name} ${version} has no licence in its package`);
+    const text = files.map((file) => fs.readFileSync(path.join(at, file), 'utf8').trim()).join('\n\n');
+    return `${name} ${version} (${license})\n\n${text}\n`;
+  });
+  // A package may be there in two versions.
+  return [...new Set(texts)].sort().join(`\n${'-'.repeat(80)}\n\n`);
+}
+
+const [, ...built] = await Promise.all([
+  Promise.all([
+    ...Object.entries(simulated).map(([output, entry]) => bundle(output, entry, script(output))),
+    ...Object.entries(tools).map(([output, entry]) => bundle(output, entry, { format: 'esm', banner: { js: banner } })),
+  ]),
+  ...Object.keys(product)
+    .filter((output) => output !== LAUNCHER)
+    .map((output) => minified(output)),
 ]);
+const [main] = built;
+const hash = createHash('sha256').update(main.bytes).digest('hex').slice(0, 16);
+const { define } = script(LAUNCHER);
+const launcher = await minified(LAUNCHER, { define: { ...define, BUNDLE_HASH: JSON.stringify(hash) } });
+const inputs = [launcher, ...built].flatMap((each) => each.inputs);
+writeWhole(path.join(root, 'dist/THIRD-PARTY-LICENSES'), licences(inputs), 0o644);
 writeWhole(path.join(root, 'dist/package.json'), '{ "type": "commonjs" }\n', 0o644);
 writeWhole(path.join(root, 'dist/tools/package.json'), '{ "type": "module" }\n', 0o644);
 writeWhole(path.join(root, 'dist/tools/simulated/package.json'), '{ "type": "commonjs" }\n', 0o644);
 
-// A start that goes as far as the first thing that cannot be there compiles what every start needs.
-const cache = path.join(root, `dist/main.${process.arch}.cache`);
-const temporary = `${cache}.${process.pid}`;
-fs.rmSync(cache, { force: true });
-const trial = ['dist/vmm.js', '--kernel', '/nonexistent', '--memory', 'size=2M', '--serial', 'null'];
-spawnSync(process.execPath, trial, {
+// A start that goes as far as the first thing that cannot be there makes the code cache, which labs find here.
+for (const file of fs.readdirSync(path.join(root, 'dist')).filter((name) => name.endsWith('.cache')))
+  if (!file.includes(hash)) fs.rmSync(path.join(root, 'dist', file), { force: true });
+spawnSync(process.execPath, [LAUNCHER, '--kernel', '/nonexistent', '--memory', 'size=2M', '--serial', 'null'], {
   cwd: root,
-  env: { ...process.env, VMM_WRITE_CODE_CACHE: temporary },
   stdio: 'ignore',
 });
-fs.renameSync(temporary, cache);
 writeWhole(path.join(root, 'dist/.built'), '', 0o644);

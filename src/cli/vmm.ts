@@ -38,7 +38,7 @@ async function runMachine(kernel: HostKernel, scripts: WorkerScripts, command: R
   }
 }
 
-async function execute(kernel: HostKernel, scripts: WorkerScripts): Promise<void> {
+async function execute(kernel: HostKernel, scripts: WorkerScripts, onMachine: () => void): Promise<void> {
   const command = parseCommandLine(process.argv.slice(2), readHostFacts());
   switch (command.kind) {
     case 'help':
@@ -51,15 +51,21 @@ async function execute(kernel: HostKernel, scripts: WorkerScripts): Promise<void
       break;
     }
     case 'run':
+      onMachine();
       await runMachine(kernel, scripts, command);
       break;
   }
 }
 
-/** Does what the process's command line says and sets its exit code. @param scripts the scripts that threads run */
-export function runVmm(kernel: HostKernel, scripts: WorkerScripts): void {
+/**
+ * Does what the process's command line says and sets its exit code.
+ *
+ * @param scripts the scripts that threads run
+ * @param onMachine called before a machine is made
+ */
+export function runVmm(kernel: HostKernel, scripts: WorkerScripts, onMachine: () => void = () => undefined): void {
   const verbose = process.argv.some((argument) => /^-[Vh]*v/.test(argument) || argument === '--verbose');
-  execute(kernel, scripts).catch((error: unknown) => {
+  execute(kernel, scripts, onMachine).catch((error: unknown) => {
     process.exitCode = reportAndExitCode(error, { verbose });
   });
 }
