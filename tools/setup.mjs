@@ -59,10 +59,19 @@ function mtime(file) {
   return fs.statSync(file, { throwIfNoEntry: false })?.mtimeMs ?? 0;
 }
 
+/** The packages of a lock file and their versions; none where there is no such file. */
+function locked(file) {
+  const text = fs.existsSync(file) ? fs.readFileSync(file, 'utf8') : '{"packages":{}}';
+  return Object.entries(JSON.parse(text).packages).filter(([name]) => name !== '');
+}
+
 function installNodePackages() {
-  // npm writes this file at the end of an installation. The versions are those of the lock file; `npm ci` would besides
-  // demand that it lists what other platforms need, which not every registry has.
-  if (mtime('node_modules/.package-lock.json') >= mtime('package-lock.json')) return;
+  // npm writes down what it has installed. Optional packages are other platforms'.
+  const installed = new Map(locked('node_modules/.package-lock.json').map(([name, { version }]) => [name, version]));
+  const isThere = ([name, { version, optional }]) => optional === true || installed.get(name) === version;
+  if (locked('package-lock.json').every(isThere)) return;
+  // The versions are those of the lock file; `npm ci` would besides demand that it lists what other platforms need, which
+  // not every registry has.
   step('Installing npm packages', 'npm', ['install', '--no-save', '--no-audit', '--no-fund']);
 }
 
