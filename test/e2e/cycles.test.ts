@@ -4,7 +4,7 @@ import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { testFolder, VMM } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
-import { elf, pvhNote, text } from '../support/synthetic-kernel.js';
+import { portWriter, POWER_OFF } from '../support/synthetic-kernel.js';
 import { kernel } from '../lab/kernels.js';
 
 const CYCLES = 200;
@@ -28,14 +28,9 @@ afterAll(async () => {
   remove();
 });
 
-/** A kernel that writes one byte to a port, and stops there. */
 function kernelThat(port: number, value: number): string {
-  const code = Buffer.from([0x66, 0xba, port & 0xff, port >> 8, 0xb0, value, 0xee, 0xf4, 0xeb, 0xfd]);
   const image = path.join(folder, `kernel-${port}-${value}`);
-  fs.writeFileSync(
-    image,
-    elf({ e_entry: 0x10_0000n, segments: [text({ data: code, p_memsz: 0x1000n }), pvhNote(0x10_0000)] }),
-  );
+  fs.writeFileSync(image, portWriter(port, value));
   return image;
 }
 
@@ -45,8 +40,7 @@ const devices = (name: string) => [
 ];
 
 test(`${CYCLES} boots and power-offs leave no process, tap, socket or lock`, async () => {
-  // The sleep control register of ACPI: sleep type 5, enabled.
-  const argv = [...VMM, '--kernel', kernelThat(0x600, 0x34), ...devices('vmmcycle0')];
+  const argv = [...VMM, '--kernel', kernelThat(...POWER_OFF), ...devices('vmmcycle0')];
   const loop = `for i in $(seq ${CYCLES}); do "$@" </dev/null || exit 1; done; ls ${scratch}`;
   const { status, stdout, stderr } = await host.run(['sh', '-c', loop, 'sh', ...argv]);
   expect({ status, stdout, stderr }).toEqual({ status: 0, stdout: 'disk\n', stderr: expect.any(String) });

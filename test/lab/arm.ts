@@ -6,6 +6,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { cached } from './cache.js';
 import { aptOf, note, run, unpack } from './kernels.js';
+import { unpackNpm } from './npm.js';
 
 /** Debian packages, with what they depend on. */
 const PACKAGES = [
@@ -25,15 +26,6 @@ export interface ArmUserland {
   readonly koffi: string;
   /** A static executable, outside any lab. */
   readonly busybox: string;
-}
-
-/** Fetches an npm package through npm's own configuration. */
-function unpackNpm(spec: string, target: string): void {
-  fs.mkdirSync(target, { recursive: true });
-  run('npm', ['pack', '--silent', spec], target);
-  const [archive] = fs.readdirSync(target);
-  run('tar', ['-xzf', archive, '--strip-components=1', '--no-same-owner'], target);
-  fs.rmSync(path.join(target, archive));
 }
 
 /** Programs and libraries alone, laid out as on the host: /bin, /lib and /sbin are links. */

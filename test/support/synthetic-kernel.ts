@@ -1,4 +1,4 @@
-/** Kernels of a few KiB that have the headers of real ones: for the loader, never for a processor. */
+/** Kernels of a few KiB that have the headers of real ones: for the loader, and one that a processor can run. */
 
 /** 64-bit boot protocol: Documentation/arch/x86/boot.rst. Names are the header's fields. */
 export interface SetupHeader {
@@ -119,6 +119,16 @@ export function pvhNote(entry: number, size: 4 | 8 = 8, align: 4 | 8 = 4): ElfSe
   const data = Buffer.concat([note('Linux', 0x101, Buffer.alloc(1), align), note('Xen', 18, address, align)]);
   return { p_type: PT_NOTE, p_paddr: 0n, data, p_align: BigInt(align) };
 }
+
+/** A kernel that writes one byte to a port, and stops there. */
+export function portWriter(port: number, value: number): Buffer {
+  // mov dx, port; mov al, value; out dx, al; hlt; jmp to the hlt
+  const data = Buffer.from([0x66, 0xba, port & 0xff, port >> 8, 0xb0, value, 0xee, 0xf4, 0xeb, 0xfd]);
+  return elf({ e_entry: 0x10_0000n, segments: [text({ data, p_memsz: 0x1000n }), pvhNote(0x10_0000)] });
+}
+
+/** The sleep control register of ACPI: sleep type 5, enabled. */
+export const POWER_OFF = [0x600, 0x34] as const;
 
 /** Bytes none of which is 0 and which differ from place to place. */
 export function pattern(length: number): Buffer {

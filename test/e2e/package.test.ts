@@ -1,0 +1,92 @@
+/** What `npm pack` makes, installed where nothing else is, and run by every Node.js that it is for. */
+import { execFileSync } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+import packageJson from '../../package.json' with { type: 'json' };
+import { kernel } from '../lab/kernels.js';
+import { NODE_RELEASES, nodeRelease } from '../lab/npm.js';
+import { KVM } from '../support/backend.js';
+import { runInGuest, testFolder } from '../support/guest.js';
+import { TestHost } from '../support/host.js';
+import { portWriter, POWER_OFF } from '../support/synthetic-kernel.js';
+
+const { folder, remove } = testFolder();
+const modules = path.join(folder, 'node_modules');
+const bundles = path.join(modules, 'vmm/dist');
+let simple: TestHost;
+
+beforeAll(async () => {
+  simple = await TestHost.simple();
+  // What `npm test` has built is packed. What else is needed is in npm's cache, as a rule.
+  const npm = (...words: string[]) => execFileSync('npm', ['--silent', ...words], { encoding: 'utf8' });
+  const archive = npm('pack', '--ignore-scripts', '--pack-destination', folder).trim();
+  npm('install', '--prefer-offline', '--prefix', folder, path.join(folder, archive));
+  fs.writeFileSync(path.join(folder, 'kernel'), portWriter(...POWER_OFF));
+}, 300_000);
+
+afterAll(() => {
+  simple.close();
+  remove();
+});
+
+/** A machine that powers off at once. */
+const machine = ['--kernel', path.join(folder, 'kernel'), '--memory', 'size=16M', '--serial', 'null'];
+
+test('it brings koffi and iced-x86, and nothing that it has in itself', () => {
+  const list = (at: string) => fs.readdirSync(path.join(modules, at)).filter((name) => !name.startsWith('.'));
+  expect(list('').sort()).toEqual(['@koromix', 'iced-x86', 'koffi', 'vmm']);
+  expect(list('@koromix')).toEqual([`koffi-linux-${process.arch}`]);
+  expect(fs.existsSync(path.join(modules, 'vmm/node_modules'))).toBe(false);
+});
+
+test('the licences of what it has in itself are in it', () => {
+  const text = fs.readFileSync(path.join(bundles, 'THIRD-PARTY-LICENSES'), 'utf8');
+  const titles = text.match(/^\S+ \d+\.\d+\.\d+ \(.*\)$/gm)!.map((line) => line.split(' ')[0]);
+  expect(titles).toEqual(expect.arrayContaining(['inversify', 'winston', 'yargs', 'zod']));
+  // Each is followed by its text.
+  expect(text.split(/^-{80}$/m)).toHaveLength(titles.length);
+  for (const part of text.split(/^-{80}$/m)) expect(part).toMatch(/copyright|Apache License/i);
+});
+
+test('it holds no code cache: the first machine makes it', async () => {
+  const caches = () => fs.readdirSync(bundles).filter((name) => name.endsWith('.cache'));
+  expect(caches()).toEqual([]);
+  const vmm = path.join(modules, '.bin/vmm');
+  const version = execFileSync(vmm, ['--version'], { encoding: 'utf8', cwd: '/' });
+  expect(version).toBe(`vmm ${packageJson.version}\n`);
+  expect(caches()).toEqual([]);
+  // In a lab the folder is this machine's, under an overlay.
+  const script = `for start in first second; do "$@" || exit; ls -i ${bundles} | grep '[.]cache$'; done`;
+  const { status, stdout, stderr } = await simple.run(['sh', '-c', script, 'sh', vmm, ...machine]);
+  expect({ status, stderr }).toEqual({ status: 0, stderr: '' });
+  const [first, second, ...more] = stdout.trim().split('\n');
+  expect(first).toMatch(/^\d+ main-v[\w.-]+\.cache$/);
+  expect(second).toBe(first); // the same file
+  expect(more).toEqual([]);
+});
+
+describe.each(NODE_RELEASES)('on Node.js %s', (release) => {
+  test('it runs a machine, cold and with a code cache', async () => {
+    const vmm = [await nodeRelease(release), path.join(bundles, 'vmm.js')];
+    for (const start of ['cold', 'with a cache']) {
+      const { status, stderr } = await simple.run([...vmm, ...machine]);
+      expect({ start, status, stderr }).toEqual({ start, status: 0, stderr: '' });
+    }
+  }, 300_000);
+});
+
+test('the newest Node.js boots a stock kernel on two vCPUs', async () => {
+  const host = await TestHost.open();
+  const vmm = [await nodeRelease(NODE_RELEASES.at(-1)!), path.join(bundles, 'vmm.js')];
+  const image = await kernel('cloud');
+  await host.check(`truncate -s 1M ${folder}/disk; printf vmm | dd of=${folder}/disk conv=notrunc 2>/dev/null`);
+  const { output, status } = await runInGuest(host, folder, {
+    backend: { ...KVM, vmm },
+    kernel: image,
+    task: { command: 'nproc; head -c 3 /dev/vda', modules: { kernel: image, names: ['virtio_pci', 'virtio_blk'] } },
+    vmm: ['--cpus', 'boot=2', '--disk', `path=${folder}/disk`],
+  });
+  expect({ output, status }).toEqual({ output: '2\nvmm', status: 0 });
+  host.close();
+});
