@@ -24,7 +24,7 @@ import { QUEUE_WORDS, QueueWord } from '../virtio/queue.js';
 import type { LimiterOptions } from '../virtio/rate-limiter.js';
 import { deviceCounters, transportLayout } from '../virtio/transport-state.js';
 import { StateBlock } from '../state/state-block.js';
-import { vsockDescription } from '../virtio/vsock.js';
+import { vsockDescription } from '../virtio/vsock-description.js';
 import { watchdogDescription } from '../virtio/watchdog.js';
 import type { BackendSpec, IoWorkerData, ServedDevice } from './device-specs.js';
 import type { HostResources } from './host-resources.js';

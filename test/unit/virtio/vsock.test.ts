@@ -5,9 +5,12 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { MAX_CONNECTIONS, MAX_RESETS, VsockCounter, VsockDevice, vsockDescription } from '../../../src/virtio/vsock.js';
+import { VsockDevice } from '../../../src/virtio/vsock.js';
 import { BUFFER_BYTES } from '../../../src/virtio/vsock-connection.js';
+import { MAX_CONNECTIONS } from '../../../src/virtio/vsock-connections.js';
+import { VsockCounter, vsockDescription } from '../../../src/virtio/vsock-description.js';
 import { HEADER_BYTES, MAX_PACKET, Op, Shutdown } from '../../../src/virtio/vsock-packet.js';
+import { MAX_RESETS } from '../../../src/virtio/vsock-sender.js';
 import type { DeviceContext, EventLoop } from '../../../src/virtio/device.js';
 import {
   RAM_SIZE,
