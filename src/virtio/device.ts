@@ -146,4 +146,4 @@ export interface DeviceContext {
   emit(message: unknown): void;
 }
 
-export const DEVICE_COUNTERS = 8;
+export const DEVICE_COUNTERS = 12;

@@ -136,6 +136,11 @@ export class Connection {
   deadline = Infinity;
   /** The greeting so far. */
   line = '';
+  /** Lingering: bytes that the host program has yet to take, and when it last took some. */
+  left = -1;
+  taken = 0;
+  /** Bytes that the guest sent and the host had no memory for. */
+  lost = 0;
 
   /** Neighbours in the list of those that have something for the guest. */
   queued = false;
@@ -216,7 +221,10 @@ export class Connection {
     this.#forward(done);
     if (done < length) {
       this.#buffer ??= this.pool.take();
-      if (this.#buffer === undefined) return false;
+      if (this.#buffer === undefined) {
+        this.lost = length - done;
+        return false;
+      }
       this.#buffer.append(chain, offset + done, length - done);
     }
     return true;

@@ -2,14 +2,18 @@
 import { EPOLL, SystemError } from '../sys/host-kernel.js';
 import type { DeviceContext, Timer } from './device.js';
 import { BufferPool, Connection, Control, State } from './vsock-connection.js';
+import { VsockCounter } from './vsock-description.js';
 import { Shutdown } from './vsock-packet.js';
 
 /** Each holds a descriptor and up to BUFFER_BYTES: neither guest nor host programs may open them without end. */
 export const MAX_CONNECTIONS = 1024;
-/** Milliseconds: for the guest to answer a shutdown; for host programs to take what the guest left. */
+/** Milliseconds for the guest to answer a shutdown. */
 const SHUTDOWN_TIMEOUT = 10_000;
+/** Milliseconds after which a host program that has taken nothing of what the guest left may lose it to a new connection. */
 const LINGER_TIMEOUT = 30_000;
 const SWEEP_INTERVAL = 1000;
+/** Bytes in a socket that its other end has not read, in steps of whole buffers of the kernel's. */
+const SIOCOUTQ = 0x5411;
 
 /** Connections by their ports. Guests choose ports, so a lookup may walk over all connections, at most 1024. */
 export class ConnectionTable {
@@ -108,6 +112,8 @@ export class Connections {
   readonly #sweep: Timer;
   #sweeping = false;
   #active = false;
+  readonly #unread = new Int32Array(1);
+  readonly #unreadBytes = new Uint8Array(this.#unread.buffer);
 
   constructor(
     private readonly context: DeviceContext,
@@ -120,12 +126,25 @@ export class Connections {
     });
   }
 
-  get areFull(): boolean {
-    return this.#all.size >= MAX_CONNECTIONS;
+  /**
+   * Whether there is a place for one more. One that only waits for its host program to read, and has waited in vain, gives
+   * its place up: the longest wait first.
+   */
+  makeRoom(): boolean {
+    if (this.#all.size < MAX_CONNECTIONS) return true;
+    let oldest: Connection | undefined;
+    for (const connection of this.#all) {
+      if (connection.state !== State.Lingering) continue;
+      if (oldest === undefined || connection.taken < oldest.taken) oldest = connection;
+    }
+    if (oldest === undefined || this.context.loop.now() - oldest.taken < LINGER_TIMEOUT) return false;
+    this.close(oldest);
+    return true;
   }
 
   start(): void {
     this.#active = true;
+    if (this.#all.size > 0) this.startSweep();
   }
 
   /** @returns undefined when it cannot be watched, and is closed again */
@@ -151,9 +170,17 @@ export class Connections {
     this.context.loop.rewatch(connection.fd, wanted);
   }
 
+  /** A host program that has sent something that nobody read sees ECONNRESET then, any other the end of the file. */
   #closeSocket(connection: Connection): void {
     if (connection.watched === 0) return;
     connection.watched = 0;
+    const lost = connection.buffered + connection.lost;
+    if (lost > 0) {
+      this.context.counters[VsockCounter.dropped] += lost;
+      const { guestPort, hostPort } = connection;
+      const which = `the connection between the guest's port ${guestPort} and the host's ${hostPort}`;
+      this.context.log('warn', `${lost} bytes that the guest sent were dropped: ${which} ended before they were taken`);
+    }
     connection.releaseBuffer();
     this.context.loop.unwatch(connection.fd);
     this.context.kernel.close(connection.fd);
@@ -185,7 +212,10 @@ export class Connections {
     this.service.add(connection);
   }
 
-  /** The guest has forgotten a connection. What it sent before still goes to the host program. */
+  /**
+   * The guest has forgotten a connection. What it sent before still goes to the host program, for as long as that takes, as
+   * bytes in a socket outlive their writer.
+   */
   leave(connection: Connection): void {
     if (connection.state !== State.Open || connection.buffered === 0) {
       this.close(connection);
@@ -197,8 +227,19 @@ export class Connections {
     connection.control = 0;
     connection.readable = false;
     connection.shutdown(Shutdown.both);
+    connection.deadline = Infinity;
     this.watch(connection, EPOLL.OUT);
-    this.expire(connection, LINGER_TIMEOUT);
+    this.#progress(connection);
+    this.startSweep();
+  }
+
+  /** Whether the host program has read is seen at its end of the socket: epoll tells of room only when there is much of it. */
+  #progress(connection: Connection): void {
+    if (this.context.kernel.ioctlBufferRaw(connection.fd, SIOCOUTQ, this.#unreadBytes) < 0) return;
+    const left = this.#unread[0] + connection.buffered;
+    if (left === connection.left) return;
+    connection.left = left;
+    connection.taken = this.context.loop.now();
   }
 
   /** 5.10.6.5: a guest that was told of the end of both directions resets the connection, or we do. */
@@ -221,24 +262,27 @@ export class Connections {
   checkDeadlines(): void {
     const now = this.context.loop.now();
     for (const connection of this.#all) {
-      if (connection.deadline === Infinity) continue;
-      if (connection.deadline > now) this.startSweep();
-      else if (connection.state === State.Lingering) this.close(connection);
+      if (connection.state === State.Lingering) {
+        this.#progress(connection);
+        this.startSweep();
+      } else if (connection.deadline === Infinity) continue;
+      else if (connection.deadline > now) this.startSweep();
       else if (connection.state !== State.Reset) this.reset(connection);
     }
   }
 
-  /** The device has lost its queues. */
+  /** The device has lost its queues. What the guest sent before is the host programs' all the same. */
   stop(): void {
     this.#active = false;
     this.waiting = false;
     this.#sweep.stop();
     this.#sweeping = false;
-    for (const connection of this.#all) this.close(connection);
+    for (const connection of this.#all) if (connection.state !== State.Lingering) this.leave(connection);
   }
 
   /** The end, after `stop`. */
   end(): void {
+    for (const connection of this.#all) this.close(connection);
     this.#pool.close();
   }
 }

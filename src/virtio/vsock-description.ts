@@ -17,6 +17,8 @@ export const VsockCounter = {
   paused: 6,
   /** Chains given back empty because a socket had less than it had said. */
   unused: 7,
+  /** Bytes of the guest that no host program took in time. */
+  dropped: 8,
 } as const;
 
 export function vsockDescription(cid: number): VirtioDescription {

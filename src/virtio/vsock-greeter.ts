@@ -59,7 +59,7 @@ export class VsockGreeter {
         this.connections.startSweep();
         return;
       }
-      if (!this.connections.areFull) this.connections.open(fd);
+      if (this.connections.makeRoom()) this.connections.open(fd);
       else {
         kernel.close(fd);
         this.context.counters[VsockCounter.refused]++;
@@ -82,7 +82,9 @@ export class VsockGreeter {
       }
       connection.line += Buffer.from(this.#scratchBytes.subarray(0, count)).toString('latin1');
     }
-    const port = Number(/^connect ([0-9]{1,10})\n$/i.exec(connection.line)?.[1]);
+    // Any white space parts the words and ends the line, as in the programs that this protocol comes from.
+    const [word, number = ''] = connection.line.trim().split(/\s+/);
+    const port = word.toLowerCase() === 'connect' && /^\+?[0-9]+$/.test(number) ? Number(number) : NaN;
     if (!(port < 2 ** 32)) {
       this.context.counters[VsockCounter.refused]++;
       this.connections.close(connection);

@@ -167,11 +167,11 @@ export class VsockDevice implements VirtioDevice {
     if (connection.state === State.Reset && packet.op !== Op.reset) return;
     if (packet.length > MAX_PACKET || packet.length > chain.readableBytes - HEADER_BYTES) {
       this.context.counters[VsockCounter.malformed]++;
-      this.#connections.reset(connection);
+      this.#finish(connection);
       return;
     }
     connection.learnCredit(packet.bufferSize, packet.forwarded);
-    if (!this.#perform(connection, packet, chain)) this.#connections.reset(connection);
+    if (!this.#perform(connection, packet, chain)) this.#finish(connection);
     else if (connection.state === State.Open && (connection.control !== 0 || connection.readable))
       this.#connections.service.add(connection);
   }
@@ -219,7 +219,7 @@ export class VsockDevice implements VirtioDevice {
     const { kernel } = this.context;
     let fd = -1;
     try {
-      if (!this.#connections.areFull) fd = kernel.connectUnix(`${this.options.socket}_${packet.targetPort}`);
+      if (this.#connections.makeRoom()) fd = kernel.connectUnix(`${this.options.socket}_${packet.targetPort}`);
     } catch (error) {
       if (!(error instanceof SystemError)) throw error;
     }
@@ -249,7 +249,7 @@ export class VsockDevice implements VirtioDevice {
     return true;
   }
 
-  /** The guest is done: 5.10.6.5 wants a RST once nothing of the connection is left. */
+  /** The guest is done, or did what it may not: it hears a RST (5.10.6.5), and what it sent before goes on its way. */
   #finish(connection: Connection): void {
     if (connection.buffered > 0) {
       this.#sender.resets.add(this.#incoming);

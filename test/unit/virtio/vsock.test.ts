@@ -443,16 +443,38 @@ describe('connections', () => {
     expect(program.ended).toBe(true);
   });
 
-  test.each(['HELLO 1234\n', 'CONNECT x1\n', 'CONNECT 4294967296\n', `CONNECT ${'1'.repeat(40)}`, 'CONNECT -1\n'])(
-    'a greeting of %j',
-    (line) => {
-      const side = start();
-      const program = new Program(kernel.connectUnix(socket));
-      program.write(line);
-      expect(until(() => (program.read(), program.ended), side)).toBe(true);
-      expect(side.packets).toEqual([]);
-    },
-  );
+  test.each([
+    'HELLO 1234\n',
+    'CONNECT x1\n',
+    'CONNECT 4294967296\n',
+    `CONNECT ${'1'.repeat(40)}`,
+    'CONNECT -1\n',
+    'CONNECT\r\n\n',
+    'CONNECT1234\n',
+  ])('a greeting of %j', (line) => {
+    const side = start();
+    const program = new Program(kernel.connectUnix(socket));
+    program.write(line);
+    expect(until(() => (program.read(), program.ended), side)).toBe(true);
+    expect(side.packets).toEqual([]);
+  });
+
+  test.each([
+    'CONNECT 77\r\n',
+    'connect\t77 \n',
+    '  CONNECT   77\n',
+    'CONNECT +77\n',
+    'CONNECT 077\n',
+    'CONNECT 77 x\n',
+  ])('a greeting of %j', (line) => {
+    const side = start();
+    const program = new Program(kernel.connectUnix(socket));
+    program.write(`${line}early`);
+    const { source, target } = side.next();
+    expect(target).toBe(77);
+    side.send(Op.response, 77, source);
+    expect(side.next()).toMatchObject({ op: Op.data, data: Buffer.from('early') });
+  });
 
   test('at most so many', () => {
     const side = start();
@@ -718,17 +740,94 @@ describe('the end', () => {
     expect(side.next()).toMatchObject({ op: Op.reset });
   });
 
-  test('of a host program that never reads what a guest left', () => {
+  /** The guest sends so much as 64 KiB packets, and leaves. */
+  function leave(side: GuestSide, packets: number, data: Buffer): void {
+    for (let count = 0; count < packets; count++) side.send(Op.data, GUEST_PORT, 7, { data });
+    side.send(Op.shutdown, GUEST_PORT, 7, { flags: Shutdown.both });
+    while (side.next().op !== Op.reset);
+  }
+
+  test('of a guest, with a host program that reads slowly and never pauses', () => {
     remake({ ...context, loop: hurried(context.loop) });
     const side = start();
     const program = fromGuest(side);
     const data = pattern(MAX_PACKET);
+    leave(side, 7, data);
+    const parts: Buffer[] = [];
+    // 4 KiB in each second of the device's clock.
+    while (!program.ended && performance.now() < limit) {
+      parts.push(program.read(4096));
+      context.loop.turn(10);
+    }
+    expect(Buffer.concat(parts).equals(Buffer.concat(Array<Buffer>(7).fill(data)))).toBe(true);
+    expect(context.counters[VsockCounter.dropped]).toBe(0);
+    expect(context.lines).toEqual([]);
+  });
+
+  test('of a guest, with a host program that stops reading: its place is given away when it is needed', () => {
+    remake({ ...context, loop: hurried(context.loop) });
+    const side = start();
+    const stuck = fromGuest(side);
+    stuck.write('never read');
+    expect(side.next()).toMatchObject({ op: Op.data });
+    leave(side, 6, pattern(MAX_PACKET));
+    const others = listen(8, MAX_CONNECTIONS);
+    const connect = (port: number) => {
+      side.send(Op.request, port, 8);
+      return side.next().op;
+    };
+    for (let port = 1; port < MAX_CONNECTIONS; port++) expect(connect(port)).toBe(Op.response);
+    // It has not waited for so long yet, or has just read.
+    stuck.read(1);
+    context.loop.turn(0);
+    for (const end = performance.now() + 400; performance.now() < end;) context.loop.turn(10);
+    const got = Array.from({ length: 5 }, () => stuck.read().length).reduce((sum, count) => sum + count, 1);
+    expect(until(() => connect(2000) === Op.reset, side)).toBe(true);
+    // No progress for 30 seconds of the device's clock.
+    expect(until(() => connect(2000) === Op.response, side)).toBe(true);
+    const lost = context.counters[VsockCounter.dropped];
+    expect(lost).toBeGreaterThan(0);
+    expect(context.lines).toEqual([expect.stringContaining(`${lost} bytes that the guest sent were dropped`)]);
+    let rest = 0;
+    while (!stuck.ended) rest += stuck.read().length;
+    expect(got + rest + lost).toBe(6 * MAX_PACKET);
+    expect(connect(2001)).toBe(Op.reset);
+    accept(others);
+  });
+
+  test('of the device, with bytes that no host program has taken', () => {
+    const side = start();
+    const program = fromGuest(side);
+    const data = pattern(MAX_PACKET);
+    for (let count = 0; count < 7; count++) side.send(Op.data, GUEST_PORT, 7, { data });
+    // The driver resets the device: the bytes are the program's all the same.
+    device.deactivate();
+    const parts: Buffer[] = [];
+    for (let turns = 0; turns < 20; turns++) {
+      parts.push(program.read(8192));
+      context.loop.turn(0);
+    }
+    expect(program.ended).toBe(false);
+    device.close();
+    const lost = context.counters[VsockCounter.dropped];
+    expect(context.lines).toHaveLength(1);
+    while (!program.ended) parts.push(program.read());
+    const all = Buffer.concat(parts);
+    expect(all.length + lost).toBe(7 * MAX_PACKET);
+    expect(all.equals(Buffer.concat(Array<Buffer>(7).fill(data)).subarray(0, all.length))).toBe(true);
+    remake(context);
+  });
+
+  test('of a guest that does what it may not: what it sent before arrives', () => {
+    const side = start();
+    const program = fromGuest(side);
+    const data = pattern(MAX_PACKET);
     for (let count = 0; count < 6; count++) side.send(Op.data, GUEST_PORT, 7, { data });
-    side.send(Op.reset, GUEST_PORT, 7);
-    for (const end = performance.now() + 500; performance.now() < end;) context.loop.turn(10);
-    let got = 0;
-    expect(until(() => ((got += program.read().length), program.ended), side)).toBe(true);
-    expect(got).toBeLessThan(6 * MAX_PACKET);
+    side.send(99, GUEST_PORT, 7);
+    const parts: Buffer[] = [];
+    expect(until(() => (parts.push(program.read()), program.ended), side)).toBe(true);
+    expect(Buffer.concat(parts)).toHaveLength(6 * MAX_PACKET);
+    expect(side.packets.filter(({ op }) => op === Op.reset)).toHaveLength(1);
   });
 
   test('of a guest whose bytes the host program has yet to read', () => {
@@ -768,6 +867,170 @@ describe('the end', () => {
     const again = start();
     expect(again.next()).toMatchObject({ op: Op.request, target: 5 });
   });
+});
+
+describe('slow readers on both sides', () => {
+  /** What the guest can hold for each connection. */
+  const GUEST_BUFFER = 50_000;
+  const FLOWS = 3;
+  const text = pattern(4 * 2 ** 20);
+  const step = fc.record({
+    kind: fc.constantFrom(
+      ...(['send', 'take', 'write', 'read', 'send', 'take', 'write', 'read'] as const),
+      ...(['send', 'turn', 'guest ends', 'guest leaves', 'guest resets', 'host ends'] as const),
+    ),
+    which: fc.nat(FLOWS - 1),
+    bytes: fc.constantFrom(1, 100, 4096, 30_000, MAX_PACKET),
+  });
+
+  /** One connection as both of its users see it: bytes are those of `text` from the start, each way. */
+  class Flow {
+    /** By the guest: sent, received, and of these taken, as the device was last told. */
+    sent = 0;
+    received = 0;
+    taken = 0;
+    /** By the host program. */
+    written = 0;
+    read = 0;
+    room = BUFFER_BYTES;
+    guestEnded = false;
+    guestGone = false;
+    hostEnded = false;
+    told = 0;
+
+    constructor(
+      readonly side: GuestSide,
+      readonly port: number,
+      readonly program: Program,
+    ) {}
+
+    packet(op: number, changes: Partial<Packet> = {}): void {
+      if (this.side.canSend)
+        this.side.send(op, this.port, 7, { bufferSize: GUEST_BUFFER, forwarded: this.taken, ...changes });
+    }
+
+    hear({ op, data, flags, bufferSize, forwarded }: Packet): void {
+      if (op === Op.reset) {
+        this.guestGone = true;
+        return;
+      }
+      this.room = bufferSize - ((this.sent - forwarded) >>> 0);
+      expect(this.room).toBeGreaterThanOrEqual(0);
+      if (op === Op.shutdown) this.told |= flags;
+      if (op !== Op.data || this.guestGone) return;
+      expect(data.equals(text.subarray(this.received, this.received + data.length))).toBe(true);
+      this.received += data.length;
+      expect(this.received - this.taken).toBeLessThanOrEqual(GUEST_BUFFER);
+    }
+
+    send(bytes: number): void {
+      const count = Math.min(bytes, this.room);
+      if (count === 0 || this.guestEnded || this.guestGone || !this.side.canSend) return;
+      const data = text.subarray(this.sent, this.sent + count);
+      this.sent += count;
+      this.room -= count;
+      this.packet(Op.data, { data });
+    }
+
+    take(bytes: number): void {
+      if (this.guestGone) return;
+      this.taken = Math.min(this.taken + bytes, this.received);
+      this.packet(Op.creditUpdate);
+    }
+
+    write(bytes: number): void {
+      if (this.hostEnded) return;
+      const count = this.program.write(text.subarray(this.written, this.written + bytes));
+      if (count > 0) this.written += count;
+    }
+
+    hostReads(bytes: number): void {
+      const data = this.program.read(bytes);
+      expect(data.equals(text.subarray(this.read, this.read + data.length))).toBe(true);
+      this.read += data.length;
+    }
+
+    end(kind: string): void {
+      if (kind === 'host ends') {
+        if (!this.hostEnded) this.program.halfClose();
+        this.hostEnded = true;
+      } else if (!this.guestGone && this.side.canSend) {
+        if (kind === 'guest ends') this.packet(Op.shutdown, { flags: Shutdown.send });
+        else if (kind === 'guest leaves') this.packet(Op.shutdown, { flags: Shutdown.both });
+        else this.packet(Op.reset);
+        this.guestEnded = true;
+        this.guestGone = kind !== 'guest ends';
+      }
+    }
+  }
+
+  test('every byte arrives in order, within the credit of both sides', () => {
+    const base = guest.alloc(16);
+    const port = listen(7);
+    let bytes = 0;
+    fc.assert(
+      fc.property(
+        fc.array(step, { minLength: 60, maxLength: 60 }),
+        fc.boolean(),
+        fc.boolean(),
+        (steps, stingy, packed) => {
+          guest.rewind(base);
+          remake(stingy ? { ...context, kernel: new StingyKernel() } : context);
+          const side = start({ packed, receive: [3000] });
+          side.bufferSize = GUEST_BUFFER;
+          const flows = Array.from({ length: FLOWS }, (_, index) => {
+            side.send(Op.request, index, 7);
+            expect(side.next().op).toBe(Op.response);
+            return new Flow(side, index, accept(port));
+          });
+          const turn = () => {
+            context.loop.turn(0);
+            side.collect();
+            for (const packet of side.packets.splice(0)) flows[packet.target].hear(packet);
+          };
+          for (const { kind, which, bytes: count } of steps) {
+            const flow = flows[which];
+            if (kind === 'send') flow.send(count);
+            else if (kind === 'take') flow.take(count);
+            else if (kind === 'write') flow.write(count);
+            else if (kind === 'read') flow.hostReads(count);
+            else if (kind === 'turn') turn();
+            else flow.end(kind);
+            side.collect();
+            for (const packet of side.packets.splice(0)) flows[packet.target].hear(packet);
+          }
+          // Both sides end, and read what is left.
+          for (const flow of flows) flow.end('host ends');
+          const over = () =>
+            flows.every(
+              ({ program, guestEnded, guestGone, told }) =>
+                program.ended && guestEnded && (guestGone || (told & Shutdown.send) !== 0),
+            );
+          expect(
+            until(() => {
+              for (const flow of flows) {
+                if (!flow.guestEnded) flow.end('guest ends');
+                flow.take(MAX_PACKET);
+                flow.hostReads(10_000);
+              }
+              turn();
+              return over();
+            }),
+          ).toBe(true);
+          for (const { sent, read, written, received, guestGone, program } of flows) {
+            expect(read).toBe(sent);
+            if (!guestGone) expect(received).toBe(written);
+            bytes += read + received;
+            program.close();
+          }
+          expect(context.counters[VsockCounter.dropped]).toBe(0);
+          device.deactivate();
+        },
+      ),
+      { numRuns: 150 },
+    );
+    expect(bytes).toBeGreaterThan(2 ** 20);
+  }, 120_000);
 });
 
 describe('resets', () => {
