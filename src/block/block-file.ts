@@ -9,11 +9,16 @@ const FALLOC_FL_KEEP_SIZE = 1;
 const FALLOC_FL_PUNCH_HOLE = 2;
 /** Zeros are written in pieces of this size where holes cannot be made. Bytes. */
 const ZEROS = new Uint8Array(65536);
+/** Logical blocks of storage that there is. Bytes. */
+const MIN_ALIGNMENT = 512;
+const MAX_ALIGNMENT = 4096;
 
 export class HostBlockFile implements BlockFile {
   readonly #device: boolean;
 
   readonly #meta: number;
+
+  readonly alignment: number;
 
   /**
    * @param fd for data; becomes this object's
@@ -27,6 +32,7 @@ export class HostBlockFile implements BlockFile {
   ) {
     this.#meta = meta ?? fd;
     this.#device = fs.fstatSync(fd).isBlockDevice();
+    this.alignment = meta === undefined ? 1 : transferAlignment(kernel, fd);
   }
 
   size(): number {
@@ -73,5 +79,27 @@ export class HostBlockFile implements BlockFile {
   close(): void {
     this.kernel.close(this.fd);
     if (this.#meta !== this.fd) this.kernel.close(this.#meta);
+  }
+}
+
+/**
+ * Found by trying, as no call of every host tells it for files too: a read that is not aligned as O_DIRECT needs it fails.
+ * Of an empty file any of them comes back with nothing; then it is the smallest.
+ */
+function transferAlignment(kernel: HostKernel, fd: number): number {
+  const page = kernel.map({ length: 2 * MAX_ALIGNMENT, shared: false });
+  try {
+    const view = page.view(0, 2 * MAX_ALIGNMENT);
+    for (let alignment = MIN_ALIGNMENT; alignment < MAX_ALIGNMENT; alignment *= 2) {
+      try {
+        kernel.readAt(fd, new Uint8Array(view, alignment, alignment), 0);
+        return alignment;
+      } catch (error) {
+        if (!(error instanceof SystemError)) throw error;
+      }
+    }
+    return MAX_ALIGNMENT;
+  } finally {
+    page.unmap();
   }
 }

@@ -9,6 +9,11 @@
 export interface BlockFile {
   readonly fd: number;
   readonly path: string;
+  /**
+   * Bytes. Offset, length and memory of a transfer of data by `fd` are multiples of it where the page cache is bypassed;
+   * 1 elsewhere. The methods below take anything.
+   */
+  readonly alignment: number;
   size(): number;
   /** Fills `into`; what lies beyond the end of the file reads as zeros. */
   read(offset: number, into: Uint8Array): void;
@@ -28,6 +33,8 @@ export const ExtentKind = {
   Zero: 1,
   /** `bytes`, from `bytesOffset` on: what was compressed. */
   Bytes: 2,
+  /** Nothing: it has to wait for a transfer under way. To be asked for again after any `written`. */
+  Busy: 3,
 } as const;
 export type ExtentKind = (typeof ExtentKind)[keyof typeof ExtentKind];
 
@@ -40,24 +47,41 @@ export interface Extent {
   length: number;
   bytes: Uint8Array;
   bytesOffset: number;
+  /** A small number for `written` where the place is new, else -1. */
+  allocation: number;
 }
 
 export interface DiskImage {
   /** Virtual size in bytes. */
   readonly size: number;
   readonly extent: Extent;
+  /** Bytes, as a BlockFile's: the largest that transfers into or out of its extents need. */
+  readonly alignment: number;
   /** Sets `extent` to where the first bytes of the range are to be read from. Throws SystemError or ImageError. */
   mapRead(offset: number, length: number): void;
   /**
-   * Sets `extent` (always of kind File) to where the first bytes of the range are to be written. Space is allocated and
-   * what shares its cluster is copied before this returns; the data itself is the caller's to write.
+   * Sets `extent` (of kind File or Busy) to where the first bytes of the range are to be written; the data itself is the
+   * caller's to write. A new place (`allocation` is not negative) is not the image's before `written`: until then the range
+   * reads as before, and nothing else can be written to its clusters.
    */
   mapWrite(offset: number, length: number): void;
-  /** The range may lose its contents; it then reads as zeros or as before. */
-  discard(offset: number, length: number): void;
-  /** The range reads as zeros. @param unmap its space may be given back */
-  writeZeroes(offset: number, length: number, unmap: boolean): void;
-  /** Everything written so far survives a power failure, the metadata included. Data is synced by this call too. */
+  /**
+   * The transfer into a new place has ended. To be called exactly once for each, in any order, also before `close`.
+   * @param ok the data is in the file; otherwise the place is given back and the range keeps its old contents
+   * @returns false where the image does not take what was written: the request has failed
+   */
+  written(allocation: number, ok: boolean): boolean;
+  /**
+   * The range may lose its contents; it then reads as zeros or as before.
+   * @returns false: to be asked for again, whole, after any `written`, as a transfer into the range is under way
+   */
+  discard(offset: number, length: number): boolean;
+  /** The range reads as zeros. @param unmap its space may be given back @returns as `discard` */
+  writeZeroes(offset: number, length: number, unmap: boolean): boolean;
+  /**
+   * What transfers that had ended have put into the image, as far as `written` was told, survives a power failure when this
+   * returns, the metadata included. Data is synced by this call too.
+   */
   flush(): void;
   resize(size: number): void;
   /** Closes all of its files. */

@@ -57,6 +57,10 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     return this.header.size;
   }
 
+  get alignment(): number {
+    return this.file.alignment;
+  }
+
   get version(): 2 | 3 {
     return this.header.version;
   }
@@ -106,14 +110,20 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     this.#mapWrite(offset, length, this.#writable());
   }
 
-  discard(offset: number, length: number): void {
-    this.#checkRange(offset, length);
-    new ZeroRange(this, this.#writable(), this.options.sparse, false).run(offset, offset + length);
+  written(): boolean {
+    return true;
   }
 
-  writeZeroes(offset: number, length: number, unmap: boolean): void {
+  discard(offset: number, length: number): boolean {
+    this.#checkRange(offset, length);
+    new ZeroRange(this, this.#writable(), this.options.sparse, false).run(offset, offset + length);
+    return true;
+  }
+
+  writeZeroes(offset: number, length: number, unmap: boolean): boolean {
     this.#checkRange(offset, length);
     new ZeroRange(this, this.#writable(), unmap && this.options.sparse, true).run(offset, offset + length);
+    return true;
   }
 
   flush(): void {

@@ -13,7 +13,15 @@ export interface Layer {
 }
 
 export function newExtent(fd: number): Extent {
-  return { kind: ExtentKind.Zero, fd, hostOffset: 0, length: 0, bytes: new Uint8Array(0), bytesOffset: 0 };
+  return {
+    kind: ExtentKind.Zero,
+    fd,
+    hostOffset: 0,
+    length: 0,
+    bytes: new Uint8Array(0),
+    bytesOffset: 0,
+    allocation: -1,
+  };
 }
 
 /** A raw backing file. Its last sector may be a part of one; the rest of it reads as zeros, as the end of a file does. */

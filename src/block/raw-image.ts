@@ -5,6 +5,7 @@ export const SECTOR = 512;
 
 export class RawImage implements DiskImage {
   readonly extent: Extent;
+  readonly alignment: number;
   #size: number;
 
   constructor(
@@ -12,6 +13,7 @@ export class RawImage implements DiskImage {
     private readonly sparse: boolean,
   ) {
     this.#size = Math.floor(file.size() / SECTOR) * SECTOR;
+    this.alignment = file.alignment;
     this.extent = {
       kind: ExtentKind.File,
       fd: file.fd,
@@ -19,6 +21,7 @@ export class RawImage implements DiskImage {
       length: 0,
       bytes: new Uint8Array(0),
       bytesOffset: 0,
+      allocation: -1,
     };
   }
 
@@ -35,19 +38,25 @@ export class RawImage implements DiskImage {
     this.mapRead(offset, length);
   }
 
-  discard(offset: number, length: number): void {
-    if (this.sparse) this.file.punchHole(offset, length);
+  written(): boolean {
+    return true;
   }
 
-  writeZeroes(offset: number, length: number, unmap: boolean): void {
+  discard(offset: number, length: number): boolean {
+    if (this.sparse) this.file.punchHole(offset, length);
+    return true;
+  }
+
+  writeZeroes(offset: number, length: number, unmap: boolean): boolean {
     if (unmap && this.sparse) {
       this.file.punchHole(offset, length);
-      return;
+      return true;
     }
     const zeros = new Uint8Array(Math.min(length, 2 ** 20));
     for (let at = 0; at < length; at += zeros.length) {
       this.file.write(offset + at, zeros.subarray(0, Math.min(zeros.length, length - at)));
     }
+    return true;
   }
 
   flush(): void {

@@ -20,6 +20,7 @@ const MAX_READ = 32 * MIB;
 
 class TestFile implements BlockFile {
   readonly fd: number;
+  readonly alignment = 1;
 
   constructor(
     readonly path: string,

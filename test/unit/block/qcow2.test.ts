@@ -17,6 +17,7 @@ type Change = { offset: number; bytes: Uint8Array } | { size: number };
 
 class TestFile implements BlockFile {
   readonly fd: number;
+  readonly alignment = 1;
   readonly holes: [number, number][] = [];
   syncs = 0;
   changes: Change[] | undefined;
