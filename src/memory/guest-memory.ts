@@ -1,29 +1,44 @@
 /**
- * Guest memory as every other part sees it: guest physical addresses, checked, over windows of host memory.
+ * Guest memory as every other part sees it: guest physical addresses, checked, over mappings of host memory.
  *
- * A window is an ArrayBuffer of at most 1 GiB (larger views abort Node 20), so one RAM region is one or more windows in a
- * row. Addresses and sizes are bytes in plain numbers: guest physical addresses stay below 2^52.
+ * A mapping is one piece in the host's address space. JavaScript sees it through windows of at most 1 GiB (larger views
+ * abort Node 20), which are made when they are first needed: each costs its thread a full garbage collection, since V8
+ * counts the memory behind it as the thread's own. Addresses and sizes are bytes in plain numbers: guest physical addresses
+ * stay below 2^52.
  */
 
 /** Largest window, in bytes. */
 export const WINDOW_SIZE = 0x4000_0000;
 
-/** A stretch of guest RAM mapped by one buffer. */
-export interface MemoryWindow {
-  /** Guest physical address of the first byte. */
-  readonly address: number;
-  readonly buffer: ArrayBuffer | SharedArrayBuffer;
-  /** Where the host has it, for system calls on guest memory; left out where there are none (unit tests). */
-  readonly hostAddress?: number;
-}
-
-/** A stretch of guest RAM without holes, for memory maps. Bytes. */
+/** A stretch of guest addresses without holes. Bytes. */
 export interface MemoryRange {
   readonly address: number;
   readonly size: number;
 }
 
-/** An access outside guest RAM. */
+/** A stretch of guest memory that the host has in one piece. */
+export interface MemoryMapping extends MemoryRange {
+  /** Where the host has its first byte, for system calls on guest memory. */
+  readonly hostAddress: number;
+  /** False: a device's memory (persistent memory). Buffers and rings may lie there too, but no memory map lists it. */
+  readonly ram: boolean;
+}
+
+/** A mapping with the way to its bytes. */
+export interface MemorySource extends MemoryMapping {
+  /** The bytes from `offset` on, at most {@link WINDOW_SIZE}. */
+  view(offset: number, length: number): ArrayBufferLike;
+}
+
+/** RAM that one buffer of at most {@link WINDOW_SIZE} holds. */
+export interface MemoryBuffer {
+  readonly address: number;
+  readonly buffer: ArrayBufferLike;
+  /** Where the host has it; left out where there are no system calls on it (unit tests). */
+  readonly hostAddress?: number;
+}
+
+/** An access outside guest memory. */
 export class GuestMemoryError extends Error {
   readonly code = 'GUEST_MEMORY_RANGE';
 }
@@ -41,112 +56,132 @@ function copyBytes(target: Uint8Array, to: number, source: Uint8Array, from: num
   for (let index = 0; index < count; index++) target[to + index] = source[from + index];
 }
 
-interface MappedWindow {
+interface Window {
   readonly address: number;
   readonly end: number;
-  readonly hostAddress: number;
   readonly bytes: Uint8Array;
   readonly view: DataView;
 }
 
-export class GuestMemory {
-  readonly #windows: readonly MappedWindow[];
-  readonly #ranges: readonly MemoryRange[];
-  /** The window of the last access: consecutive accesses mostly hit it. */
-  #last: MappedWindow;
+interface Mapping {
+  readonly address: number;
+  readonly end: number;
+  readonly hostAddress: number;
+  readonly source: MemorySource;
+  /** By the offset in the mapping, in units of WINDOW_SIZE. */
+  readonly windows: (Window | undefined)[];
+}
 
-  /** @param windows at least one; sorted or not, never overlapping */
-  constructor(windows: readonly MemoryWindow[]) {
-    const mapped = windows
-      .map(({ address, buffer, hostAddress = PRETENDED_HOST_ADDRESS + address }) => ({
-        address,
-        end: address + buffer.byteLength,
-        hostAddress,
-        bytes: new Uint8Array(buffer),
-        view: new DataView(buffer),
-      }))
-      .sort((a, b) => a.address - b.address);
-    const first = mapped[0] as MappedWindow | undefined;
-    if (first === undefined) throw new GuestMemoryError('Guest memory has no window');
-    this.#windows = mapped;
-    this.#last = first;
-    this.#ranges = this.#join();
+function sourceOf(from: MemorySource | MemoryBuffer): MemorySource {
+  if ('view' in from) return from;
+  const { address, buffer, hostAddress = PRETENDED_HOST_ADDRESS + address } = from;
+  // It has one window, which is all of it.
+  return { address, size: buffer.byteLength, hostAddress, ram: true, view: () => buffer };
+}
+
+export class GuestMemory {
+  /** Ascending. */
+  readonly #mappings: readonly Mapping[];
+  readonly #ranges: readonly MemoryRange[];
+  /** The mapping and the window of the last access: consecutive accesses mostly hit them. */
+  #lastMapping: Mapping;
+  #last: Window;
+
+  /** @param parts at least one; sorted or not, never overlapping */
+  constructor(parts: readonly (MemorySource | MemoryBuffer)[]) {
+    const sources = parts.map(sourceOf).sort((a, b) => a.address - b.address);
+    this.#mappings = sources.map((source) => {
+      const { address, size, hostAddress } = source;
+      return { address, end: address + size, hostAddress, source, windows: Array(Math.ceil(size / WINDOW_SIZE)) };
+    });
+    const first = this.#mappings[0] as Mapping | undefined;
+    if (first === undefined) throw new GuestMemoryError('Guest memory has no mapping');
+    this.#lastMapping = first;
+    // Of no bytes, so that no access hits it.
+    const none = new Uint8Array(0);
+    this.#last = { address: 0, end: 0, bytes: none, view: new DataView(none.buffer) };
+    this.#ranges = joined(sources.filter(({ ram }) => ram));
   }
 
-  /** RAM ranges in ascending order, adjacent windows joined. */
+  /** RAM in ascending order, stretches that touch joined; without the memory of devices. */
   ranges(): readonly MemoryRange[] {
     return this.#ranges;
   }
 
-  #join(): MemoryRange[] {
-    const ranges: { address: number; size: number }[] = [];
-    for (const window of this.#windows) {
-      const previous = ranges.at(-1);
-      const size = window.end - window.address;
-      if (previous !== undefined && previous.address + previous.size === window.address) previous.size += size;
-      else ranges.push({ address: window.address, size });
-    }
-    return ranges;
+  /**
+   * All that the guest can use as memory, in ascending order. Never joined: what touches in the guest need not touch in the
+   * host.
+   */
+  mappings(): readonly MemoryMapping[] {
+    return this.#mappings.map(({ source: { address, size, hostAddress, ram } }) => ({
+      address,
+      size,
+      hostAddress,
+      ram,
+    }));
   }
 
   /** Bytes of RAM in all. */
   get size(): number {
-    return this.#windows.reduce((sum, window) => sum + window.end - window.address, 0);
+    return this.#ranges.reduce((sum, { size }) => sum + size, 0);
   }
 
   /** True when every byte of the range is RAM. */
-  contains(address: number, length: number): boolean {
+  isRam(address: number, length: number): boolean {
     for (const range of this.#ranges) {
       if (address >= range.address && address + length <= range.address + range.size) return true;
     }
     return false;
   }
 
-  /**
-   * Where the host has a guest range, for system calls; allocates nothing.
-   *
-   * @returns -1 when a byte of the range is not RAM, or the host does not have it in one piece
-   */
-  hostAddress(address: number, length: number): number {
-    const last = this.#last;
-    if (address >= last.address && address + length <= last.end) return last.hostAddress + (address - last.address);
-    for (let index = 0; index < this.#windows.length; index++) {
-      let window = this.#windows[index];
-      if (address < window.address || address >= window.end) continue;
-      this.#last = window;
-      const host = window.hostAddress + (address - window.address);
-      while (address + length > window.end) {
-        const next = this.#windows[++index] as MappedWindow | undefined;
-        const adjacent =
-          next !== undefined &&
-          next.address === window.end &&
-          next.hostAddress - window.hostAddress === next.address - window.address;
-        if (!adjacent) return -1;
-        window = next;
-      }
-      return host;
-    }
-    return -1;
+  /** True when every byte of the range is guest memory. */
+  contains(address: number, length: number): boolean {
+    const end = address + length;
+    let at = address;
+    // Far above 2^53 the end may be the address itself: the first byte is looked for in any case.
+    do {
+      const mapping = this.#mapping(at);
+      if (mapping === undefined) return false;
+      at = mapping.end;
+    } while (at < end);
+    return true;
   }
 
   /**
-   * The window that holds a whole range, for structures that are read over and over; undefined where it crosses windows or
-   * leaves RAM.
+   * Where the host has a guest range, for system calls; allocates nothing.
+   *
+   * @returns -1 when a byte of the range is no guest memory, or the host does not have it in one piece
+   */
+  hostAddress(address: number, length: number): number {
+    const mapping = this.#mapping(address);
+    if (mapping === undefined || address + length > mapping.end) return -1;
+    return mapping.hostAddress + (address - mapping.address);
+  }
+
+  /** Bytes from an address on that the host has in one piece; 0 where there is no guest memory. Allocates nothing. */
+  hostLength(address: number): number {
+    const mapping = this.#mapping(address);
+    return mapping === undefined ? 0 : mapping.end - address;
+  }
+
+  /**
+   * The bytes of a range, for structures that are read over and over. A range across windows gets a buffer of its own.
+   *
+   * @returns undefined where the range leaves guest memory, or the host does not have it in one piece
    */
   window(address: number, length: number): { readonly buffer: ArrayBufferLike; readonly offset: number } | undefined {
-    for (const window of this.#windows) {
-      if (address >= window.address && address + length <= window.end) {
-        return { buffer: window.bytes.buffer, offset: address - window.address };
-      }
-    }
-    return undefined;
+    const mapping = this.#mapping(address);
+    if (mapping === undefined || address + length > mapping.end) return undefined;
+    const window = this.#window(mapping, address);
+    if (address + length <= window.end) return { buffer: window.bytes.buffer, offset: address - window.address };
+    return { buffer: mapping.source.view(address - mapping.address, length), offset: 0 };
   }
 
   /** Copies out of guest memory, without allocating where one window holds it. */
   copyOut(address: number, target: Uint8Array, offset: number, length: number): void {
     let at = 0;
     while (at < length) {
-      const window = this.#find(address + at, 1);
+      const window = this.#find(address + at);
       const start = address + at - window.address;
       const count = Math.min(length - at, window.end - window.address - start);
       copyBytes(target, offset + at, window.bytes, start, count);
@@ -158,7 +193,7 @@ export class GuestMemory {
   copyIn(address: number, source: Uint8Array, offset: number, length: number): void {
     let at = 0;
     while (at < length) {
-      const window = this.#find(address + at, 1);
+      const window = this.#find(address + at);
       const start = address + at - window.address;
       const count = Math.min(length - at, window.end - window.address - start);
       copyBytes(window.bytes, start, source, offset + at, count);
@@ -173,14 +208,14 @@ export class GuestMemory {
   /**
    * Host views of a guest range, in order; more than one where it crosses windows.
    *
-   * @throws GuestMemoryError when a byte of the range is not RAM
+   * @throws GuestMemoryError when a byte of the range is no guest memory
    */
   slices(address: number, length: number): Uint8Array[] {
     const slices: Uint8Array[] = [];
     let at = address;
     let left = length;
     while (left > 0) {
-      const window = this.#find(at, 1);
+      const window = this.#find(at);
       const count = Math.min(left, window.end - at);
       slices.push(window.bytes.subarray(at - window.address, at - window.address + count));
       at += count;
@@ -189,7 +224,7 @@ export class GuestMemory {
     return slices;
   }
 
-  /** @throws GuestMemoryError when a byte of the range is not RAM */
+  /** @throws GuestMemoryError when a byte of the range is no guest memory */
   write(address: number, bytes: Uint8Array): void {
     let at = 0;
     for (const slice of this.slices(address, bytes.length)) {
@@ -198,7 +233,7 @@ export class GuestMemory {
     }
   }
 
-  /** A copy of a guest range. @throws GuestMemoryError when a byte of the range is not RAM */
+  /** A copy of a guest range. @throws GuestMemoryError when a byte of the range is no guest memory */
   read(address: number, length: number): Uint8Array {
     const slices = this.slices(address, length);
     const bytes = new Uint8Array(length);
@@ -210,50 +245,89 @@ export class GuestMemory {
     return bytes;
   }
 
+  // Scalars, aligned or not: one across windows is put together from its bytes.
+
   u8(address: number): number {
-    const window = this.#find(address, 1);
-    return window.view.getUint8(address - window.address);
+    const window = this.#find(address);
+    return window.bytes[address - window.address];
   }
 
   u16(address: number): number {
-    const window = this.#find(address, 2);
-    return window.view.getUint16(address - window.address, true);
+    const window = this.#find(address);
+    if (address + 2 <= window.end) return window.view.getUint16(address - window.address, true);
+    return new DataView(this.read(address, 2).buffer).getUint16(0, true);
   }
 
-  /** Also where the guest did not align it, even across windows. */
   u32(address: number): number {
-    const window = this.#find(address, 1);
-    const at = address - window.address;
-    if (address + 4 <= window.end) return window.view.getUint32(at, true);
-    const bytes = this.read(address, 4);
-    return new DataView(bytes.buffer).getUint32(0, true);
+    const window = this.#find(address);
+    if (address + 4 <= window.end) return window.view.getUint32(address - window.address, true);
+    return new DataView(this.read(address, 4).buffer).getUint32(0, true);
   }
 
   setU8(address: number, value: number): void {
-    const window = this.#find(address, 1);
-    window.view.setUint8(address - window.address, value);
+    const window = this.#find(address);
+    window.bytes[address - window.address] = value;
   }
 
   setU16(address: number, value: number): void {
-    const window = this.#find(address, 2);
-    window.view.setUint16(address - window.address, value, true);
+    const window = this.#find(address);
+    if (address + 2 <= window.end) window.view.setUint16(address - window.address, value, true);
+    else this.write(address, Uint8Array.of(value, value >>> 8));
   }
 
   setU32(address: number, value: number): void {
-    const window = this.#find(address, 4);
-    window.view.setUint32(address - window.address, value, true);
+    const window = this.#find(address);
+    if (address + 4 <= window.end) window.view.setUint32(address - window.address, value, true);
+    else this.write(address, Uint8Array.of(value, value >>> 8, value >>> 16, value >>> 24));
   }
 
-  /** The window that holds the whole access. Scalars are naturally aligned and windows page-aligned: one window each. */
-  #find(address: number, length: number): MappedWindow {
-    const last = this.#last;
-    if (address >= last.address && address + length <= last.end) return last;
-    for (const window of this.#windows) {
-      if (address >= window.address && address + length <= window.end) {
-        this.#last = window;
-        return window;
-      }
+  /** The mapping that holds an address. There are few: one or two of RAM, and one for each persistent memory. */
+  #mapping(address: number): Mapping | undefined {
+    const last = this.#lastMapping;
+    if (address >= last.address && address < last.end) return last;
+    const mappings = this.#mappings;
+    let low = 0;
+    for (let high = mappings.length; low < high;) {
+      const middle = (low + high) >>> 1;
+      if (address < mappings[middle].end) high = middle;
+      else low = middle + 1;
     }
-    throw new GuestMemoryError(`No RAM at guest address 0x${address.toString(16)}, ${length} bytes`);
+    if (low === mappings.length || !(address >= mappings[low].address)) return undefined;
+    return (this.#lastMapping = mappings[low]);
   }
+
+  /** @throws GuestMemoryError */
+  #find(address: number): Window {
+    const last = this.#last;
+    if (address >= last.address && address < last.end) return last;
+    const mapping = this.#mapping(address);
+    if (mapping === undefined) throw new GuestMemoryError(`No memory at guest address 0x${address.toString(16)}`);
+    return (this.#last = this.#window(mapping, address));
+  }
+
+  #window(mapping: Mapping, address: number): Window {
+    const index = Math.floor((address - mapping.address) / WINDOW_SIZE);
+    return mapping.windows[index] ?? openWindow(mapping, index);
+  }
+}
+
+function openWindow(mapping: Mapping, index: number): Window {
+  const offset = index * WINDOW_SIZE;
+  const length = Math.min(mapping.source.size - offset, WINDOW_SIZE);
+  const buffer = mapping.source.view(offset, length);
+  const address = mapping.address + offset;
+  const window = { address, end: address + length, bytes: new Uint8Array(buffer), view: new DataView(buffer) };
+  mapping.windows[index] = window;
+  return window;
+}
+
+/** @param ascending never overlapping */
+function joined(ascending: readonly MemoryRange[]): MemoryRange[] {
+  const ranges: { address: number; size: number }[] = [];
+  for (const { address, size } of ascending) {
+    const previous = ranges.at(-1);
+    if (previous !== undefined && previous.address + previous.size === address) previous.size += size;
+    else ranges.push({ address, size });
+  }
+  return ranges;
 }

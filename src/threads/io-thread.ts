@@ -85,10 +85,7 @@ export function runIoThread(kernel: HostKernel): void {
           setOffload: (tap, bits) => setOffload(kernel, tap, bits),
         });
       case 'vhost-net': {
-        const regions = memory
-          .ranges()
-          .map((range) => ({ ...range, hostAddress: memory.hostAddress(range.address, 1) }));
-        return new VhostNetDevice(context, { taps: spec.taps, calls: spec.calls, regions });
+        return new VhostNetDevice(context, { taps: spec.taps, calls: spec.calls, regions: memory.mappings() });
       }
       case 'vsock':
         return new VsockDevice(context, spec);
@@ -99,8 +96,13 @@ export function runIoThread(kernel: HostKernel): void {
       case 'balloon':
         return new BalloonDevice(context, {
           discard: (address, length) => {
-            const host = memory.hostAddress(address, length);
-            if (host >= 0) kernel.discardRaw(host, length, data.sharedMemory);
+            for (let at = address, end = address + length; at < end;) {
+              const count = Math.min(memory.hostLength(at), end - at);
+              // A file behind persistent memory keeps what it has.
+              if (count === 0 || !memory.isRam(at, count)) return;
+              kernel.discardRaw(memory.hostAddress(at, count), count, data.sharedMemory);
+              at += count;
+            }
           },
         });
       case 'pmem':

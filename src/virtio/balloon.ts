@@ -128,7 +128,7 @@ export class BalloonDevice implements VirtioDevice {
     counters[BalloonCounter.ignored] += chain.readableBytes / 4 - count;
     for (let at = 0; at < count; at++) {
       const address = this.#list[at] * PAGE;
-      if (memory.contains(address, PAGE)) {
+      if (memory.isRam(address, PAGE)) {
         this.#add(address, address + PAGE);
         counters[BalloonCounter.inflated]++;
       } else counters[BalloonCounter.ignored]++;

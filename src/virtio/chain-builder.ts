@@ -25,13 +25,32 @@ export class ChainBuilder {
 
   /** @returns false when the buffer breaks the queue; `fault` says why */
   add(addressLow: number, addressHigh: number, length: number, flags: number): boolean {
-    const { chain } = this;
-    const index = chain.count;
-    if (index === MAX_CHAIN) return this.fail('a chain of too many buffers, or one that loops');
     if (length === 0) return this.fail('an empty buffer');
     const address = addressLow + addressHigh * 2 ** 32;
     const host = this.memory.hostAddress(address, length);
-    if (host < 0) return this.fail('a buffer outside RAM');
+    if (host < 0) return this.#addPieces(address, length, flags);
+    return this.#put(address, host, length, flags);
+  }
+
+  /** What touches in the guest need not touch in the host: such a buffer becomes several, which framing allows (2.6.4). */
+  #addPieces(address: number, length: number, flags: number): boolean {
+    const { memory } = this;
+    const end = address + length;
+    let at = address;
+    // Far above 2^53 the end may be the address itself: the first byte is looked for in any case.
+    do {
+      const count = Math.min(memory.hostLength(at), end - at);
+      if (count === 0) return this.fail('a buffer outside RAM');
+      if (!this.#put(at, memory.hostAddress(at, count), count, flags)) return false;
+      at += count;
+    } while (at < end);
+    return true;
+  }
+
+  #put(address: number, host: number, length: number, flags: number): boolean {
+    const { chain } = this;
+    const index = chain.count;
+    if (index === MAX_CHAIN) return this.fail('a chain of too many buffers, or one that loops');
     chain.address[index] = address;
     chain.host[index] = host;
     chain.length[index] = length;

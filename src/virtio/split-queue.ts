@@ -30,7 +30,7 @@ export class SplitQueue implements VirtQueue {
 
   /**
    * @param words the device's state block; the queue's own words start at `at`
-   * @throws RangeError with what is wrong when the rings are not in RAM, not aligned, or of a size that no split queue has
+   * @throws RangeError with what is wrong when the rings are not in one piece of guest memory, not aligned, or of a size that no split queue has
    */
   constructor(
     private readonly memory: GuestMemory,

@@ -30,7 +30,7 @@ import type { BackendSpec, IoWorkerData, ServedDevice } from './device-specs.js'
 import type { HostResources } from './host-resources.js';
 import { type PlannedDevice, planWorkers, type QueueAffinity } from './io-planner.js';
 import { MachineError } from './machine-error.js';
-import type { MemoryHandle } from './memory-manager.js';
+import type { MemoryHandle, MemoryPart } from './memory-manager.js';
 
 const CONSOLE_QUEUE_SIZE = 256;
 
@@ -70,6 +70,7 @@ export interface DeviceManagerOptions {
   readonly config: VmConfig;
   readonly resources: HostResources;
   readonly segments: readonly SegmentWindows[];
+  /** RAM. */
   readonly memory: MemoryHandle;
   /** First memory slot that is free. */
   readonly memorySlot: number;
@@ -78,6 +79,8 @@ export interface DeviceManagerOptions {
 export class DeviceManager {
   readonly handles: VirtioPciHandle[] = [];
   readonly plan: IoWorkerData[] = [];
+  /** All that the guest can use as memory: RAM, and what devices bring. */
+  readonly memory: MemoryPart[];
   /** The virtio console's end for main. */
   readonly console?: { readonly pipe: BytePipe; readonly wake: number };
   readonly #eventfds: number[] = [];
@@ -92,6 +95,7 @@ export class DeviceManager {
     private readonly options: DeviceManagerOptions,
   ) {
     const { config, segments } = options;
+    this.memory = [...options.memory];
     this.#low = segments.map(({ mmio32 }) => new WindowAllocator(mmio32));
     this.#high = segments.map(({ mmio64 }) => new WindowAllocator(mmio64));
     this.#slots = segments.map(() => new SlotAllocator());
@@ -203,6 +207,7 @@ export class DeviceManager {
       const start = this.#high[pmem.pci_segment].take(size, 2 * 2 ** 20);
       if (start === undefined) throw new MachineError(`--pmem file=${pmem.file}: no room for it in the address space`);
       this.vm.addMemory({ slot: this.options.memorySlot + index, guestAddress: start, mapping: mapping.handle });
+      this.memory.push({ range: { address: start, size }, mapping: mapping.handle, ram: false });
       add(`_pmem${index}`, pmem, pmemDescription({ start, size }), { kind: 'pmem', fd }, { blocking: true });
     });
     if (resources.vsock !== undefined) {
@@ -220,7 +225,7 @@ export class DeviceManager {
   }
 
   #place(devices: readonly Device[]): void {
-    const { memory, hypervisor, config } = this.options;
+    const { hypervisor, config } = this.options;
     const planned = planWorkers(
       devices.map(({ description, ...device }) => ({ ...device, queues: description.queueSizes.length })),
       availableParallelism(),
@@ -252,7 +257,7 @@ export class DeviceManager {
         name: `io${index}`,
         hypervisor,
         vm: this.vm.handle,
-        memory,
+        memory: this.memory,
         sharedMemory: config.memory.shared,
         wake,
         command: new SharedArrayBuffer(4),

@@ -45,7 +45,6 @@ export class Incarnation {
       this.#memory = new MemoryManager(kernel, config.memory, this.#board.ram);
       undo.push(() => this.#memory.close());
       this.#memory.attach(vm);
-      const memory = this.#memory.handle();
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
       undo.push(() => vcpus.forEach((vcpu) => vcpu.close()));
 
@@ -54,7 +53,7 @@ export class Incarnation {
         config,
         resources,
         segments,
-        memory,
+        memory: this.#memory.handle(),
         memorySlot: this.#memory.slots,
       });
       undo.push(() => this.#devices.close());
@@ -66,7 +65,7 @@ export class Incarnation {
       if (port !== undefined) this.console = new SerialPump(consolePort(port, kernel), backends.console);
 
       this.#board.boot(this.#memory.memory);
-      this.#cpus = new CpuManager(hypervisor.name, vcpus, memory, parts.vcpuWorker, events);
+      this.#cpus = new CpuManager(hypervisor.name, vcpus, this.#devices.memory, parts.vcpuWorker, events);
     } catch (error) {
       for (const step of undo.reverse()) step();
       throw error;

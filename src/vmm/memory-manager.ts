@@ -4,16 +4,22 @@
  */
 import type { VmConfig } from '../config/vm-config.js';
 import type { Vm } from '../hypervisor/hypervisor.js';
-import { GuestMemory, type MemoryRange, type MemoryWindow, WINDOW_SIZE } from '../memory/guest-memory.js';
+import { GuestMemory, type MemoryRange, type MemorySource } from '../memory/guest-memory.js';
 import { type HostKernel, type HostMapping, type MappingHandle, SystemError } from '../sys/host-kernel.js';
 import { MachineError } from './machine-error.js';
 
-/** Guest RAM as another thread finds it. Structured-cloneable. */
-export type MemoryHandle = readonly { readonly range: MemoryRange; readonly mapping: MappingHandle }[];
+/** A stretch of guest memory as another thread finds it. Structured-cloneable. */
+export interface MemoryPart {
+  readonly range: MemoryRange;
+  readonly mapping: MappingHandle;
+  /** False: a device's memory. */
+  readonly ram: boolean;
+}
+export type MemoryHandle = readonly MemoryPart[];
 
-/** Guest RAM on a thread that did not allocate it. */
+/** Guest memory on a thread that did not allocate it. */
 export function attachMemory(handle: MemoryHandle, kernel: HostKernel): GuestMemory {
-  return new GuestMemory(handle.flatMap(({ range, mapping }) => windows(range, kernel.attach(mapping))));
+  return new GuestMemory(handle.map(({ range, mapping, ram }) => source(range, kernel.attach(mapping), ram)));
 }
 
 export class MemoryManager {
@@ -38,7 +44,7 @@ export class MemoryManager {
         ? new MachineError(`--memory size=${config.size}: the host cannot map that much`, { cause: error })
         : error;
     }
-    this.memory = new GuestMemory(this.#mappings.flatMap(({ range, mapping }) => windows(range, mapping)));
+    this.memory = new GuestMemory(this.#mappings.map(({ range, mapping }) => source(range, mapping, true)));
   }
 
   #allocate(size: number): HostMapping {
@@ -82,7 +88,7 @@ export class MemoryManager {
 
   /** What another thread needs to see the same RAM. */
   handle(): MemoryHandle {
-    return this.#mappings.map(({ range, mapping }) => ({ range, mapping: mapping.handle }));
+    return this.#mappings.map(({ range, mapping }) => ({ range, mapping: mapping.handle, ram: true }));
   }
 
   /** Unmaps it; no thread and no VM uses it any more. */
@@ -94,12 +100,7 @@ export class MemoryManager {
 
 const DEFAULT_HUGEPAGE_SIZE = 2 * 1024 * 1024;
 
-function windows(range: MemoryRange, mapping: HostMapping): MemoryWindow[] {
-  const count = Math.ceil(range.size / WINDOW_SIZE);
-  return Array.from({ length: count }, (_, index) => {
-    const offset = index * WINDOW_SIZE;
-    const length = Math.min(WINDOW_SIZE, range.size - offset);
-    const hostAddress = Number(mapping.handle.address) + offset;
-    return { address: range.address + offset, buffer: mapping.view(offset, length), hostAddress };
-  });
+function source(range: MemoryRange, mapping: HostMapping, ram: boolean): MemorySource {
+  const hostAddress = Number(mapping.handle.address);
+  return { ...range, hostAddress, ram, view: (offset, length) => mapping.view(offset, length) };
 }

@@ -19,24 +19,35 @@ export const RAM_SIZE = 16 * 2 ** 20;
 export const HIGH_RAM = 0x1_0000_0000;
 export const HIGH_RAM_SIZE = 2 ** 20;
 
+/** Two persistent memories that touch in the guest, and need not in the host. */
+export const PMEM = 0x2_0000_0000;
+export const PMEM_SIZE = 0x1_0000;
+
 const kernel = new LinuxKernel();
 
-/** Guest RAM that the host really has mapped: 16 MiB at 0, and 1 MiB at 4 GiB. */
+/** Guest memory that the host really has mapped: RAM at 0 and at 4 GiB, persistent memory above it. */
 export class TestGuest {
   readonly memory: GuestMemory;
   #next = 0x1000;
   readonly #mappings;
 
-  constructor() {
+  /** @param ramSize bytes of RAM at 0 */
+  constructor(private readonly ramSize = RAM_SIZE) {
     const parts = [
-      { address: 0, length: RAM_SIZE },
-      { address: HIGH_RAM, length: HIGH_RAM_SIZE },
+      { address: 0, size: ramSize, ram: true },
+      { address: HIGH_RAM, size: HIGH_RAM_SIZE, ram: true },
+      { address: PMEM, size: PMEM_SIZE, ram: false },
+      { address: PMEM + PMEM_SIZE, size: PMEM_SIZE, ram: false },
     ];
-    this.#mappings = parts.map(({ length }) => kernel.map({ length, shared: false }));
+    this.#mappings = parts.map(({ size }) => kernel.map({ length: size, shared: false }));
     this.memory = new GuestMemory(
-      parts.map(({ address, length }, index) => {
+      parts.map((part, index) => {
         const mapping = this.#mappings[index];
-        return { address, buffer: mapping.view(0, length), hostAddress: Number(mapping.handle.address) };
+        return {
+          ...part,
+          hostAddress: Number(mapping.handle.address),
+          view: (offset, length) => mapping.view(offset, length),
+        };
       }),
     );
   }
@@ -45,7 +56,7 @@ export class TestGuest {
   alloc(bytes: number, align = 16): number {
     const address = Math.ceil(this.#next / align) * align;
     this.#next = address + bytes;
-    if (this.#next > RAM_SIZE) throw new Error('The test guest is out of memory');
+    if (this.#next > this.ramSize) throw new Error('The test guest is out of memory');
     return address;
   }
 
@@ -70,8 +81,8 @@ export interface TestQueueOptions {
   readonly packed?: boolean;
   readonly eventIndex?: boolean;
   readonly indirect?: boolean;
-  /** A queue of the same size and format whose place in memory this one takes. */
-  readonly at?: TestQueue;
+  /** Where its parts lie, such as those of a queue of the same size and format. */
+  readonly at?: Pick<TestQueue, 'descriptors' | 'driverArea' | 'deviceArea'>;
 }
 
 /** One queue with both of its ends. */
@@ -109,9 +120,10 @@ export class TestQueue {
     guest.memory.fill(this.deviceArea, 0, packed ? 4 : 6 + size * 8);
     const { words } = this;
     words[QueueWord.size] = size;
-    words[QueueWord.descriptorLow] = this.descriptors;
-    words[QueueWord.driverLow] = this.driverArea;
-    words[QueueWord.deviceLow] = this.deviceArea;
+    const place = (word: number, address: number) => words.set([address % 2 ** 32, address / 2 ** 32], word);
+    place(QueueWord.descriptorLow, this.descriptors);
+    place(QueueWord.driverLow, this.driverArea);
+    place(QueueWord.deviceLow, this.deviceArea);
     if (packed) {
       words[QueueWord.available] = PACKED_START;
       words[QueueWord.used] = PACKED_START;

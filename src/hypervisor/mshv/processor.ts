@@ -257,7 +257,7 @@ function nextRip(message: DataView): bigint {
   return BigInt.asUintN(64, message.getBigUint64(abi.INTERCEPT.rip, true) + BigInt(length));
 }
 
-/** @param memory the guest's RAM: what is not there is a device's */
+/** @param memory the guest's: an access to what is not there is a device's */
 export function createEmulator(cpu: MshvCpu, memory: GuestMemory): Emulator {
   const ram: EmulatorMemory = {
     read: (address, into, length) => {

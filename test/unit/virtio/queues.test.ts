@@ -1,7 +1,8 @@
 import { describe, expect, test } from '@jest/globals';
+import { WINDOW_SIZE } from '../../../src/memory/guest-memory.js';
 import { Pop } from '../../../src/virtio/queue.js';
 import { SplitQueue } from '../../../src/virtio/split-queue.js';
-import { HIGH_RAM, HIGH_RAM_SIZE, TestGuest, TestQueue } from '../../support/virtio-driver.js';
+import { HIGH_RAM, HIGH_RAM_SIZE, PMEM, PMEM_SIZE, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 describe.each([
   ['split', false, false],
@@ -66,6 +67,72 @@ describe.each([
     expect(ring.chain.write(1, Buffer.from('12345678'), 0, 8)).toBe(5);
     expect(Buffer.from(guest.memory.read(HIGH_RAM + 1, 1)).toString()).toBe('1');
     expect(Buffer.from(guest.memory.read(HIGH_RAM + HIGH_RAM_SIZE - 4, 4)).toString()).toBe('2345');
+    guest.close();
+  });
+
+  test('takes buffers in persistent memory, and one that the host has in two pieces', () => {
+    const guest = new TestGuest();
+    const queue = new TestQueue(guest, 0, options);
+    const { ring } = queue.queue;
+    const border = PMEM + PMEM_SIZE;
+    for (const indirect of [false, true]) {
+      const id = queue.add(
+        [
+          { address: PMEM, length: 16, write: false },
+          { address: border - 4, length: 8, write: false },
+          { address: border - 6, length: 4096, write: true },
+        ],
+        indirect,
+      );
+      guest.memory.write(border - 4, Buffer.from('abcdefgh'));
+      expect(ring.pop()).toBe(Pop.Taken);
+      const { chain } = ring;
+      expect([chain.count, chain.readable, chain.readableBytes, chain.writableBytes]).toEqual([5, 3, 24, 4096]);
+      expect([...chain.length.subarray(0, 5)]).toEqual([16, 4, 4, 6, 4090]);
+      // Each piece is where its own mapping has it.
+      for (let index = 0; index < chain.count; index++) {
+        expect(chain.host[index]).toBe(guest.memory.hostAddress(chain.address[index], chain.length[index]));
+      }
+      const bytes = Buffer.alloc(8);
+      expect(chain.read(16, bytes, 0, 8)).toBe(8);
+      expect(bytes.toString()).toBe('abcdefgh');
+      expect(chain.write(0, Buffer.from('12345678'), 0, 8)).toBe(8);
+      expect(Buffer.from(guest.memory.read(border - 6, 8)).toString()).toBe('12345678');
+      ring.push(id, 8);
+      expect(queue.used()).toEqual({ id, length: 8 });
+    }
+    queue.add([{ address: border + PMEM_SIZE - 4, length: 8, write: false }]);
+    expect(ring.pop()).toBe(Pop.Broken);
+    expect(ring.fault).toMatch(/outside RAM/);
+    guest.close();
+  });
+
+  test('may lie across two windows of one mapping, in RAM and in persistent memory', () => {
+    const guest = new TestGuest(2 * WINDOW_SIZE);
+    const size = 64;
+    const places = [
+      // Each part in turn crosses the border.
+      { descriptors: WINDOW_SIZE - 32, driverArea: 0x1000, deviceArea: 0x2000 },
+      { descriptors: 0x1000, driverArea: WINDOW_SIZE - 2, deviceArea: 0x2000 },
+      { descriptors: 0x1000, driverArea: 0x2000, deviceArea: WINDOW_SIZE - 4 },
+      { descriptors: PMEM, driverArea: PMEM + 0x1000, deviceArea: PMEM + PMEM_SIZE },
+    ];
+    for (const place of places) {
+      // The events of a packed ring are four bytes on a boundary of four: nothing to cross with.
+      const at = packed ? { ...place, driverArea: place.driverArea & ~3 } : place;
+      const queue = new TestQueue(guest, 0, { ...options, size, at });
+      const { ring } = queue.queue;
+      for (let round = 0; round < 3 * size; round++) {
+        const id = queue.add([{ address: 0x8000, length: 16, write: true }]);
+        expect(ring.pop()).toBe(Pop.Taken);
+        expect(ring.chain.id).toBe(id);
+        ring.push(id, 1);
+        expect(queue.used()).toEqual({ id, length: 1 });
+      }
+    }
+    // Where the host has it in two pieces it cannot be.
+    const split = { descriptors: PMEM + PMEM_SIZE - 32, driverArea: 0x1000, deviceArea: 0x2000 };
+    expect(() => new TestQueue(guest, 0, { ...options, size, at: split })).toThrow(/a ring at 0x20000ffe0/);
     guest.close();
   });
 
