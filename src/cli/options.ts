@@ -31,6 +31,7 @@ export const MEMORY_SUB_OPTIONS: readonly SubOption<keyof MemoryConfig>[] = [
   { name: 'hugepages', field: 'hugepages', kind: KINDS.toggle },
   { name: 'hugepage_size', field: 'hugepage_size', kind: KINDS.size },
   { name: 'prefault', field: 'prefault', kind: KINDS.toggle },
+  { name: 'reserve', field: 'reserve', kind: KINDS.toggle },
   { name: 'thp', field: 'thp', kind: KINDS.toggle },
   { name: 'mergeable', field: 'mergeable', kind: KINDS.toggle },
 ];

@@ -110,6 +110,7 @@ export const memorySchema = z
       .optional()
       .describe('Size of those huge pages, default the one of the host'),
     prefault: z.boolean().default(false).describe('Touch every page before the guest starts'),
+    reserve: z.boolean().optional().describe('Set it aside on the host at once, default on for huge pages'),
     thp: z.boolean().default(true).describe('Let the host back it with transparent huge pages'),
     mergeable: z.boolean().default(false).describe('Let the host merge equal pages (KSM)'),
   })

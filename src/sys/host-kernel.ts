@@ -86,6 +86,13 @@ export interface MapOptions {
   readonly populate?: boolean;
   /** Bytes; anonymous memory from hugetlbfs of this page size. */
   readonly hugepageSize?: number;
+  /**
+   * Puts it where the host's address is equal to `like` modulo `modulo` (bytes, a multiple of the page size). Where guest and host
+   * addresses are equal modulo a huge page, a hypervisor can map the guest's memory by huge pages.
+   */
+  readonly placement?: { readonly like: number; readonly modulo: number };
+  /** False: the host sets nothing aside for pages that are not in use yet (MAP_NORESERVE). */
+  readonly reserve?: boolean;
 }
 
 export interface OpenOptions {
@@ -103,7 +110,8 @@ export interface MemfdOptions {
   readonly hugepageSize?: number;
 }
 
-export type MemoryAdvice = 'hugepage' | 'nohugepage' | 'mergeable';
+/** `populate`: puts a page everywhere now, as a write by the guest would. */
+export type MemoryAdvice = 'hugepage' | 'nohugepage' | 'mergeable' | 'populate';
 
 export interface HostKernel {
   /** Opens close-on-exec, read-write unless the options say otherwise. */

@@ -71,6 +71,7 @@ function defineOthers() {
     read: libc.func('long read(int fd, void *data, size_t length)'),
     mmap: libc.func('uintptr_t mmap(uintptr_t address, size_t length, int prot, int flags, int fd, int64_t offset)'),
     munmap: libc.func('int munmap(uintptr_t address, size_t length)'),
+    getpagesize: libc.func('int getpagesize()'),
     madvise: libc.func('int madvise(uintptr_t address, size_t length, int advice)'),
     memfdCreate: libc.func('int memfd_create(const char *name, unsigned int flags)'),
     ftruncate: libc.func('int ftruncate(int fd, int64_t length)'),
@@ -119,17 +120,20 @@ const SOCK_NONBLOCK = 0o4000;
 const SOCK_CLOEXEC = 0o2000000;
 /** struct sockaddr_un's path, its NUL included. */
 const UNIX_PATH_BYTES = 108;
+const PROT_NONE = 0x0;
 const PROT_READ_WRITE = 0x3;
 const MAP_SHARED = 0x01;
 const MAP_PRIVATE = 0x02;
+const MAP_FIXED = 0x10;
 const MAP_ANONYMOUS = 0x20;
+const MAP_NORESERVE = 0x4000;
 const MAP_POPULATE = 0x8000;
 const MAP_HUGETLB = 0x40000;
 const MFD_CLOEXEC = 0x1;
 const MFD_HUGETLB = 0x4;
 /** log2 of the page size sits from this bit on, in mmap's and memfd_create's flags alike. */
 const HUGE_SHIFT = 26;
-const ADVICE: Record<MemoryAdvice, number> = { mergeable: 12, hugepage: 14, nohugepage: 15 };
+const ADVICE: Record<MemoryAdvice, number> = { mergeable: 12, hugepage: 14, nohugepage: 15, populate: 23 };
 const MADV_DONTNEED = 4;
 const MADV_REMOVE = 9;
 const SIG_BLOCK = 0;
@@ -165,6 +169,48 @@ function kickSet(): Uint8Array {
   const set = new Uint8Array(128);
   set[(KICK_SIGNAL - 1) >> 3] = 1 << ((KICK_SIGNAL - 1) & 7);
   return set;
+}
+
+function roundUp(value: number, unit: number): number {
+  return Math.ceil(value / unit) * unit;
+}
+
+/** @throws SystemError */
+function mmap(address: bigint, length: number, protection: number, flags: number, fd: number, offset: number): bigint {
+  const result = BigInt(io().mmap(address, length, protection, flags, fd, offset) as number | bigint);
+  return result === 0xffff_ffff_ffff_ffffn ? fail('mmap') : result;
+}
+
+/**
+ * Takes more of the address space than is needed, maps inside it, and gives the rest back.
+ *
+ * @param size bytes, whole pages of what is mapped
+ * @param make maps at the address, over what is there
+ */
+function mapPlaced(
+  size: number,
+  placement: NonNullable<MapOptions['placement']>,
+  make: (at: bigint) => bigint,
+): bigint {
+  const modulo = BigInt(placement.modulo);
+  const spare = size + placement.modulo;
+  // SAFETY: no address is asked for; nothing can be read or written there.
+  const start = mmap(0n, spare, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  const end = start + BigInt(spare);
+  const before = (((BigInt(placement.like) - start) % modulo) + modulo) % modulo;
+  try {
+    // SAFETY: `before` is less than `modulo`, so all of it lies in the range that was just taken and has no other user.
+    const address = make(start + before);
+    const after = address + BigInt(size);
+    // SAFETY: the two ends of that range, of which nobody knows.
+    if (before > 0n) check('munmap', io().munmap(start, before) as number);
+    if (end > after) check('munmap', io().munmap(after, end - after) as number);
+    return address;
+  } catch (error) {
+    // SAFETY: that range, whatever became of it: nobody knows of it yet.
+    io().munmap(start, spare);
+    throw error;
+  }
 }
 
 class Mapping implements HostMapping {
@@ -409,17 +455,20 @@ export class LinuxKernel implements HostKernel {
   }
 
   map(options: MapOptions): HostMapping {
-    const { length, fd = -1, offset = 0, shared, populate = false, hugepageSize } = options;
+    const { length, fd = -1, offset = 0, shared, populate = false, hugepageSize, placement, reserve = true } = options;
     if (!Number.isSafeInteger(length) || length <= 0) throw new RangeError(`Mapping of ${length} bytes`);
     let flags = shared ? MAP_SHARED : MAP_PRIVATE;
     if (fd < 0) flags |= MAP_ANONYMOUS;
     if (populate) flags |= MAP_POPULATE;
+    if (!reserve) flags |= MAP_NORESERVE;
     if (fd < 0 && hugepageSize !== undefined) flags |= MAP_HUGETLB | (Math.log2(hugepageSize) << HUGE_SHIFT);
+    if (placement !== undefined) {
+      const size = roundUp(length, hugepageSize ?? (io().getpagesize() as number));
+      const make = (address: bigint) => mmap(address, length, PROT_READ_WRITE, flags | MAP_FIXED, fd, offset);
+      return new Mapping({ address: mapPlaced(size, placement, make), length }, true);
+    }
     // SAFETY: no address is asked for, so the kernel picks a range that nothing else uses.
-    const result = io().mmap(0, length, PROT_READ_WRITE, flags, fd, offset) as number | bigint;
-    const address = BigInt(result);
-    if (address === 0xffff_ffff_ffff_ffffn) fail('mmap');
-    return new Mapping({ address, length }, true);
+    return new Mapping({ address: mmap(0n, length, PROT_READ_WRITE, flags, fd, offset), length }, true);
   }
 
   attach(handle: MappingHandle): HostMapping {

@@ -176,7 +176,11 @@ export class HostResources {
       }
       this.#explain(`${option},size=${size}`, () => this.kernel.truncate(fd, size));
     }
-    const mapping = this.#explain(option, () => this.kernel.map({ length: size, fd, shared: !config.discard_writes }));
+    // The guest has it at a multiple of 2 MiB, so by huge pages where the file has them. Files of hugetlbfs need all of theirs.
+    const modulo = kind.blksize % PMEM_ALIGNMENT === 0 ? Math.max(kind.blksize, PMEM_ALIGNMENT) : PMEM_ALIGNMENT;
+    const placement = { like: 0, modulo };
+    const shared = !config.discard_writes;
+    const mapping = this.#explain(option, () => this.kernel.map({ length: size, fd, shared, placement }));
     this.#undo.push(() => mapping.unmap());
     this.pmem.push({ config, mapping, fd: config.discard_writes ? undefined : fd });
   }

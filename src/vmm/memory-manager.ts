@@ -2,9 +2,11 @@
  * Guest RAM: allocated on the host the way `--memory` says, and given to the VM as slots.
  * Each range of RAM has a mapping of its own.
  */
+import { readHostFacts } from '../config/host-facts.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { Vm } from '../hypervisor/hypervisor.js';
-import { GuestMemory, type MemoryRange, type MemorySource } from '../memory/guest-memory.js';
+import { GuestMemory, type MemoryRange, type MemorySource, WINDOW_SIZE } from '../memory/guest-memory.js';
+import { closeAll, undoAll } from '../sys/close-all.js';
 import { type HostKernel, type HostMapping, type MappingHandle, SystemError } from '../sys/host-kernel.js';
 import { MachineError } from './machine-error.js';
 
@@ -37,39 +39,59 @@ export class MemoryManager {
     ranges: readonly MemoryRange[],
   ) {
     try {
-      for (const range of ranges) this.#mappings.push({ range, mapping: this.#allocate(range.size) });
+      for (const range of ranges) this.#allocate(range);
     } catch (error) {
-      this.close();
-      throw error instanceof SystemError
-        ? new MachineError(`--memory size=${config.size}: the host cannot map that much`, { cause: error })
-        : error;
+      const cause =
+        error instanceof SystemError
+          ? new MachineError(`--memory size=${config.size}: the host cannot map that much`, { cause: error })
+          : error;
+      undoAll(cause, [() => this.close()]);
     }
     this.memory = new GuestMemory(this.#mappings.map(({ range, mapping }) => source(range, mapping, true)));
   }
 
-  #allocate(size: number): HostMapping {
+  #allocate({ address, size }: MemoryRange): void {
     const { shared, hugepages, hugepage_size: pageSize, prefault, thp, mergeable } = this.config;
-    const hugepageSize = hugepages ? (pageSize ?? DEFAULT_HUGEPAGE_SIZE) : undefined;
+    const hugepageSize = hugepages ? (pageSize ?? readHostFacts().hugepageSizes[0]) : undefined;
+    // An empty pool of huge pages is an error now, or a fault while the guest runs, which ends the process.
+    const { reserve = hugepages } = this.config;
     let fd: number | undefined;
     if (shared) {
       fd = this.kernel.memfd('guest-ram', { size, hugepageSize });
       this.#fds.push(fd);
     }
-    const mapping = this.kernel.map({ length: size, fd, shared, populate: prefault, hugepageSize });
-    if (!hugepages) this.#advise(mapping, thp ? 'hugepage' : 'nohugepage', 'thp');
-    if (mergeable) this.#advise(mapping, 'mergeable', 'mergeable');
-    return mapping;
+    const modulo = Math.max(size >= HUGEST_PAGE ? HUGEST_PAGE : HUGE_PAGE, hugepageSize ?? 0);
+    const placement = { like: address, modulo };
+    const mapping = this.kernel.map({ length: size, fd, shared, hugepageSize, placement, reserve });
+    this.#mappings.push({ range: { address, size }, mapping });
+    if (!hugepages) this.#advise(mapping, thp ? 'hugepage' : 'nohugepage');
+    if (mergeable) this.#advise(mapping, 'mergeable');
+    // After the advice on huge pages, or there would be small ones already.
+    if (prefault) this.#prefault(mapping);
   }
 
-  #advise(mapping: HostMapping, advice: 'hugepage' | 'nohugepage' | 'mergeable', option: string): void {
+  #prefault(mapping: HostMapping): void {
+    try {
+      this.kernel.advise(mapping, 'populate');
+    } catch (error) {
+      // Linux before 5.14 does not know that advice. Fresh memory is zero: a zero in each page changes nothing else.
+      if (!(error instanceof SystemError) || error.code !== 'EINVAL') throw error;
+      const { length } = mapping.handle;
+      for (let start = 0; start < length; start += WINDOW_SIZE) {
+        const bytes = new Uint8Array(mapping.view(start, Math.min(WINDOW_SIZE, length - start)));
+        for (let at = 0; at < bytes.length; at += PAGE_SIZE) bytes[at] = 0;
+      }
+    }
+  }
+
+  #advise(mapping: HostMapping, advice: 'hugepage' | 'nohugepage' | 'mergeable'): void {
     try {
       this.kernel.advise(mapping, advice);
     } catch (error) {
       // A host kernel built without huge pages has none to give or refuse; without KSM, the user's wish cannot be met.
       if (!(error instanceof SystemError)) throw error;
       if (advice === 'mergeable') {
-        mapping.unmap();
-        throw new MachineError(`--memory ${option}=on: the host's kernel has no page merging`, { cause: error });
+        throw new MachineError(`--memory mergeable=on: the host's kernel has no page merging`, { cause: error });
       }
     }
   }
@@ -93,12 +115,24 @@ export class MemoryManager {
 
   /** Unmaps it; no thread and no VM uses it any more. */
   close(): void {
-    for (const { mapping } of this.#mappings) mapping.unmap();
-    for (const fd of this.#fds) this.kernel.close(fd);
+    closeAll([
+      ...this.#mappings.map(
+        ({ mapping }) =>
+          () =>
+            mapping.unmap(),
+      ),
+      ...this.#fds.map((fd) => () => this.kernel.close(fd)),
+    ]);
   }
 }
 
-const DEFAULT_HUGEPAGE_SIZE = 2 * 1024 * 1024;
+/**
+ * Page sizes by which processors map the memory of guests: hypervisors use one where guest and host addresses are equal modulo
+ * its size. RAM of this size or more may have pages of 1 GiB.
+ */
+const PAGE_SIZE = 2 ** 12;
+const HUGE_PAGE = 2 ** 21;
+const HUGEST_PAGE = 2 ** 30;
 
 function source(range: MemoryRange, mapping: HostMapping, ram: boolean): MemorySource {
   const hostAddress = Number(mapping.handle.address);

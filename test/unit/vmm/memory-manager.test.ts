@@ -1,6 +1,9 @@
+import fs from 'node:fs';
 import { describe, expect, test } from '@jest/globals';
+import { readHostFacts } from '../../../src/config/host-facts.js';
 import { vmConfigSchema, type VmConfig } from '../../../src/config/vm-config.js';
 import type { MemorySlot, Vm } from '../../../src/hypervisor/hypervisor.js';
+import { type HostMapping, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { MachineError } from '../../../src/vmm/machine-error.js';
 import { ramRanges } from '../../../src/arch/x86_64/layout.js';
@@ -39,6 +42,134 @@ describe('guest RAM', () => {
     },
   );
 
+  const sizes = [2 ** 12, 2 ** 21, 2 ** 30 - 2 ** 12, GIB, 3 * GIB, 3 * GIB + 2 ** 12, 6 * GIB];
+  const pools = readHostFacts().hugepageSizes;
+  const kinds: { readonly options: Partial<VmConfig['memory']>; readonly unit: number }[] = [
+    { options: {}, unit: 1 },
+    { options: { shared: true }, unit: 1 },
+    // Nothing is taken out of the pool, which may be empty.
+    ...pools.flatMap((unit) =>
+      [false, true].map((shared) => ({
+        options: { hugepages: true, hugepage_size: unit, shared, reserve: false },
+        unit,
+      })),
+    ),
+  ];
+  test.each(kinds)(
+    'is where guest and host addresses are equal modulo huge pages, with $options',
+    ({ options, unit }) => {
+      const kernel = new LinuxKernel();
+      for (const start of [0, GIB]) {
+        for (const size of sizes.filter((one) => one % unit === 0)) {
+          // What is mapped before leaves the next address in the middle of a huge page.
+          const odd = kernel.map({ length: 4096, shared: true });
+          const ranges = ramRanges(size).map((range) => ({ ...range, address: range.address + start }));
+          const manager = new MemoryManager(kernel, memory({ size, ...options }), ranges);
+          const mappings = manager.memory.mappings();
+          expect(mappings.map(({ address, size: bytes }) => ({ address, size: bytes }))).toEqual(ranges);
+          for (const { address, hostAddress, size: bytes } of mappings) {
+            const modulo = Math.max(bytes >= GIB ? GIB : 2 ** 21, unit);
+            expect([bytes, (hostAddress - address) % modulo]).toEqual([bytes, 0]);
+          }
+          manager.close();
+          odd.unmap();
+        }
+      }
+    },
+  );
+
+  test('what is taken of the address space for that is given back, also where nothing can be mapped', () => {
+    const kernel = new LinuxKernel();
+    const mapped = () =>
+      fs
+        .readFileSync('/proc/self/maps', 'latin1')
+        .split('\n')
+        .filter((line) => line.includes('---p'));
+    const before = mapped().length;
+    for (let round = 0; round < 20; round++) {
+      const manager = new MemoryManager(kernel, memory({ size: 5 * GIB }), ramRanges(5 * GIB));
+      manager.close();
+      const placement = { like: 0, modulo: GIB };
+      expect(() => kernel.map({ length: GIB, fd: 0, offset: 1, shared: true, placement })).toThrow(SystemError);
+    }
+    expect(mapped().length).toBe(before);
+  });
+
+  /** What the host says of the mapping that begins at an address. */
+  function facts(hostAddress: number): { readonly flags: readonly string[]; readonly resident: number } {
+    const start = hostAddress.toString(16);
+    const text = fs.readFileSync('/proc/self/smaps', 'latin1');
+    const [entry] = text.slice(text.search(new RegExp(`^0*${start}-`, 'm'))).split(/^VmFlags/m, 1);
+    const flags = /^VmFlags: (.*)$/m.exec(text.slice(text.indexOf(entry)))![1];
+    return { flags: flags.trim().split(' '), resident: Number(/^Rss: +(\d+) kB$/m.exec(entry)![1]) * 1024 };
+  }
+
+  test.each<[Partial<VmConfig['memory']>, boolean, boolean]>([
+    [{}, false, false],
+    [{ reserve: false }, false, false],
+    [{ reserve: true }, true, false],
+    [{ prefault: true }, false, true],
+    [{ prefault: true, shared: true }, false, true],
+  ])('%j: is reserved: %p, is there at once: %p', (options, reserved, resident) => {
+    const size = 8 * 2 ** 20;
+    const manager = new MemoryManager(new LinuxKernel(), memory({ size, ...options }), ramRanges(size));
+    const found = facts(manager.memory.hostAddress(0, size));
+    expect(found.flags.includes('nr')).toBe(!reserved);
+    expect(found.resident).toBe(resident ? size : 0);
+    expect(manager.memory.read(0, size).every((byte) => byte === 0)).toBe(true);
+    manager.close();
+  });
+
+  test('an older kernel has it at once all the same', () => {
+    class Older extends LinuxKernel {
+      override advise(...parameters: Parameters<LinuxKernel['advise']>): void {
+        if (parameters[1] === 'populate') throw new SystemError('EINVAL', 22, 'madvise', 'invalid argument');
+        super.advise(...parameters);
+      }
+    }
+    const size = 8 * 2 ** 20 + 4096;
+    const manager = new MemoryManager(new Older(), memory({ size, prefault: true, thp: false }), ramRanges(size));
+    expect(facts(manager.memory.hostAddress(0, size)).resident).toBe(size);
+    manager.close();
+  });
+
+  test('leaves nothing behind when part of it cannot be had, and tells what came first', () => {
+    const open = new Set<string>();
+    /** The second mapping fails, and each thing that is closed says that it cannot be. */
+    class Failing extends LinuxKernel {
+      override memfd(...parameters: Parameters<LinuxKernel['memfd']>): number {
+        const fd = super.memfd(...parameters);
+        open.add(`fd ${fd}`);
+        return fd;
+      }
+      override close(fd: number): void {
+        super.close(fd);
+        open.delete(`fd ${fd}`);
+        throw new Error('close');
+      }
+      override map(options: Parameters<LinuxKernel['map']>[0]): HostMapping {
+        if (open.has('mapping')) throw new SystemError('ENOMEM', 12, 'mmap', 'not enough memory');
+        const mapping = super.map(options);
+        open.add('mapping');
+        const { handle } = mapping;
+        const unmap = () => {
+          mapping.unmap();
+          open.delete('mapping');
+          throw new Error('unmap');
+        };
+        return { handle, view: (offset, length) => mapping.view(offset, length), unmap };
+      }
+    }
+    const size = 5 * GIB;
+    const make = (bytes: number) => new MemoryManager(new Failing(), memory({ size, shared: true }), ramRanges(bytes));
+    expect(() => make(size)).toThrow(/^--memory size=\d+: the host cannot map that much$/);
+    expect([...open]).toEqual([]);
+    const whole = make(GIB);
+    expect(open.size).toBe(2);
+    expect(() => whole.close()).toThrow('unmap');
+    expect([...open]).toEqual([]);
+  });
+
   test('above 4 GiB is found behind views of 1 GiB', () => {
     const manager = new MemoryManager(new LinuxKernel(), memory({ size: 6 * GIB }), ramRanges(6 * GIB));
     manager.memory.setU8(7 * GIB - 1, 0xa5);
@@ -48,7 +179,7 @@ describe('guest RAM', () => {
   });
 
   test('that the host cannot map is one line that names the option', () => {
-    const size = 2 ** 45;
+    const size = 2 ** 48; // more than a process has addresses
     const make = () => new MemoryManager(new LinuxKernel(), memory({ size }), ramRanges(size));
     expect(make).toThrow(MachineError);
     expect(make).toThrow(/^--memory size=\d+: the host cannot map that much$/);
