@@ -7,7 +7,7 @@ import { availableParallelism } from 'node:os';
 import { blockDescription } from '../block/block-device.js';
 import type { PciPlacement } from '../config/device-config.js';
 import type { VmConfig } from '../config/vm-config.js';
-import type { HypervisorName, Vm } from '../hypervisor/hypervisor.js';
+import { HypervisorError, type HypervisorName, type Vm } from '../hypervisor/hypervisor.js';
 import { type SegmentWindows, SlotAllocator, WindowAllocator } from '../pci/segments.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import { balloonDescription } from '../virtio/balloon.js';
@@ -273,7 +273,7 @@ export class DeviceManager {
     const layout = transportLayout(id, queues, description.config.length);
     const kernelInterrupts: KernelInterrupt[] = (device.kernelCalls ?? []).map((eventfd, queue) => ({
       queue,
-      route: this.vm.allocateMsiRoute(),
+      route: this.#msiRoute(id),
       eventfd,
     }));
     return {
@@ -288,6 +288,15 @@ export class DeviceManager {
       wideBar: !device.lowBar,
       kernelInterrupts,
     };
+  }
+
+  #msiRoute(id: string): number {
+    try {
+      return this.vm.allocateMsiRoute();
+    } catch (error) {
+      if (!(error instanceof HypervisorError)) throw error;
+      throw new MachineError(`--net vhost=on of ${id}: each queue takes an interrupt route. ${error.message}`);
+    }
   }
 
   /** Segment, bus, device and function by the name of the device. */

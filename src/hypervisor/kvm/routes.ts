@@ -8,12 +8,12 @@ import * as abi from './abi.js';
 
 const PIC_PINS = 16;
 export const IOAPIC_PINS = 24;
-/** KVM_MAX_IRQ_ROUTES: routes are numbered below this. */
-export const MAX_ROUTES = 4096;
+/** KVM_MAX_IRQ_ROUTES: entries of the table. */
+const MAX_ENTRIES = 4096;
+/** Routes are numbered below this: a PC's first pins have two entries each. */
+export const MAX_ROUTES = MAX_ENTRIES - PIC_PINS;
 const HEADER_WORDS = abi.IRQ_ROUTING_HEADER_SIZE / 4;
 const ENTRY_WORDS = abi.IRQ_ROUTING_ENTRY_SIZE / 4;
-/** Room for the pins' routes and for those of devices whose interrupts the host's kernel raises. */
-const MAX_ENTRIES = 1024;
 
 export const kvmRoutesLayout = stateLayout('kvm-routes', 1, {
   /** struct kvm_irq_routing with its entries. */

@@ -6,7 +6,7 @@ import * as abi from './abi.js';
 
 const HEADER_WORDS = abi.IRQ_TABLE_HEADER_SIZE / 4;
 const ENTRY_WORDS = abi.IRQ_ENTRY_SIZE / 4;
-const MAX_ENTRIES = 1024;
+const MAX_ENTRIES = abi.MAX_GUEST_IRQS;
 
 export const mshvRoutesLayout = stateLayout('mshv-routes', 1, {
   /** Threads that have attached, and so have a slot for their hypercalls. */
