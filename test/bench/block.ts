@@ -28,10 +28,10 @@ export interface GuestFiles {
 }
 
 /** How vmm runs a benchmark's guest, with the options that make the device in question. */
-export function oursCommand({ kernel: image, initramfs }: GuestFiles, options: readonly string[]): string[] {
+export function oursCommand({ kernel: image, initramfs }: GuestFiles, options: readonly string[], cpus = 1): string[] {
   return [
     ...[process.execPath, path.resolve('dist/vmm.js'), '--kernel', image, '--initramfs', initramfs],
-    ...['--cpus', 'boot=1', '--memory', `size=${RAM_MIB}M`, '--serial', 'tty', '--console', 'off'],
+    ...['--cpus', `boot=${cpus}`, '--memory', `size=${RAM_MIB}M`, '--serial', 'tty', '--console', 'off'],
     ...['--cmdline', CMDLINE, ...options],
   ];
 }

@@ -7,7 +7,7 @@ import { parseArgs } from 'node:util';
 import { benchBlock, prepareBlock } from './block.js';
 import { benchBoot } from './boot.js';
 import { benchFreestanding } from './freestanding.js';
-import { benchNet, prepareNet } from './net.js';
+import { benchNet, benchNetQueues, prepareNet } from './net.js';
 import { benchEmulator } from './emulator.js';
 import { benchExits } from './exits.js';
 import { type Row, table } from './report.js';
@@ -18,6 +18,8 @@ interface Benchmark {
   /** Fetches what it needs: before a lab is entered, which has no network. */
   prepare?(): Promise<void>;
   run(note: (line: string) => void): Row[] | Promise<Row[]>;
+  /** What two queues give on two processors, relative to one. */
+  queues?(note: (line: string) => void): Promise<Row[]>;
 }
 
 const BENCHMARKS: Readonly<Partial<Record<string, Benchmark>>> = {
@@ -25,7 +27,7 @@ const BENCHMARKS: Readonly<Partial<Record<string, Benchmark>>> = {
   emulator: { stock: false, run: benchEmulator },
   boot: { stock: true, run: benchBoot },
   block: { stock: true, prepare: prepareBlock, run: benchBlock },
-  net: { stock: true, prepare: prepareNet, run: benchNet },
+  net: { stock: true, prepare: prepareNet, run: benchNet, queues: benchNetQueues },
   freestanding: { stock: false, run: benchFreestanding },
 };
 
@@ -38,13 +40,28 @@ function usage(): never {
   process.exit(2);
 }
 
-/** @returns the exit status of the same benchmark in a lab, or undefined where this machine will do */
-function inLab(args: readonly string[]): number | undefined {
-  if (process.env['VMM_IN_LAB'] !== undefined) return undefined;
-  if (spawnSync(process.execPath, ['dist/vmm.js', 'doctor']).status === 0) return undefined;
+/** Whether this machine's KVM runs what the benchmark boots. */
+function here(benchmark: Benchmark): boolean {
+  if (!benchmark.stock || process.env['VMM_IN_LAB'] !== undefined) return true;
+  if (spawnSync(process.execPath, ['dist/vmm.js', 'doctor']).status === 0) return true;
   note('In the lab, as the KVM of this host cannot run stock kernels.');
-  const command = ['dist/tools/lab.js', process.execPath, 'dist/tools/bench.js', ...args];
-  return spawnSync(process.execPath, command, { stdio: ['ignore', 'inherit', 'inherit'] }).status ?? 1;
+  return false;
+}
+
+/** One part of a benchmark in a lab of its own. */
+function inLab(part: string, cpus: number): Row[] {
+  const command = [
+    'dist/tools/lab.js',
+    '--cpus',
+    String(cpus),
+    process.execPath,
+    'dist/tools/bench.js',
+    part,
+    '--json',
+  ];
+  const { status, stdout } = spawnSync(process.execPath, command, { stdio: ['ignore', 'pipe', 'inherit'] });
+  if (status !== 0) throw new Error(`${part} in a lab ended with ${status}`);
+  return JSON.parse(stdout.toString()) as Row[];
 }
 
 const args = process.argv.slice(2);
@@ -55,11 +72,18 @@ const { values, positionals } = (() => {
     return usage();
   }
 })();
-const benchmark = positionals.length === 1 ? BENCHMARKS[positionals[0]] : undefined;
+// In a lab: one part of it alone.
+const [name, part = ''] = positionals.length === 1 ? positionals[0].split('/') : [''];
+const benchmark = BENCHMARKS[name];
 if (benchmark === undefined) usage();
 if (process.env['VMM_IN_LAB'] === undefined) await benchmark.prepare?.();
-const status = benchmark.stock ? inLab(args) : undefined;
-if (status === undefined) {
-  const rows = await benchmark.run(note);
-  process.stdout.write(`${values.json ? JSON.stringify(rows) : table(rows)}\n`);
-} else process.exitCode = status;
+const rows: Row[] = [];
+if (here(benchmark)) {
+  if (part !== 'queues') rows.push(...(await benchmark.run(note)));
+  if (part === 'queues' || (part === '' && process.env['VMM_IN_LAB'] === undefined))
+    rows.push(...((await benchmark.queues?.(note)) ?? []));
+} else {
+  rows.push(...inLab(name, 1));
+  if (benchmark.queues !== undefined) rows.push(...inLab(`${name}/queues`, 2));
+}
+process.stdout.write(`${values.json ? JSON.stringify(rows) : table(rows)}\n`);

@@ -93,6 +93,11 @@ function ours(files: GuestFiles, tap: string, vhost: boolean): string[] {
   return oursCommand(files, ['--net', `tap=${tap},mac=${GUEST_MAC}${vhost ? ',vhost=on' : ''}`]);
 }
 
+/** A guest of two processors with so many pairs of queues. */
+function withPairs(pairs: number): NetCommand {
+  return (files, tap) => oursCommand(files, ['--net', `tap=${tap},mac=${GUEST_MAC},num_queues=${2 * pairs}`], 2);
+}
+
 export function qemuNet(files: GuestFiles, tap: string, vhost: boolean): string[] {
   return qemuCommand(files, [
     ...['-netdev', `tap,id=n,ifname=${tap},script=no,downscript=no,vhost=${vhost ? 'on' : 'off'}`],
@@ -131,7 +136,33 @@ export async function prepareNet(): Promise<void> {
   await kernel('cloud');
 }
 
-export async function benchNet(note: (line: string) => void, vmm: NetCommand = ours): Promise<Row[]> {
+export function benchNet(note: (line: string) => void, vmm: NetCommand = ours): Promise<Row[]> {
+  return withFiles(async (files) => {
+    const rows: Row[] = [];
+    for (const vhost of [false, true]) {
+      const mode = vhost ? 'vhost' : 'tap';
+      const commands = { ours: vmm, peer: qemuNet };
+      rows.push(
+        ...(await benchMode(note, files, commands, { mode, vhost, flows: FLOWS, peerName: `QEMU q35, ${mode}` })),
+      );
+    }
+    return rows;
+  });
+}
+
+/** Two flows at once, with two pairs of queues and with one. */
+export function benchNetQueues(note: (line: string) => void): Promise<Row[]> {
+  const flows = FLOWS.filter(({ figure }) => figure.startsWith('TCP')).map((flow) => ({
+    ...flow,
+    figure: `two flows of ${flow.figure}`,
+    options: `${flow.options} -P 2`,
+  }));
+  const commands = { ours: withPairs(2), peer: withPairs(1) };
+  const setup = { mode: 'two pairs', vhost: false, flows, peerName: 'one pair of queues', tapFlags: ['multi_queue'] };
+  return withFiles((files) => benchMode(note, files, commands, setup));
+}
+
+async function withFiles(use: (files: GuestFiles) => Promise<Row[]>): Promise<Row[]> {
   await prepareNet();
   const running = await kernel('generic'); // in a lab
   if (!fs.existsSync('/dev/net/tun')) loadModules(running, ['tun']);
@@ -140,32 +171,39 @@ export async function benchNet(note: (line: string) => void, vmm: NetCommand = o
   try {
     const setup = { tool: 'iperf3', modules: ['virtio_pci', 'virtio_net'] } as const;
     const files = await writeBenchGuest(folder, await kernel('cloud'), setup);
-    const rows: Row[] = [];
-    for (const vhost of [false, true]) rows.push(...(await benchMode(note, files, vmm, vhost)));
-    return rows;
+    return await use(files);
   } finally {
     fs.rmSync(folder, { recursive: true });
   }
 }
 
+interface Mode {
+  readonly mode: string;
+  readonly vhost: boolean;
+  readonly flows: typeof FLOWS;
+  readonly peerName: string;
+  readonly tapFlags?: readonly string[];
+}
+
 async function benchMode(
   note: (line: string) => void,
   files: GuestFiles,
-  vmm: NetCommand,
-  vhost: boolean,
+  commands: { readonly ours: NetCommand; readonly peer: NetCommand },
+  { mode, vhost, flows, peerName, tapFlags }: Mode,
 ): Promise<Row[]> {
-  const mode = vhost ? 'vhost' : 'tap';
-  const measures = FLOWS.map(({ figure, unit, options, bits }): Measure<Machine> => ({
-    figure: `${figure}, ${mode}`,
-    unit,
-    run: async (machine) => (await iperf(machine, options)) / bits,
-  })).filter(({ figure }) => figure.includes(WANTED));
+  const measures = flows
+    .map(({ figure, unit, options, bits }): Measure<Machine> => ({
+      figure: `${figure}, ${mode}`,
+      unit,
+      run: async (machine) => (await iperf(machine, options)) / bits,
+    }))
+    .filter(({ figure }) => figure.includes(WANTED));
   if (measures.length === 0) return [];
   const machines: Machine[] = [];
   const links: Link[] = [];
   const start = async (command: NetCommand): Promise<Machine> => {
     const ends = link(links.length);
-    ip('tuntap', 'add', 'dev', ends.tap, 'mode', 'tap', 'vnet_hdr');
+    ip('tuntap', 'add', 'dev', ends.tap, 'mode', 'tap', 'vnet_hdr', ...(tapFlags ?? []));
     links.push(ends);
     ip('addr', 'add', `${ends.host}/${PREFIX_LENGTH}`, 'dev', ends.tap);
     ip('link', 'set', ends.tap, 'up');
@@ -175,14 +213,14 @@ async function benchMode(
     return machine;
   };
   try {
-    const both = { ours: await start(vmm), peer: await start(qemuNet) };
+    const both = { ours: await start(commands.ours), peer: await start(commands.peer) };
     for (const [name, machine] of Object.entries(both)) {
       const rate = (await iperf(machine, `-t ${WARM_UP_SECONDS}`)) / GIGABIT;
       note(`Warming up, ${mode}, ${name}, Gbit/s: ${rate.toPrecision(4)}`);
     }
-    return await takeTurns(note, measures, both, `QEMU q35, ${mode}`);
+    return await takeTurns(note, measures, both, peerName);
   } finally {
     await Promise.all(machines.map(({ guest }) => guest.kill()));
-    for (const { tap } of links) ip('tuntap', 'del', 'dev', tap, 'mode', 'tap');
+    for (const { tap } of links) ip('tuntap', 'del', 'dev', tap, 'mode', 'tap', ...(tapFlags ?? []));
   }
 }
