@@ -1,12 +1,17 @@
 /** Tap devices: made or adopted, and set up as the host's end of a guest's network (linux/if_tun.h, netdevice(7)). */
 import { type HostKernel, SystemError } from '../sys/host-kernel.js';
+import type { TapControl } from '../virtio/net-control.js';
 
 export const TUN = {
   TUNSETIFF: 0x400454ca,
   TUNSETOFFLOAD: 0x400454d0,
+  TUNGETIFF: 0x800454d2,
   TUNSETVNETHDRSZ: 0x400454d8,
+  TUNSETQUEUE: 0x400454d9,
   IFF_TAP: 0x0002,
   IFF_MULTI_QUEUE: 0x0100,
+  IFF_ATTACH_QUEUE: 0x0200,
+  IFF_DETACH_QUEUE: 0x0400,
   IFF_NO_PI: 0x1000,
   IFF_VNET_HDR: 0x4000,
   TUN_F_CSUM: 0x01,
@@ -31,6 +36,7 @@ export const NETDEVICE = {
 } as const;
 
 const NAME_BYTES = 16;
+const EINVAL = 22;
 /** struct virtio_net_hdr_v1, which stands before each packet. */
 export const NET_HEADER_BYTES = 12;
 
@@ -62,12 +68,8 @@ export function openTap(kernel: HostKernel, options: TapOptions): number[] {
     for (let pair = 0; pair < options.queuePairs; pair++) {
       const fd = attempt('open /dev/net/tun', () => kernel.open('/dev/net/tun', { nonblocking: true }));
       fds.push(fd);
-      const request = interfaceRequest(name);
-      const several = options.queuePairs > 1 ? TUN.IFF_MULTI_QUEUE : 0;
-      request.setUint16(NAME_BYTES, TUN.IFF_TAP | TUN.IFF_NO_PI | TUN.IFF_VNET_HDR | several, true);
-      attempt(`attach to ${name === '' ? 'a new tap' : name}`, () => control(kernel, fd, TUN.TUNSETIFF, request));
-      name = requestName(request);
-      prepareTap(kernel, fd);
+      name = attach(kernel, fd, name, options.queuePairs > 1);
+      prepareTap(kernel, fd, pair);
     }
     configure(kernel, name, options);
     return fds;
@@ -77,19 +79,104 @@ export function openTap(kernel: HostKernel, options: TapOptions): number[] {
   }
 }
 
-/** The header that each packet has, and no waiting, on an opened or adopted descriptor. @throws TapError */
-export function prepareTap(kernel: HostKernel, fd: number): void {
+/** @returns the name of the interface */
+function attach(kernel: HostKernel, fd: number, name: string, several: boolean): string {
+  const flags = TUN.IFF_TAP | TUN.IFF_NO_PI | TUN.IFF_VNET_HDR;
+  const request = interfaceRequest(name);
+  const set = (more: number) => {
+    request.setUint16(NAME_BYTES, flags | more, true);
+    control(kernel, fd, TUN.TUNSETIFF, request);
+  };
+  const step = `attach to ${name === '' ? 'a new tap' : name}`;
+  try {
+    set(several ? TUN.IFF_MULTI_QUEUE : 0);
+  } catch (error) {
+    if (!(error instanceof SystemError)) throw error;
+    // A tap that is there has one queue, or is for several: the kernel wants to hear which.
+    if (error.code !== 'EINVAL') throw refused(step, error);
+    if (several) {
+      throw refused(
+        step,
+        error,
+        'several queues take a tap that was made with `multi_queue`, or one that is not there yet',
+      );
+    }
+    attempt(step, () => set(TUN.IFF_MULTI_QUEUE));
+  }
+  return requestName(request);
+}
+
+/**
+ * Makes a descriptor that another program opened fit: one queue of a tap whose packets have headers, and nothing before them.
+ *
+ * @param pair which of the network's pairs it is for
+ * @param pairs how many there are
+ * @throws TapError
+ */
+export function adoptTap(kernel: HostKernel, fd: number, pair: number, pairs: number): void {
+  const request = interfaceRequest('');
+  const read = () => {
+    control(kernel, fd, TUN.TUNGETIFF, request);
+    return request.getUint16(NAME_BYTES, true);
+  };
+  const several = pairs > 1 ? TUN.IFF_MULTI_QUEUE : 0;
+  const wanted = TUN.IFF_NO_PI | TUN.IFF_VNET_HDR | several;
+  let flags: number;
+  try {
+    flags = read();
+    if ((flags & TUN.IFF_TAP) !== 0 && (flags & wanted) !== wanted) {
+      // A macvtap takes other flags at any time, a tap never does.
+      request.setUint16(NAME_BYTES, TUN.IFF_TAP | wanted, true);
+      kernel.ioctlBufferRaw(fd, TUN.TUNSETIFF, new Uint8Array(request.buffer));
+      flags = read();
+    }
+  } catch (error) {
+    if (error instanceof SystemError) throw new TapError(`Not attached to a tap: ${error.reason}`, { cause: error });
+    throw error;
+  }
+  const accepted = 'accepted is a tap';
+  if ((flags & TUN.IFF_TAP) === 0) throw new TapError(`Attached to a tun device; ${accepted}`);
+  if ((flags & TUN.IFF_VNET_HDR) === 0) {
+    throw new TapError(`Attached without IFF_VNET_HDR; ${accepted} whose packets have that header`);
+  }
+  if ((flags & TUN.IFF_NO_PI) === 0) throw new TapError(`Attached without IFF_NO_PI; ${accepted} with that flag`);
+  if ((flags & several) !== several) {
+    throw new TapError(`Attached without IFF_MULTI_QUEUE; ${accepted} for several queues`);
+  }
+  prepareTap(kernel, fd, pair);
+}
+
+/**
+ * The header that each packet has, and no waiting. A queue takes part when the driver uses it: the first always, others when
+ * it says so.
+ *
+ * @throws TapError
+ */
+function prepareTap(kernel: HostKernel, fd: number, pair: number): void {
   const size = new DataView(new ArrayBuffer(4));
   size.setInt32(0, NET_HEADER_BYTES, true);
   attempt('set the header size', () => control(kernel, fd, TUN.TUNSETVNETHDRSZ, size));
   // Whoever hands a descriptor down may have opened it to block, as shells do: a worker would hang in its first read.
   const yes = new DataView(Int32Array.of(1).buffer);
   attempt('make it non-blocking', () => control(kernel, fd, NETDEVICE.FIONBIO, yes));
+  if (pair > 0 && !setAttached(kernel, fd, false)) throw new TapError('Cannot detach a queue that waits to be used');
 }
 
-/** Which offloads the reader of a tap can take, as TUN_F_ bits. Never throws: a tap without them does the work itself. */
-export function setOffload(kernel: HostKernel, fd: number, bits: number): void {
-  kernel.ioctlRaw(fd, TUN.TUNSETOFFLOAD, bits);
+/** What the control queue of a network changes: never throws. */
+export function tapControl(kernel: HostKernel): TapControl {
+  return {
+    // A tap without offloads does the work itself.
+    setOffload: (fd, bits) => kernel.ioctlRaw(fd, TUN.TUNSETOFFLOAD, bits) >= 0,
+    setAttached: (fd, attached) => setAttached(kernel, fd, attached),
+  };
+}
+
+function setAttached(kernel: HostKernel, fd: number, attached: boolean): boolean {
+  const request = interfaceRequest('');
+  request.setUint16(NAME_BYTES, attached ? TUN.IFF_ATTACH_QUEUE : TUN.IFF_DETACH_QUEUE, true);
+  const result = kernel.ioctlBufferRaw(fd, TUN.TUNSETQUEUE, new Uint8Array(request.buffer));
+  // It is so already.
+  return result >= 0 || result === -EINVAL;
 }
 
 function configure(kernel: HostKernel, name: string, { ip, mask, hostMac, mtu }: TapOptions): void {
@@ -148,7 +235,11 @@ function attempt<T>(step: string, call: () => T): T {
   try {
     return call();
   } catch (error) {
-    if (error instanceof SystemError) throw new TapError(`Cannot ${step}: ${error.reason}`, { cause: error });
-    throw error;
+    throw error instanceof SystemError ? refused(step, error) : error;
   }
+}
+
+function refused(step: string, error: SystemError, hint?: string): TapError {
+  const message = `Cannot ${step}: ${error.reason}`;
+  return new TapError(hint === undefined ? message : `${message}; ${hint}`, { cause: error });
 }

@@ -1,11 +1,13 @@
 /** A network device whose packets the host's kernel moves: this worker serves the control queue alone. */
-import type { DeviceContext, DeviceQueue, Driver, Timer, VirtioDevice } from '../virtio/device.js';
-import { NetControl } from '../virtio/net-control.js';
-import { setOffload } from './tap.js';
+import { EPOLL, SystemError } from '../sys/host-kernel.js';
+import type { DeviceContext, DeviceQueue, Driver, VirtioDevice } from '../virtio/device.js';
+import { NetControl, type TapControl } from '../virtio/net-control.js';
 import { VhostPair, type VhostRegion } from './vhost.js';
 
 export interface VhostNetOptions {
+  /** One for each pair of queues; all but the first are detached. */
   readonly taps: readonly number[];
+  readonly control: TapControl;
   /** Events that raise the vectors of the queues: receive 0, transmit 0, receive 1, ... */
   readonly calls: readonly number[];
   readonly regions: readonly VhostRegion[];
@@ -14,60 +16,75 @@ export interface VhostNetOptions {
 export class VhostNetDevice implements VirtioDevice {
   readonly #pairs: VhostPair[] = [];
   readonly #control: NetControl;
-  readonly #controlAgain: Timer;
-  #controlQueue: DeviceQueue | undefined;
+  /** The kernel signals it when a ring is beyond repair. */
+  readonly #error: number;
+  /** The doorbell of the control queue, where the worker would not hear it: without VIRTIO_NET_F_MQ it is one of a pair's. */
+  #doorbell = -1;
 
   constructor(
     private readonly context: DeviceContext,
     private readonly options: VhostNetOptions,
   ) {
-    this.#controlAgain = context.loop.timer(() => {
-      if (this.#controlQueue !== undefined) this.kick(this.#controlQueue);
+    const { kernel, loop } = context;
+    this.#control = new NetControl(context, options.taps, options.control, (fault) => this.#break(fault));
+    this.#error = kernel.eventfd();
+    loop.watch(this.#error, EPOLL.IN, () => {
+      if (kernel.drainEvent(this.#error)) this.#break("the host's kernel (vhost-net) cannot follow a ring");
     });
-    this.#control = new NetControl(
-      (bits) => this.#setOffload(bits),
-      () => this.#controlAgain.start(0),
-    );
   }
 
-  #setOffload(bits: number): void {
-    for (const tap of this.options.taps) setOffload(this.context.kernel, tap, bits);
+  /** The kernel lets go of all queues until the reset. */
+  #break(fault: string): void {
+    this.#close();
+    this.context.needsReset(fault);
   }
 
   activate(driver: Driver): void {
-    const { kernel } = this.context;
+    const { kernel, loop } = this.context;
+    const { taps, calls, regions } = this.options;
     this.#control.activate(driver);
-    this.#controlQueue = driver.queues[this.options.taps.length * 2];
-    this.#setOffload(this.#control.negotiated(driver));
+    const control = this.#control.queue;
+    if (control !== undefined && control.index < calls.length) {
+      this.#doorbell = control.place.kick;
+      loop.watch(this.#doorbell, EPOLL.IN | EPOLL.EDGE, () => this.kick(control));
+    }
     try {
-      this.options.taps.forEach((tap, pair) => {
+      taps.slice(0, this.#control.pairs).forEach((tap, pair) => {
         const queues = [pair * 2, pair * 2 + 1].map((index) => {
           const place = driver.queues[index]?.place;
-          return place === undefined ? undefined : { ...place, call: this.options.calls[index] };
+          return place === undefined ? undefined : { ...place, call: calls[index], error: this.#error };
         });
         const [receive, transmit] = queues;
         if (receive === undefined || transmit === undefined) return;
-        this.#pairs.push(new VhostPair(kernel, tap, driver.features, this.options.regions, [receive, transmit]));
+        this.#pairs.push(new VhostPair(kernel, tap, driver.features, regions, [receive, transmit]));
       });
     } catch (error) {
-      this.context.needsReset(`The host's kernel refuses the queues: ${(error as Error).message}`);
+      if (!(error instanceof SystemError)) throw error;
+      this.#break(`the host's kernel (vhost-net) refuses the queues: ${error.message}`);
     }
   }
 
   kick(queue: DeviceQueue): void {
-    if (queue.index < this.options.calls.length) return;
-    const fault = this.#control.serve(queue);
-    if (fault !== '') this.context.needsReset(fault);
+    if (queue === this.#control.queue) this.#control.serve();
+  }
+
+  #close(): void {
+    for (const pair of this.#pairs) pair.close();
+    this.#pairs.length = 0;
+    // What a ring had to say that is no more.
+    this.context.kernel.drainEvent(this.#error);
   }
 
   deactivate(): void {
-    this.#controlAgain.stop();
-    this.#controlQueue = undefined;
-    for (const pair of this.#pairs) pair.close();
-    this.#pairs.length = 0;
+    if (this.#doorbell >= 0) this.context.loop.unwatch(this.#doorbell);
+    this.#doorbell = -1;
+    this.#control.deactivate();
+    this.#close();
   }
 
   close(): void {
     this.deactivate();
+    this.context.loop.unwatch(this.#error);
+    this.context.kernel.close(this.#error);
   }
 }

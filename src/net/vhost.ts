@@ -1,6 +1,7 @@
 /** vhost-net: the host's kernel moves packets between a tap and a guest's queues by itself (linux/vhost.h). */
 import type { MemoryRange } from '../memory/guest-memory.js';
 import type { HostKernel } from '../sys/host-kernel.js';
+import { Feature, featureWords } from '../virtio/device.js';
 
 export const VHOST = {
   GET_FEATURES: 0x8008af00,
@@ -12,6 +13,7 @@ export const VHOST = {
   SET_VRING_BASE: 0x4008af12,
   SET_VRING_KICK: 0x4008af20,
   SET_VRING_CALL: 0x4008af21,
+  SET_VRING_ERR: 0x4008af22,
   NET_SET_BACKEND: 0x4008af30,
 } as const;
 
@@ -26,8 +28,11 @@ export interface VhostQueue {
   readonly used: number;
   readonly kick: number;
   readonly call: number;
+  /** Signalled when the kernel finds the ring beyond repair. */
+  readonly error: number;
 }
 
+/** A stretch of guest memory that the host has in one piece. */
 export interface VhostRegion extends MemoryRange {
   readonly hostAddress: number;
 }
@@ -43,6 +48,12 @@ export function vhostFeatures(kernel: HostKernel): [number, number] {
     kernel.close(fd);
   }
 }
+
+/**
+ * The driver's addresses are guest physical, also where it was told to ask the platform for them: were vhost told of
+ * VIRTIO_F_ACCESS_PLATFORM, it would ask for a translation of each and move nothing.
+ */
+const NOT_FOR_VHOST = featureWords([Feature.accessPlatform]);
 
 /** One pair of queues on one tap. */
 export class VhostPair {
@@ -64,7 +75,7 @@ export class VhostPair {
       this.#call(VHOST.GET_FEATURES, known);
       this.#call(
         VHOST.SET_FEATURES,
-        known.map((word, index) => word & features[index]),
+        known.map((word, index) => word & features[index] & ~NOT_FOR_VHOST[index]),
       );
       const table = new Uint8Array(8 + regions.length * REGION_BYTES);
       const view = new DataView(table.buffer);
@@ -76,7 +87,7 @@ export class VhostPair {
         view.setBigUint64(at + 16, BigInt(hostAddress), true);
       });
       kernel.ioctlBuffer(this.#fd, VHOST.SET_MEM_TABLE, table);
-      queues.forEach(({ size, descriptors, available, used, kick, call }, index) => {
+      queues.forEach(({ size, descriptors, available, used, kick, call, error }, index) => {
         this.#call(VHOST.SET_VRING_NUM, Uint32Array.of(index, size));
         this.#call(VHOST.SET_VRING_BASE, Uint32Array.of(index, 0));
         // struct vhost_vring_addr: index, flags, descriptors, used, available, log.
@@ -88,6 +99,7 @@ export class VhostPair {
         kernel.ioctlBuffer(this.#fd, VHOST.SET_VRING_ADDR, new Uint8Array(address.buffer));
         this.#call(VHOST.SET_VRING_KICK, Uint32Array.of(index, kick));
         this.#call(VHOST.SET_VRING_CALL, Uint32Array.of(index, call));
+        this.#call(VHOST.SET_VRING_ERR, Uint32Array.of(index, error));
         this.#call(VHOST.NET_SET_BACKEND, Uint32Array.of(index, tap));
       });
     } catch (error) {

@@ -6,7 +6,7 @@ import { BlockDevice } from '../block/block-device.js';
 import { openEngine } from '../block/engine.js';
 import { openImage } from '../block/open-image.js';
 import { EPOLL, type HostKernel } from '../sys/host-kernel.js';
-import { setOffload } from '../net/tap.js';
+import { tapControl } from '../net/tap.js';
 import { VhostNetDevice } from '../net/vhost-device.js';
 import { BalloonDevice } from '../virtio/balloon.js';
 import { BytePipe } from '../virtio/byte-pipe.js';
@@ -82,10 +82,11 @@ export function runIoThread(kernel: HostKernel): void {
           taps: spec.taps,
           receiveLimit: limiter(spec.limits),
           transmitLimit: limiter(spec.limits),
-          setOffload: (tap, bits) => setOffload(kernel, tap, bits),
+          control: tapControl(kernel),
         });
       case 'vhost-net': {
-        return new VhostNetDevice(context, { taps: spec.taps, calls: spec.calls, regions: memory.mappings() });
+        const { taps, calls } = spec;
+        return new VhostNetDevice(context, { taps, control: tapControl(kernel), calls, regions: memory.mappings() });
       }
       case 'vsock':
         return new VsockDevice(context, spec);

@@ -134,8 +134,13 @@ export interface DeviceContext {
   readonly loop: EventLoop;
   /** The configuration space in the state block, four bytes a word. Written by the driver or by this device. */
   readonly config: Uint8Array;
-  /** Counters of the device in the state block, which its description names: whole numbers, exact up to 2^53. */
+  /**
+   * Counters of the device in the state block, which its description names: whole numbers, exact up to 2^53. Each worker has
+   * its own, and main sums them up.
+   */
   readonly counters: Float64Array;
+  /** Words of the state block for what the driver has set and no other word holds. All workers of the device see the same. */
+  readonly own: Int32Array;
   /** Tells the driver that the configuration changed (4.1.5.4). */
   configChanged(): void;
   /** Something is beyond repair: DEVICE_NEEDS_RESET, an interrupt, and no more kicks until the driver resets it. */
@@ -147,3 +152,4 @@ export interface DeviceContext {
 }
 
 export const DEVICE_COUNTERS = 12;
+export const OWN_WORDS = 2;

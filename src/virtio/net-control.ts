@@ -1,15 +1,40 @@
-/** The control queue of a network device (virtio 1.3, 5.1.6.5): which offloads the driver takes, and how many pairs it uses. */
-import type { DeviceQueue, Driver } from './device.js';
+/**
+ * The control queue of a network device (virtio 1.3, 5.1.6.5), and what it controls: which offloads the driver takes, and how
+ * many pairs of queues it uses. The tap spreads flows over the queues that are attached to it, so it has as many as the driver
+ * uses: one until the driver asks for more, and one again after a reset.
+ *
+ * The pairs may be on several workers. Only the worker that serves the control queue changes anything, and a tap's
+ * descriptors are the process's: the others need not be told.
+ */
+import type { DeviceContext, DeviceQueue, Driver, Timer } from './device.js';
 import { NetFeature } from './net-description.js';
 import { Pop } from './queue.js';
 
-const ClassMultiQueue = 4;
-const ClassGuestOffloads = 5;
+/** What can be changed of a tap while it is used. `src/net/tap.ts` has the real one. */
+export interface TapControl {
+  /** Says which offloads its reader takes, as TUN_F_ bits. @returns false when the host refuses */
+  setOffload(tap: number, bits: number): boolean;
+  /** Says whether one queue of a tap takes part. @returns false when the host refuses */
+  setAttached(tap: number, attached: boolean): boolean;
+}
+
+const Class = { multiQueue: 4, guestOffloads: 5 } as const;
+const MQ_VQ_PAIRS_SET = 0;
+const GUEST_OFFLOADS_SET = 0;
 const Acknowledge = { ok: 0, error: 1 } as const;
 /** Class, command, and the longest argument that is known. */
 const COMMAND_BYTES = 2 + 8;
 /** Commands served before others get their turn. */
 const BATCH = 64;
+
+/** Words of the device's own in its state block. */
+const Own = {
+  /** Pairs that were asked for; 0: none yet, which stands for one. */
+  pairs: 0,
+  /** TUN_F_ bits that were asked for, beside SET; 0: those that were negotiated. */
+  offloads: 1,
+} as const;
+const SET = 0x4000_0000;
 
 /** Bits of linux/if_tun.h that stand for a guest's features. */
 const OFFLOADS: readonly (readonly [number, number])[] = [
@@ -24,70 +49,137 @@ export class NetControl {
   readonly #command = new Uint8Array(COMMAND_BYTES);
   readonly #view = new DataView(this.#command.buffer);
   readonly #status = new Uint8Array(1);
+  readonly #again: Timer;
   #driver?: Driver;
+  #queue: DeviceQueue | undefined;
+  /** Pairs that the driver may use. */
+  pairs = 0;
 
   /**
-   * @param setOffload told which offloads the driver takes, as TUN_F_ bits
-   * @param again `serve` is to be called again soon: there may be more
+   * @param taps a descriptor for each pair; all but the first are detached
+   * @param broken told why the queue is beyond repair
    */
   constructor(
-    private readonly setOffload: (bits: number) => void,
-    private readonly again: () => void,
-  ) {}
+    private readonly context: DeviceContext,
+    private readonly taps: readonly number[],
+    private readonly control: TapControl,
+    private readonly broken: (fault: string) => void,
+  ) {
+    this.#again = context.loop.timer(() => this.serve());
+  }
 
   activate(driver: Driver): void {
     this.#driver = driver;
+    // 5.1.2: without VIRTIO_NET_F_MQ there is one pair, and the control queue is behind it, whatever could have been had.
+    this.pairs = driver.has(NetFeature.multiQueue) ? this.taps.length : 1;
+    this.#queue = driver.has(NetFeature.ctrlVq) ? driver.queues[this.pairs * 2] : undefined;
+    if (driver.queues[0] !== undefined) this.#applyOffloads();
   }
 
-  /** The offloads that were negotiated. */
-  negotiated(driver: Driver): number {
-    return OFFLOADS.reduce((bits, [feature, bit]) => (driver.has(feature) ? bits | bit : bits), 0);
+  /** The control queue, where this worker serves it. */
+  get queue(): DeviceQueue | undefined {
+    return this.#queue;
   }
 
-  /** @returns why the queue is broken; empty: it is not */
-  serve(queue: DeviceQueue): string {
+  serve(): void {
+    const queue = this.#queue;
+    if (queue === undefined) return;
     const { ring } = queue;
+    ring.suppressKicks();
     for (let count = 0; count < BATCH; count++) {
       const taken = ring.pop();
-      if (taken === Pop.Broken) return ring.fault;
+      if (taken === Pop.Broken) {
+        this.broken(ring.fault);
+        return;
+      }
       if (taken === Pop.Empty) {
         if (ring.resumeKicks()) continue;
         queue.signal();
-        return '';
+        return;
       }
       const { chain } = ring;
       const length = chain.read(0, this.#command, 0, COMMAND_BYTES);
-      this.#status[0] = length < 2 ? Acknowledge.error : this.#execute(length);
+      this.#status[0] = this.#execute(length) ? Acknowledge.ok : Acknowledge.error;
       ring.push(chain.id, chain.write(0, this.#status, 0, 1));
     }
     queue.signal();
-    this.again();
-    return '';
+    this.#again.start(0);
   }
 
-  #execute(length: number): number {
+  /** Drivers believe what they are told: what cannot be done is never acknowledged. */
+  #execute(length: number): boolean {
+    if (length < 2) return false;
     const [group, command] = this.#command;
-    if (command !== 0 || this.#driver === undefined) return Acknowledge.error;
-    switch (group) {
-      case ClassMultiQueue: {
-        // Pairs that the driver does not use simply stay quiet: only that the number can be is checked (5.1.6.5.6.2).
-        const pairs = length >= 4 ? this.#view.getUint16(2, true) : 0;
-        const most = this.#driver.queues.length >> 1;
-        return pairs >= 1 && pairs <= most ? Acknowledge.ok : Acknowledge.error;
-      }
-      case ClassGuestOffloads: {
-        if (length < 10) return Acknowledge.error;
-        const wanted = this.#view.getUint32(2, true);
-        const allowed = OFFLOADS.reduce(
-          (all, [feature]) => (this.#driver!.has(feature) ? all | (1 << feature) : all),
-          0,
-        );
-        if ((wanted & ~allowed) !== 0 || this.#view.getUint32(6, true) !== 0) return Acknowledge.error;
-        this.setOffload(OFFLOADS.reduce((bits, [feature, bit]) => (((wanted >> feature) & 1) * bit) | bits, 0));
-        return Acknowledge.ok;
-      }
-      default:
-        return Acknowledge.error;
+    const driver = this.#driver!;
+    if (group === Class.multiQueue && command === MQ_VQ_PAIRS_SET && driver.has(NetFeature.multiQueue))
+      return length >= 4 && this.#setPairs(this.#view.getUint16(2, true));
+    if (group === Class.guestOffloads && command === GUEST_OFFLOADS_SET && driver.has(NetFeature.ctrlGuestOffloads))
+      return length >= 10 && this.#setOffloads(this.#view.getUint32(2, true), this.#view.getUint32(6, true));
+    return false;
+  }
+
+  /** 5.1.6.5.6.1 */
+  #setPairs(pairs: number): boolean {
+    if (pairs < 1 || pairs > this.pairs) return false;
+    const { own } = this.context;
+    const before = Math.max(own[Own.pairs], 1);
+    for (let pair = before; pair < pairs; pair++) {
+      if (this.control.setAttached(this.taps[pair], true)) continue;
+      for (let undo = before; undo < pair; undo++) this.control.setAttached(this.taps[undo], false);
+      return false;
     }
+    for (let pair = pairs; pair < before; pair++) this.control.setAttached(this.taps[pair], false);
+    own[Own.pairs] = pairs;
+    return true;
+  }
+
+  /** 5.1.6.5.7.1 */
+  #setOffloads(wanted: number, high: number): boolean {
+    const driver = this.#driver!;
+    let bits = 0;
+    let rest = wanted;
+    for (const [feature, bit] of OFFLOADS) {
+      if (((wanted >>> feature) & 1) === 0 || !driver.has(feature)) continue;
+      bits |= bit;
+      rest &= ~(1 << feature);
+    }
+    if (rest !== 0 || high !== 0) return false;
+    const { own } = this.context;
+    const before = Atomics.exchange(own, Own.offloads, SET | bits);
+    if (this.#applyOffloads()) return true;
+    Atomics.store(own, Own.offloads, before);
+    this.#applyOffloads();
+    return false;
+  }
+
+  /**
+   * Called by the worker of the first pair when the driver is ready, and by that of the control queue: whoever finds that the
+   * other was quicker does it again.
+   */
+  #applyOffloads(): boolean {
+    const { own } = this.context;
+    for (;;) {
+      const word = Atomics.load(own, Own.offloads);
+      const bits = word === 0 ? this.#negotiated() : word & ~SET;
+      let done = true;
+      // Each: descriptors that were handed down need not be of one tap.
+      for (const tap of this.taps) if (!this.control.setOffload(tap, bits)) done = false;
+      if (Atomics.load(own, Own.offloads) === word) return done;
+    }
+  }
+
+  #negotiated(): number {
+    return OFFLOADS.reduce((bits, [feature, bit]) => (this.#driver!.has(feature) ? bits | bit : bits), 0);
+  }
+
+  /** The driver resets the device. */
+  deactivate(): void {
+    this.#again.stop();
+    if (this.#queue === undefined) return;
+    this.#queue = undefined;
+    const { own } = this.context;
+    for (let pair = 1; pair < own[Own.pairs]; pair++) this.control.setAttached(this.taps[pair], false);
+    own[Own.pairs] = 0;
+    Atomics.store(own, Own.offloads, 0);
   }
 }

@@ -18,11 +18,12 @@ import { QUEUE_WORDS, queueAddress, QueueWord } from './queue.js';
 import { SplitQueue } from './split-queue.js';
 import {
   configBytes,
-  deviceCounters,
+  ownWords,
   resetTransport,
   Status,
   type TransportLayout,
   transportLayout,
+  workerCounters,
 } from './transport-state.js';
 
 /** What the worker itself provides. */
@@ -73,7 +74,8 @@ export class VirtioRunner {
       kernel: services.kernel,
       loop: services.loop,
       config: configBytes(this.#state, description.config.length),
-      counters: deviceCounters(this.#state),
+      counters: workerCounters(this.#state, served),
+      own: ownWords(this.#state),
       configChanged: () => this.#interrupts.config(),
       needsReset: (reason) => this.#needsReset(reason),
       log: (level, line) => services.log(level, `${id}: ${line}`),

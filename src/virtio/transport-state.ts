@@ -3,7 +3,7 @@ import { FUNCTION_WORDS } from '../pci/function.js';
 import { type MsixPlace, msixWords, NO_VECTOR } from '../pci/msix.js';
 import type { StateBlock } from '../state/state-block.js';
 import { type StateLayout, stateLayout } from '../state/state-block.js';
-import { DEVICE_COUNTERS, type VirtioDescription } from './device.js';
+import { DEVICE_COUNTERS, OWN_WORDS, type VirtioDescription } from './device.js';
 import { QUEUE_WORDS, QueueWord } from './queue.js';
 
 type Fields =
@@ -27,6 +27,7 @@ type Fields =
   | 'queueSelect'
   | 'queues'
   | 'config'
+  | 'own'
   | 'counters';
 
 export type TransportLayout = StateLayout<Fields>;
@@ -76,8 +77,10 @@ export function transportLayout(name: string, queues: number, configBytes: numbe
     queueSelect: 1,
     queues: queues * QUEUE_WORDS,
     config: Math.max(Math.ceil(configBytes / 4), 1),
-    /** Doubles; a word more, for their alignment. */
-    counters: 2 * DEVICE_COUNTERS + 1,
+    /** Of the device class. */
+    own: OWN_WORDS,
+    /** Doubles, a set for each queue; a word more, for their alignment. */
+    counters: 2 * DEVICE_COUNTERS * queues + 1,
   });
 }
 
@@ -91,9 +94,28 @@ export function configBytes(block: StateBlock<Fields>, length: number): Uint8Arr
   return new Uint8Array(block.buffer, block.layout.at.config * 4, length);
 }
 
-/** The device's counters. */
-export function deviceCounters(block: StateBlock<Fields>): Float64Array {
-  return new Float64Array(block.buffer, Math.ceil(block.layout.at.counters / 2) * 8, DEVICE_COUNTERS);
+/** Words of the device class's own. */
+export function ownWords(block: StateBlock<Fields>): Int32Array {
+  const { at, length } = block.layout;
+  return block.words.subarray(at.own, at.own + length.own);
+}
+
+/** The device's counters of one worker, whose set is that of the first queue that it serves: nobody else writes them. */
+export function workerCounters(block: StateBlock<Fields>, served: readonly number[]): Float64Array {
+  return counterSet(block, Math.min(...served));
+}
+
+/** The device's counters in all. */
+export function deviceCounters(block: StateBlock<Fields>, queues: number): Float64Array {
+  const sum = new Float64Array(DEVICE_COUNTERS);
+  for (let queue = 0; queue < queues; queue++)
+    counterSet(block, queue).forEach((count, index) => (sum[index] += count));
+  return sum;
+}
+
+function counterSet(block: StateBlock<Fields>, queue: number): Float64Array {
+  const first = Math.ceil(block.layout.at.counters / 2) + queue * DEVICE_COUNTERS;
+  return new Float64Array(block.buffer, first * 8, DEVICE_COUNTERS);
 }
 
 /** The device as a reset leaves it (2.4); the PCI function and its vectors stay as they are. */

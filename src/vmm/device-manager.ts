@@ -312,7 +312,7 @@ export class DeviceManager {
       const block = new StateBlock(layout, state);
       const { words } = block;
       const { at } = layout;
-      const own = deviceCounters(block);
+      const own = deviceCounters(block, queues);
       return {
         id,
         queues: description.queueSizes.map((_, queue) => {

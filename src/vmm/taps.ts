@@ -1,7 +1,7 @@
 /** The host ends of a network interface, as its configuration says. */
 import { randomBytes } from 'node:crypto';
 import type { NetConfig } from '../config/device-config.js';
-import { openTap, prepareTap, TapError } from '../net/tap.js';
+import { adoptTap, openTap, TapError } from '../net/tap.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import { SystemError } from '../sys/host-kernel.js';
 import { MachineError } from './machine-error.js';
@@ -13,6 +13,7 @@ import { MachineError } from './machine-error.js';
 export function openTaps(kernel: HostKernel, config: NetConfig): { taps: number[]; mac: Uint8Array } {
   const mac = config.mac === undefined ? randomMac() : parseMac(config.mac);
   const pairs = config.num_queues / 2;
+  const taps: number[] = [];
   try {
     if (config.fds === undefined) {
       const { tap: name, ip, mask, mtu } = config;
@@ -20,10 +21,11 @@ export function openTaps(kernel: HostKernel, config: NetConfig): { taps: number[
       return { taps: openTap(kernel, { name, queuePairs: pairs, ip, mask, hostMac, mtu }), mac };
     }
     // Duplicates: what this process was given stays open for whoever gave it.
-    const taps = config.fds.map((fd) => kernel.duplicate(fd));
-    for (const tap of taps) prepareTap(kernel, tap);
+    for (const fd of config.fds) taps.push(kernel.duplicate(fd));
+    taps.forEach((tap, pair) => adoptTap(kernel, tap, pair, taps.length));
     return { taps, mac };
   } catch (error) {
+    for (const tap of taps) kernel.close(tap);
     if (!(error instanceof TapError || error instanceof SystemError)) throw error;
     const option = config.fds === undefined ? `tap=${config.tap ?? ''}` : `fd=[${config.fds.join(',')}]`;
     throw new MachineError(`--net ${option}: ${error.message}`, { cause: error });

@@ -1,5 +1,6 @@
 /** Guests that talk: to each other over a bridge, to the host, and through sockets. */
 import { execFileSync } from 'node:child_process';
+import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
@@ -14,7 +15,7 @@ let cloud: Kernel;
 beforeAll(async () => {
   host = await TestHost.open();
   cloud = await kernel('cloud');
-  await host.loadModules(await kernel('generic'), ['tun', 'bridge', 'vhost_net']);
+  await host.loadModules(await kernel('generic'), ['tun', 'bridge', 'vhost_net', '8021q']);
   await host.check(`mkdir -p ${scratch}`);
 });
 
@@ -107,6 +108,86 @@ test('a tap of its own: address and size as told, gone with the machine', async 
   expect(await guest.end()).toMatchObject({ status: 0 });
   expect((await host.shell('ip link show vmmown0')).status).not.toBe(0);
 });
+
+/** Connects so often, some at a time, and says how many were answered. */
+const CONNECTIONS = 100;
+const connections = (address: string, port: number) => `
+let [answered, begun, lanes] = [0, 0, 5];
+function next() {
+  if (begun++ >= ${CONNECTIONS}) return --lanes === 0 && console.log(answered);
+  const socket = require('net').connect(${port}, '${address}', () => socket.write('GET /answer HTTP/1.0\\r\\n\\r\\n'));
+  let text = '';
+  socket.on('data', (bytes) => (text += bytes));
+  socket.on('error', () => undefined);
+  socket.setTimeout(10_000, () => socket.destroy());
+  socket.on('close', () => { if (text.includes('the answer')) answered++; next(); });
+}
+for (let lane = 0; lane < 5; lane++) next();`;
+
+test.each([
+  ['one pair of two', '', 'maxcpus=1', 1],
+  ['one pair of two, vhost-net', ',vhost=on', 'maxcpus=1', 1],
+  ['both pairs', '', '', 2],
+  ['both pairs, vhost-net, addresses of the platform', ',vhost=on,iommu=on', '', 2],
+])(
+  'a guest that uses %s answers every connection',
+  async (name, option, cmdline, pairs) => {
+    const tap = `vmmpairs${name.length}`;
+    const net = `10.95.${name.length}`;
+    const guest = await Guest.start(host, folder, {
+      kernel: cloud,
+      cmdline,
+      task: {
+        command: [
+          `ip addr add ${net}.2/24 dev eth0; ip link set eth0 up`,
+          'mkdir /tmp/www; echo the answer >/tmp/www/answer; httpd -p 8000 -h /tmp/www',
+          'echo guest-ready; read line',
+        ].join('; '),
+        modules: modules(),
+      },
+      vmm: ['--cpus', 'boot=2', '--net', `tap=${tap},ip=${net}.1,mask=255.255.255.0,num_queues=4${option}`],
+    });
+    await guest.waitFor('guest-ready');
+    expect(await host.check(`ls -d /sys/class/net/${tap}/queues/tx-* | wc -l`)).toBe(`${pairs}\n`);
+    const script = path.join(folder, `${tap}.cjs`);
+    fs.writeFileSync(script, connections(`${net}.2`, 8000));
+    const answers = await host.run([process.execPath, script]);
+    expect(answers).toMatchObject({ status: 0, stdout: `${CONNECTIONS}\n` });
+    guest.process.stdin.write('\n');
+    expect(await guest.end()).toMatchObject({ status: 0 });
+    expect(guest.log).not.toMatch(/warn/);
+  },
+  240_000,
+);
+
+test('IPv6, a VLAN, and frames of 9,000 bytes', async () => {
+  const tap = 'vmmlarge0';
+  const guest = await Guest.start(host, folder, {
+    kernel: cloud,
+    task: {
+      command: [
+        'ip link set eth0 up; ip -6 addr add fd00:96::2/64 dev eth0 nodad',
+        'ip link add link eth0 name eth0.5 type vlan id 5; ip addr add 10.96.5.2/24 dev eth0.5; ip link set eth0.5 up',
+        'cat /sys/class/net/eth0/mtu; echo guest-ready; read line',
+        'until ping -6 -c 1 -W 1 fd00:96::1 >/dev/null; do :; done; ping -6 -c 2 -s 8900 fd00:96::1 >/dev/null && echo six',
+        'until ping -c 1 -W 1 10.96.5.1 >/dev/null; do :; done; ping -c 2 -s 8900 10.96.5.1 >/dev/null && echo vlan',
+      ].join('; '),
+      modules: { kernel: cloud, names: ['virtio_pci', 'virtio_net', '8021q'] },
+    },
+    vmm: ['--net', `tap=${tap},mtu=9000`],
+  });
+  await guest.waitFor('guest-ready');
+  expect(guest.console).toMatch(/^9000\r?$/m);
+  await host.check(
+    [
+      `ip -6 addr add fd00:96::1/64 dev ${tap} nodad`,
+      `ip link add link ${tap} name ${tap}.5 type vlan id 5; ip addr add 10.96.5.1/24 dev ${tap}.5; ip link set ${tap}.5 up`,
+    ].join('; '),
+  );
+  guest.process.stdin.write('\n');
+  expect(await guest.end()).toMatchObject({ status: 0 });
+  expect(guest.console).toMatch(/six\r?\nvlan/);
+}, 240_000);
 
 test('vsock: 1 GiB each way, with equal checksums', async () => {
   const program = path.join(folder, 'vsock-transfer');

@@ -8,6 +8,7 @@ import {
   type DeviceQueue,
   type Driver,
   featureWords,
+  OWN_WORDS,
 } from '../../src/virtio/device.js';
 import { EpollLoop } from '../../src/virtio/epoll-loop.js';
 import { PACKED_START, PackedQueue } from '../../src/virtio/packed-queue.js';
@@ -267,6 +268,7 @@ export function testContext(host: HostKernel = kernel): TestContext {
     loop: new EpollLoop(host),
     config: new Uint8Array(64),
     counters: new Float64Array(DEVICE_COUNTERS),
+    own: new Int32Array(OWN_WORDS),
     resets,
     messages,
     lines,

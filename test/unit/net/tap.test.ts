@@ -5,12 +5,13 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { describe, expect, test } from '@jest/globals';
-import { NET_HEADER_BYTES, NETDEVICE, openTap, prepareTap, setOffload, TapError, TUN } from '../../../src/net/tap.js';
+import { adoptTap, NET_HEADER_BYTES, NETDEVICE, openTap, tapControl, TapError, TUN } from '../../../src/net/tap.js';
 import { VhostNetDevice } from '../../../src/net/vhost-device.js';
 import { VHOST, VHOST_DEVICE, vhostFeatures, VhostPair, type VhostQueue } from '../../../src/net/vhost.js';
 import { type OpenOptions, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { IovecArray } from '../../../src/virtio/iovec.js';
+import { NetFeature } from '../../../src/virtio/net-description.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 /** Values of C expressions, as the kernel's own headers have them. */
@@ -57,7 +58,12 @@ class RecordingKernel extends LinuxKernel {
   /** The request that is refused, and how many of them go through before. */
   refused?: { readonly request: number; readonly after: number };
   flags = 0;
-  features: readonly [number, number] = [0xffff_ffff, 0xffff_ffff];
+  /** Of a tap that others made; a macvtap takes others. */
+  tapFlags: number = TUN.IFF_TAP | TUN.IFF_NO_PI | TUN.IFF_VNET_HDR;
+  macvtap = false;
+  /** Of a tap that is there: TUNSETIFF has to say the same. */
+  multiQueue?: boolean;
+  features: [number, number] = [0xffff_ffff, 0xffff_ffff];
   #next = 1000;
 
   #make(): number {
@@ -97,8 +103,24 @@ class RecordingKernel extends LinuxKernel {
     return this.#record(fd, request, new Uint8Array(Uint32Array.of(value).buffer));
   }
 
+  override ioctlBufferRaw(fd: number, request: number, argument: Uint8Array): number {
+    try {
+      return this.ioctlBuffer(fd, request, argument);
+    } catch (error) {
+      if (error instanceof SystemError) return -error.errno;
+      throw error;
+    }
+  }
+
   override ioctlBuffer(fd: number, request: number, argument: Uint8Array): number {
+    const words = new DataView(argument.buffer);
     const result = this.#record(fd, request, argument);
+    if (request === TUN.TUNGETIFF) words.setUint16(16, this.tapFlags, true);
+    if (request === TUN.TUNSETIFF && this.multiQueue !== undefined) {
+      const several = (words.getUint16(16, true) & TUN.IFF_MULTI_QUEUE) !== 0;
+      if (several !== this.multiQueue) throw new SystemError('EINVAL', 22, 'ioctl', 'invalid argument');
+    }
+    if (request === TUN.TUNSETIFF && this.macvtap) this.tapFlags = words.getUint16(16, true);
     if (request === TUN.TUNSETIFF && argument[0] === 0) argument.set(Buffer.from('tap7'));
     if (request === NETDEVICE.SIOCGIFFLAGS) argument[16] = this.flags;
     if (request === VHOST.GET_FEATURES) argument.set(new Uint8Array(Uint32Array.from(this.features).buffer));
@@ -138,6 +160,78 @@ describe('a tap', () => {
     expect(requests.map(nameOf)).toEqual(['', 'tap7', 'tap7']);
     for (const request of requests) expect(request.readUInt16LE(16) & TUN.IFF_MULTI_QUEUE).not.toBe(0);
     expect(kernel.calls.filter(({ request }) => request === TUN.TUNSETVNETHDRSZ).map(({ fd }) => fd)).toEqual(fds);
+    // But for the first they wait until the driver uses them.
+    const queues = kernel.calls.filter(({ request }) => request === TUN.TUNSETQUEUE);
+    expect(queues.map(({ fd, bytes }) => [fd, bytes.readUInt16LE(16)])).toEqual(
+      fds.slice(1).map((fd) => [fd, TUN.IFF_DETACH_QUEUE]),
+    );
+  });
+
+  test('that was made for several queues is taken for one, but none for one is taken for several', () => {
+    const kernel = new RecordingKernel();
+    kernel.multiQueue = true;
+    expect(openTap(kernel, { name: 'vm0', queuePairs: 1 })).toHaveLength(1);
+    kernel.multiQueue = false;
+    expect(openTap(kernel, { name: 'vm0', queuePairs: 1 })).toHaveLength(1);
+    const { live } = kernel;
+    const before = live.size;
+    expect(() => openTap(kernel, { name: 'vm0', queuePairs: 2 })).toThrow(
+      'Cannot attach to vm0: invalid argument; several queues take a tap that was made with `multi_queue`, or one that is not there yet',
+    );
+    expect(live.size).toBe(before);
+  });
+
+  describe('that another program opened', () => {
+    const { IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE } = TUN;
+    const good = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+    const adopt = (kernel: RecordingKernel, pairs = 1) => {
+      for (let pair = 0; pair < pairs; pair++) adoptTap(kernel, kernel.controlSocket(), pair, pairs);
+    };
+
+    test.each([
+      [
+        'no header',
+        good & ~IFF_VNET_HDR,
+        1,
+        'Attached without IFF_VNET_HDR; accepted is a tap whose packets have that header',
+      ],
+      ['something before it', good & ~IFF_NO_PI, 1, 'Attached without IFF_NO_PI; accepted is a tap with that flag'],
+      ['packets of IP', 1 | IFF_NO_PI | IFF_VNET_HDR, 1, 'Attached to a tun device; accepted is a tap'],
+      ['one queue', good, 2, 'Attached without IFF_MULTI_QUEUE; accepted is a tap for several queues'],
+    ])('with %s is refused', (_name, flags, pairs, message) => {
+      const kernel = new RecordingKernel();
+      kernel.tapFlags = flags;
+      // The kernel says that the descriptor has its interface already.
+      kernel.refused = { request: TUN.TUNSETIFF, after: 0 };
+      expect(() => adopt(kernel, pairs)).toThrow(new TapError(message));
+    });
+
+    test('and is none is refused', () => {
+      const kernel = new RecordingKernel();
+      kernel.refused = { request: TUN.TUNGETIFF, after: 0 };
+      expect(() => adopt(kernel)).toThrow('Not attached to a tap: operation not permitted');
+    });
+
+    test('is set up, and all queues but the first wait', () => {
+      const kernel = new RecordingKernel();
+      kernel.tapFlags = good | IFF_MULTI_QUEUE;
+      adopt(kernel, 3);
+      expect(kernel.of(TUN.TUNSETIFF)).toEqual([]);
+      expect(kernel.of(TUN.TUNSETVNETHDRSZ)).toHaveLength(3);
+      expect(kernel.of(NETDEVICE.FIONBIO)).toHaveLength(3);
+      expect(kernel.of(TUN.TUNSETQUEUE).map((bytes) => bytes.readUInt16LE(16))).toEqual([
+        TUN.IFF_DETACH_QUEUE,
+        TUN.IFF_DETACH_QUEUE,
+      ]);
+    });
+
+    test('and is a macvtap gets the flags that it lacks', () => {
+      const kernel = new RecordingKernel();
+      kernel.tapFlags = IFF_TAP | IFF_NO_PI;
+      kernel.macvtap = true;
+      adopt(kernel, 2);
+      expect(kernel.tapFlags).toBe(good | IFF_MULTI_QUEUE);
+    });
   });
 
   test('with addresses, and up already', () => {
@@ -169,6 +263,7 @@ describe('a tap', () => {
     ['attach to vm0', TUN.TUNSETIFF, 0],
     ['attach to vm0', TUN.TUNSETIFF, 1],
     ['set the header size', TUN.TUNSETVNETHDRSZ, 1],
+    ['make it non-blocking', NETDEVICE.FIONBIO, 1],
     ['set the address of vm0', NETDEVICE.SIOCSIFADDR, 0],
     ['set the mask of vm0', NETDEVICE.SIOCSIFNETMASK, 0],
     ['set the MTU of vm0', NETDEVICE.SIOCSIFMTU, 0],
@@ -190,7 +285,7 @@ describe('a tap', () => {
   test('its offloads are the number itself', () => {
     const kernel = new RecordingKernel();
     const [fd] = openTap(kernel, { queuePairs: 1 });
-    setOffload(kernel, fd, TUN.TUN_F_CSUM | TUN.TUN_F_TSO4);
+    expect(tapControl(kernel).setOffload(fd, TUN.TUN_F_CSUM | TUN.TUN_F_TSO4)).toBe(true);
     expect(kernel.of(TUN.TUNSETOFFLOAD).map((bytes) => bytes.readUInt32LE())).toEqual([3]);
   });
 });
@@ -236,12 +331,42 @@ function tapsCanBeMade(): boolean {
       const all = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_UFO;
       expect(linux.ioctlRaw(fd, TUN.TUNSETOFFLOAD, all)).toBe(0);
       expect(linux.ioctlRaw(fd, TUN.TUNSETOFFLOAD, 0)).toBe(0);
-      setOffload(linux, fd, 0xffff_ffff); // no such offloads: no error either
-      expect(() => prepareTap(linux, fd)).not.toThrow();
+      expect(tapControl(linux).setOffload(fd, TUN_F_CSUM)).toBe(true);
+      expect(tapControl(linux).setOffload(fd, 0xffff_ffff)).toBe(false); // no such offloads
+    }));
+
+  test('has the queues that take part, and can be told so over and over', () =>
+    withTap((fds) => {
+      const control = tapControl(linux);
+      const queues = () =>
+        fs.readdirSync(`/sys/class/net/${NAME}/queues`).filter((each) => each.startsWith('tx')).length;
+      expect(queues()).toBe(1);
+      for (const attached of [false, true, true, false, false, true]) {
+        expect(control.setAttached(fds[1], attached)).toBe(true);
+        expect(queues()).toBe(attached ? 2 : 1);
+      }
+      expect(control.setAttached(0, true)).toBe(false);
+    }));
+
+  test('of another program is looked at', () =>
+    withTap((fds) => {
+      expect(() => adoptTap(linux, fds[0], 0, 1)).not.toThrow();
+      expect(() => adoptTap(linux, fds[1], 1, 2)).not.toThrow();
+      const bare = linux.open('/dev/net/tun');
+      expect(() => adoptTap(linux, bare, 0, 1)).toThrow(/^Not attached to a tap: /);
+      const request = new Uint8Array(NETDEVICE.IFREQ_BYTES);
+      new DataView(request.buffer).setUint16(16, TUN.IFF_TAP | TUN.IFF_NO_PI, true);
+      linux.ioctlBuffer(bare, TUN.TUNSETIFF, request);
+      expect(() => adoptTap(linux, bare, 0, 1)).toThrow(/^Attached without IFF_VNET_HDR; /);
+      linux.close(bare);
+      const folder = linux.open('/proc', { readonly: true });
+      expect(() => adoptTap(linux, folder, 0, 1)).toThrow(/^Not attached to a tap: /);
+      linux.close(folder);
     }));
 
   test('carries packets behind a header of 12 bytes, both ways, and never blocks', () =>
     withTap(async (fds) => {
+      expect(tapControl(linux).setAttached(fds[1], true)).toBe(true);
       const memory = linux.map({ length: 4096, shared: false });
       const vector = new IovecArray(linux, 1);
       vector.set(0, Number(memory.handle.address), 4096);
@@ -294,15 +419,20 @@ describe('vhost-net', () => {
     used: 0x7f00_0000_2000 + base,
     kick: base + 1,
     call: base + 2,
+    error: 99,
   });
 
   test('gets what it needs, in an order that it accepts', () => {
     const kernel = new RecordingKernel();
     kernel.features = [0x3000_8000, 0x1];
-    const pair = new VhostPair(kernel, 77, [0x1000_8023, 0x5], REGIONS, [queue(0x10), queue(0x20)]);
+    // VIRTIO_F_ACCESS_PLATFORM, which vhost knows, is not passed on: it would ask for a translation of each address.
+    kernel.features[1] |= 2;
+    const pair = new VhostPair(kernel, 77, [0x1000_8023, 0x7], REGIONS, [queue(0x10), queue(0x20)]);
     expect(kernel.opened).toEqual([VHOST_DEVICE]);
     const order = kernel.calls.map(({ request }) => Object.entries(VHOST).find(([, value]) => value === request)![0]);
-    const each = ['VRING_NUM', 'VRING_BASE', 'VRING_ADDR', 'VRING_KICK', 'VRING_CALL'].map((name) => `SET_${name}`);
+    const each = ['VRING_NUM', 'VRING_BASE', 'VRING_ADDR', 'VRING_KICK', 'VRING_CALL', 'VRING_ERR'].map(
+      (name) => `SET_${name}`,
+    );
     const queues = [...each, 'NET_SET_BACKEND'];
     expect(order).toEqual(['SET_OWNER', 'GET_FEATURES', 'SET_FEATURES', 'SET_MEM_TABLE', ...queues, ...queues]);
     const [features] = kernel.of(VHOST.SET_FEATURES);
@@ -380,19 +510,23 @@ describe('vhost-net', () => {
   });
 
   describe('as a device', () => {
-    function device(kernel: RecordingKernel, indices: readonly number[]) {
+    const MQ = [0, NetFeature.ctrlVq, NetFeature.multiQueue];
+
+    function device(kernel: RecordingKernel, indices: readonly number[], features: readonly number[] = MQ) {
       const guest = new TestGuest();
       const context = testContext(kernel);
       const queues = indices.map((index) => new TestQueue(guest, index));
       const taps = [kernel.controlSocket(), kernel.controlSocket()];
-      const net = new VhostNetDevice(context, { taps, calls: [10, 11, 12, 13], regions: REGIONS });
-      net.activate(testDriver(guest, queues, [0, 1]));
+      const control = tapControl(kernel);
+      const net = new VhostNetDevice(context, { taps, control, calls: [10, 11, 12, 13], regions: REGIONS });
+      net.activate(testDriver(guest, queues, features));
       const close = () => {
         net.close();
         context.loop.close();
         guest.close();
       };
-      return { net, context, taps, queues, guest, close };
+      const [error] = kernel.of(VHOST.SET_VRING_ERR).map((bytes) => bytes.readUInt32LE(4));
+      return { net, context, taps, queues, guest, close, error };
     }
 
     test('serves the pairs whose queues are there, until it is reset', () => {
@@ -416,19 +550,84 @@ describe('vhost-net', () => {
       expect([...kernel.live]).toEqual(taps);
     });
 
-    test('serves its control queue itself', () => {
+    test('has a ring that the kernel cannot follow: the driver is asked for a reset', () => {
       const kernel = new RecordingKernel();
-      const { net, queues, guest, close } = device(kernel, [0, 1, 2, 3, 4]);
-      const at = guest.alloc(16);
-      guest.memory.write(at, Uint8Array.of(4, 0, 2, 0, 0xff));
-      queues[4].add([
-        { address: at, length: 4, write: false },
-        { address: at + 4, length: 1, write: true },
-      ]);
-      for (const each of queues) net.kick(each.queue);
-      expect(queues[4].used()).toMatchObject({ length: 1 });
-      expect(guest.memory.u8(at + 4)).toBe(0);
+      const { net, context, taps, queues, guest, error, close } = device(kernel, [0, 1, 2, 3, 4]);
+      expect(kernel.live.size).toBe(4);
+      kernel.signal(error);
+      context.loop.turn(0);
+      expect(context.resets).toEqual(["the host's kernel (vhost-net) cannot follow a ring"]);
+      expect([...kernel.live]).toEqual(taps);
+      expect(context.loop.turn(0)).toBe(false);
+      // And goes on after it.
+      net.deactivate();
+      net.activate(testDriver(guest, queues, MQ));
+      expect(kernel.live.size).toBe(4);
       close();
+    });
+
+    const command = (n: ReturnType<typeof device>, index: number, bytes: readonly number[]) => {
+      const at = n.guest.alloc(16);
+      n.guest.memory.write(at, Uint8Array.from([...bytes, 0xff]));
+      const queue = n.queues.find((each) => each.queue.index === index)!;
+      queue.add([
+        { address: at, length: bytes.length, write: false },
+        { address: at + bytes.length, length: 1, write: true },
+      ]);
+      return () => {
+        expect(queue.used()).toMatchObject({ length: 1 });
+        return n.guest.memory.u8(at + bytes.length);
+      };
+    };
+
+    test('serves its control queue itself, and attaches what the driver uses', () => {
+      const kernel = new RecordingKernel();
+      const n = device(kernel, [0, 1, 2, 3, 4]);
+      const answer = command(n, 4, [4, 0, 2, 0]);
+      for (const each of n.queues) n.net.kick(each.queue);
+      expect(answer()).toBe(0);
+      const queues = () => {
+        const calls = kernel.calls.filter(({ request }) => request === TUN.TUNSETQUEUE);
+        return calls.map(({ fd, bytes }) => [fd, bytes.readUInt16LE(16)]);
+      };
+      expect(queues()).toEqual([[n.taps[1], TUN.IFF_ATTACH_QUEUE]]);
+      n.net.deactivate();
+      expect(queues().slice(1)).toEqual([[n.taps[1], TUN.IFF_DETACH_QUEUE]]);
+      n.close();
+    });
+
+    test('without VIRTIO_NET_F_MQ has its control queue behind the first pair, and hears its doorbell', () => {
+      const kernel = new RecordingKernel();
+      const doorbell = kernel.eventfd();
+      const guest = new TestGuest();
+      const context = testContext(kernel);
+      const queues = [0, 1, 2].map((index) => new TestQueue(guest, index));
+      const driver = testDriver(guest, queues, [NetFeature.ctrlVq, NetFeature.guestCsum, NetFeature.ctrlGuestOffloads]);
+      const control = driver.queues[2]!;
+      Object.assign(control.place, { kick: doorbell });
+      const taps = [kernel.controlSocket(), kernel.controlSocket()];
+      const net = new VhostNetDevice(context, {
+        taps,
+        control: tapControl(kernel),
+        calls: [10, 11, 12, 13],
+        regions: REGIONS,
+      });
+      net.activate(driver);
+      expect(kernel.of(VHOST.NET_SET_BACKEND).map((bytes) => bytes.readUInt32LE(4))).toEqual([taps[0], taps[0]]);
+      const answer = command(
+        { net, context, taps, queues, guest, error: 0, close: () => undefined },
+        2,
+        [5, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+      );
+      kernel.signal(doorbell);
+      context.loop.turn(0);
+      expect(answer()).toBe(0);
+      expect(kernel.of(TUN.TUNSETQUEUE)).toEqual([]);
+      net.close();
+      kernel.signal(doorbell);
+      expect(context.loop.turn(0)).toBe(false);
+      context.loop.close();
+      guest.close();
     });
   });
 });

@@ -6,6 +6,8 @@ import { afterAll, describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { NetDevice, type NetOptions } from '../../../src/virtio/net.js';
+import { OWN_WORDS } from '../../../src/virtio/device.js';
+import type { TapControl } from '../../../src/virtio/net-control.js';
 import { NetCounter, netDescription, NetFeature } from '../../../src/virtio/net-description.js';
 import { RateLimiter } from '../../../src/virtio/rate-limiter.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
@@ -24,8 +26,8 @@ class TapKernel extends LinuxKernel {
   readonly sent: Buffer[] = [];
   full = false;
 
-  arrive(packet: Buffer): void {
-    this.arriving.push(Buffer.concat([Buffer.alloc(HEADER), packet]));
+  arrive(packet: Buffer, flags = 0): void {
+    this.arriving.push(Buffer.concat([Buffer.from([flags]), Buffer.alloc(HEADER - 1), packet]));
     this.signal(this.tap);
   }
 
@@ -53,17 +55,34 @@ class TapKernel extends LinuxKernel {
   }
 }
 
+/** What the control queue did to the taps. */
+class Taps implements TapControl {
+  readonly offloads: number[] = [];
+  /** Queues attached beside the first. */
+  readonly attached = new Set<number>();
+  refuses = false;
+
+  setOffload(_tap: number, bits: number): boolean {
+    this.offloads.push(bits);
+    return !this.refuses;
+  }
+
+  setAttached(tap: number, attached: boolean): boolean {
+    if (this.refuses && attached) return false;
+    if (attached) this.attached.add(tap);
+    else this.attached.delete(tap);
+    return true;
+  }
+}
+
 function network(features: readonly number[], queue = {}, options: Partial<NetOptions> = {}) {
   const guest = new TestGuest();
   const kernel = new TapKernel();
   const context = testContext(kernel);
   const queues = [0, 1, 2].map((index) => new TestQueue(guest, index, { size: 64, ...queue }));
-  const offloads: number[] = [];
-  const device = new NetDevice(context, {
-    taps: [kernel.tap],
-    setOffload: (_tap, bits) => offloads.push(bits),
-    ...options,
-  });
+  const taps = new Taps();
+  const { offloads } = taps;
+  const device = new NetDevice(context, { taps: [kernel.tap], control: taps, ...options });
   device.activate(testDriver(guest, queues, features));
   const [receive, transmit, control] = queues;
   for (const each of queues) device.kick(each.queue);
@@ -74,7 +93,7 @@ function network(features: readonly number[], queue = {}, options: Partial<NetOp
     kernel.close(kernel.tap);
     guest.close();
   };
-  return { guest, kernel, context, device, receive, transmit, control, offloads, counter, close };
+  return { guest, kernel, context, device, receive, transmit, control, taps, offloads, counter, close };
 }
 
 const packet = (length: number) => Buffer.from(Array.from({ length }, (_, index) => (index * 7) & 0xff));
@@ -204,38 +223,162 @@ test('limits are kept in both directions', () => {
 });
 
 describe('the control queue', () => {
-  const run = (n: ReturnType<typeof network>, command: readonly number[]) => {
-    const at = n.guest.alloc(64);
-    const status = n.guest.alloc(1);
-    n.guest.memory.write(at, Uint8Array.from(command));
-    n.control.add([
+  const { ctrlVq, multiQueue, guestCsum, guestTso4, ctrlGuestOffloads } = NetFeature;
+  const run = (
+    { guest, device }: { guest: TestGuest; device: NetDevice },
+    control: TestQueue,
+    command: readonly number[],
+  ) => {
+    const at = guest.alloc(64);
+    const status = guest.alloc(1);
+    guest.memory.write(at, Uint8Array.from(command));
+    control.add([
       { address: at, length: command.length, write: false },
       { address: status, length: 1, write: true },
     ]);
-    n.device.kick(n.control.queue);
-    expect(n.control.used()).toMatchObject({ length: 1 });
-    return n.guest.memory.u8(status);
+    device.kick(control.queue);
+    expect(control.used()).toMatchObject({ length: 1 });
+    return guest.memory.u8(status);
   };
+  const offloads = (bits: number) => [5, 0, bits, 0, 0, 0, 0, 0, 0, 0];
 
   test('offloads: what was negotiated, then what is asked for', () => {
-    const n = network([NetFeature.guestCsum, NetFeature.guestTso4, NetFeature.ctrlGuestOffloads]);
+    const n = network([ctrlVq, guestCsum, guestTso4, ctrlGuestOffloads]);
     expect(n.offloads).toEqual([3]);
-    expect(run(n, [5, 0, 2, 0, 0, 0, 0, 0, 0, 0])).toBe(0);
+    expect(run(n, n.control, offloads(2))).toBe(0);
     expect(n.offloads).toEqual([3, 1]);
-    expect(run(n, [5, 0, 0, 4, 0, 0, 0, 0, 0, 0])).toBe(1); // UFO was not
-    expect(run(n, [5, 0, 2])).toBe(1);
+    expect(run(n, n.control, [5, 0, 0, 4, 0, 0, 0, 0, 0, 0])).toBe(1); // UFO was not
+    expect(run(n, n.control, [5, 0, 2, 0, 0, 0, 1, 0, 0, 0])).toBe(1);
+    expect(run(n, n.control, [5, 0, 2])).toBe(1);
+    expect(run(n, n.control, [5, 1, 2, 0, 0, 0, 0, 0, 0, 0])).toBe(1);
+    // What the host refuses is not acknowledged, and what was stays.
+    n.taps.refuses = true;
+    expect(run(n, n.control, offloads(0))).toBe(1);
+    expect(n.offloads).toEqual([3, 1, 0, 1]);
+    n.close();
+  });
+
+  test('nothing is done that was not negotiated', () => {
+    const n = network([ctrlVq, guestCsum]);
+    expect(run(n, n.control, offloads(2))).toBe(1);
+    expect(run(n, n.control, [4, 0, 1, 0])).toBe(1);
+    for (let group = 0; group < 8; group++) {
+      for (let command = 0; command < 4; command++) expect(run(n, n.control, [group, command, 1, 0])).toBe(1);
+    }
+    expect(run(n, n.control, [5])).toBe(1);
+    expect(n.offloads).toEqual([1]);
     n.close();
   });
 
   test('pairs that can be, and commands that cannot', () => {
-    const n = network([NetFeature.multiQueue]);
-    expect(run(n, [4, 0, 1, 0])).toBe(0);
-    expect(run(n, [4, 0, 2, 0])).toBe(1);
-    expect(run(n, [4, 0, 0, 0])).toBe(1);
-    expect(run(n, [4, 1, 1, 0])).toBe(1);
-    expect(run(n, [0, 0, 1])).toBe(1);
+    const n = network([ctrlVq, multiQueue]);
+    expect(run(n, n.control, [4, 0, 1, 0])).toBe(0);
+    expect(run(n, n.control, [4, 0, 2, 0])).toBe(1);
+    expect(run(n, n.control, [4, 0, 0, 0])).toBe(1);
+    expect(run(n, n.control, [4, 0, 1])).toBe(1);
+    expect(run(n, n.control, [4, 1, 1, 0])).toBe(1);
+    expect(run(n, n.control, [0, 0, 1])).toBe(1);
     n.close();
   });
+
+  /** A network of three pairs, each with a worker of its own; the first has the control queue. */
+  function several(features: readonly number[]) {
+    const guest = new TestGuest();
+    const kernel = new TapKernel();
+    const own = new Int32Array(OWN_WORDS);
+    const taps = new Taps();
+    const queues = Array.from({ length: 7 }, (_, index) => new TestQueue(guest, index));
+    const served = [
+      [0, 1, 6],
+      [2, 3],
+      [4, 5],
+    ];
+    const workers = served.map(() => {
+      const context = { ...testContext(kernel), own };
+      return { context, device: new NetDevice(context, { taps: [100, 101, 102], control: taps }) };
+    });
+    // Without a tap that can be watched.
+    for (const { context } of workers) {
+      context.loop.watch = () => undefined;
+      context.loop.unwatch = () => undefined;
+      context.loop.rewatch = () => undefined;
+    }
+    const activate = (index: number) =>
+      workers[index].device.activate(
+        testDriver(
+          guest,
+          served[index].map((queue) => queues[queue]),
+          features,
+        ),
+      );
+    const deactivate = () => workers.forEach(({ device }) => device.deactivate());
+    return { guest, taps, queues, workers, device: workers[0].device, activate, deactivate };
+  }
+
+  test('attaches the queues that the driver uses, and no others', () => {
+    const n = several([ctrlVq, multiQueue]);
+    for (const index of [0, 1, 2]) n.activate(index);
+    expect([...n.taps.attached]).toEqual([]);
+    const pairs = (count: number) => run(n, n.queues[6], [4, 0, count, 0]);
+    for (const [count, attached] of [
+      [1, []],
+      [3, [101, 102]],
+      [2, [101]],
+      [2, [101]],
+      [1, []],
+      [2, [101]],
+    ] as const) {
+      expect(pairs(count)).toBe(0);
+      expect([...n.taps.attached]).toEqual(attached);
+    }
+    for (const count of [0, 4, 0x8000]) expect(pairs(count)).toBe(1);
+    n.taps.refuses = true;
+    expect(pairs(3)).toBe(1);
+    expect([...n.taps.attached]).toEqual([101]);
+    n.deactivate();
+    expect([...n.taps.attached]).toEqual([]);
+    // A driver that comes after uses one until it says otherwise.
+    n.taps.refuses = false;
+    for (const index of [0, 1, 2]) n.activate(index);
+    expect([...n.taps.attached]).toEqual([]);
+    expect(pairs(3)).toBe(0);
+    expect([...n.taps.attached]).toEqual([101, 102]);
+    n.guest.close();
+  });
+
+  test('is the third queue for a driver without VIRTIO_NET_F_MQ, whoever serves that', () => {
+    const n = several([ctrlVq, guestCsum, ctrlGuestOffloads]);
+    for (const index of [0, 1]) n.activate(index);
+    const { device } = n.workers[1];
+    expect(run({ guest: n.guest, device }, n.queues[2], offloads(0))).toBe(0);
+    expect(run({ guest: n.guest, device }, n.queues[2], [4, 0, 1, 0])).toBe(1);
+    expect(n.taps.offloads.slice(-3)).toEqual([0, 0, 0]);
+    // The worker of the first pair comes late: what the driver asked for stays.
+    n.deactivate();
+    n.taps.offloads.length = 0;
+    n.activate(1);
+    expect(run({ guest: n.guest, device }, n.queues[2], offloads(0))).toBe(0);
+    n.activate(0);
+    expect(n.taps.offloads.slice(-3)).toEqual([0, 0, 0]);
+    n.deactivate();
+    n.activate(0);
+    expect(n.taps.offloads.slice(-3)).toEqual([1, 1, 1]);
+    n.guest.close();
+  });
+});
+
+test('a driver that takes no checksums sees no flags', () => {
+  for (const features of [[], [NetFeature.guestCsum]]) {
+    const n = network(features);
+    const address = n.guest.alloc(2048);
+    n.receive.add([{ address, length: 2048, write: true }]);
+    n.device.kick(n.receive.queue);
+    n.kernel.arrive(packet(100), 2); // VIRTIO_NET_HDR_F_DATA_VALID
+    n.context.loop.turn(1000);
+    expect(n.receive.used()).toMatchObject({ length: 112 });
+    expect(n.guest.memory.u8(address)).toBe(features.length === 0 ? 0 : 2);
+    n.close();
+  }
 });
 
 test('the description follows the options', () => {
@@ -285,8 +428,8 @@ test.each([
         context.resets.length = 0;
         kernel.arriving.length = 0;
         kernel.sent.length = 0;
-        const device = new NetDevice(context, { taps: [kernel.tap], setOffload: () => undefined });
-        const features = arriving % 2 === 0 ? [NetFeature.mergeRxBuffers] : [];
+        const device = new NetDevice(context, { taps: [kernel.tap], control: new Taps() });
+        const features = [NetFeature.ctrlVq, ...(arriving % 2 === 0 ? [NetFeature.mergeRxBuffers] : [])];
         device.activate(testDriver(guest, queues, features));
         let slots = 0;
         for (const { buffers, indirect } of chains) {
