@@ -21,7 +21,7 @@ export const NetFeature = {
   multiQueue: 22,
 } as const;
 
-/** Indices of `DeviceContext.counters`. */
+/** Indices of `DeviceContext.counters`. Bytes are those of frames, without virtio's header. */
 export const NetCounter = {
   rx_frames: 0,
   tx_frames: 1,

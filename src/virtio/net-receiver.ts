@@ -280,7 +280,7 @@ export class NetReceiver {
     this.#first += used;
     this.#held -= used;
     counters[NetCounter.rx_frames]++;
-    counters[NetCounter.rx_bytes] += bytes;
+    counters[NetCounter.rx_bytes] += bytes - HEADER_BYTES;
   }
 
   close(): void {

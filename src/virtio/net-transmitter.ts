@@ -74,7 +74,7 @@ export class NetTransmitter {
       if (result < 0) counters[NetCounter.dropped]++;
       else {
         counters[NetCounter.tx_frames]++;
-        counters[NetCounter.tx_bytes] += result;
+        counters[NetCounter.tx_bytes] += result - HEADER_BYTES;
       }
       ring.push(chain.id, 0);
     }

@@ -166,7 +166,7 @@ test('IPv6, a VLAN, and frames of 9,000 bytes', async () => {
     kernel: cloud,
     task: {
       command: [
-        'ip link set eth0 up; ip -6 addr add fd00:96::2/64 dev eth0 nodad',
+        'ip link set eth0 up; ip -6 addr add fd00:96::2/64 dev eth0',
         'ip link add link eth0 name eth0.5 type vlan id 5; ip addr add 10.96.5.2/24 dev eth0.5; ip link set eth0.5 up',
         'cat /sys/class/net/eth0/mtu; echo guest-ready; read line',
         'until ping -6 -c 1 -W 1 fd00:96::1 >/dev/null; do :; done; ping -6 -c 2 -s 8900 fd00:96::1 >/dev/null && echo six',

@@ -114,6 +114,7 @@ describe.each([
     n.device.kick(n.transmit.queue);
     expect(n.kernel.sent).toEqual([Buffer.concat([Buffer.alloc(HEADER), packet(1500)])]);
     expect(n.transmit.used()).toEqual({ id, length: 0 });
+    expect([n.counter('tx_frames'), n.counter('tx_bytes')]).toEqual([1, 1500]);
     n.close();
   });
 
@@ -143,6 +144,7 @@ describe.each([
     n.kernel.arrive(packet(60));
     n.context.loop.turn(1000);
     const total = large.length + HEADER;
+    expect([n.counter('rx_frames'), n.counter('rx_bytes')]).toEqual([2, 2560]);
     expect([n.receive.used(), n.receive.used(), n.receive.used()]).toEqual([
       { id: ids[0].id, length: 1024 },
       { id: ids[1].id, length: 1024 },
