@@ -159,7 +159,8 @@ function prepareTap(kernel: HostKernel, fd: number, pair: number): void {
   // Whoever hands a descriptor down may have opened it to block, as shells do: a worker would hang in its first read.
   const yes = new DataView(Int32Array.of(1).buffer);
   attempt('make it non-blocking', () => control(kernel, fd, NETDEVICE.FIONBIO, yes));
-  if (pair > 0 && !setAttached(kernel, fd, false)) throw new TapError('Cannot detach a queue that waits to be used');
+  // Whoever used a descriptor before may have left it detached.
+  if (!setAttached(kernel, fd, pair === 0)) throw new TapError('Cannot attach and detach queues');
 }
 
 /** What the control queue of a network changes: never throws. */

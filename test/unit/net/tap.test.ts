@@ -163,7 +163,7 @@ describe('a tap', () => {
     // But for the first they wait until the driver uses them.
     const queues = kernel.calls.filter(({ request }) => request === TUN.TUNSETQUEUE);
     expect(queues.map(({ fd, bytes }) => [fd, bytes.readUInt16LE(16)])).toEqual(
-      fds.slice(1).map((fd) => [fd, TUN.IFF_DETACH_QUEUE]),
+      fds.map((fd, pair) => [fd, pair === 0 ? TUN.IFF_ATTACH_QUEUE : TUN.IFF_DETACH_QUEUE]),
     );
   });
 
@@ -220,6 +220,7 @@ describe('a tap', () => {
       expect(kernel.of(TUN.TUNSETVNETHDRSZ)).toHaveLength(3);
       expect(kernel.of(NETDEVICE.FIONBIO)).toHaveLength(3);
       expect(kernel.of(TUN.TUNSETQUEUE).map((bytes) => bytes.readUInt16LE(16))).toEqual([
+        TUN.IFF_ATTACH_QUEUE,
         TUN.IFF_DETACH_QUEUE,
         TUN.IFF_DETACH_QUEUE,
       ]);
@@ -264,6 +265,7 @@ describe('a tap', () => {
     ['attach to vm0', TUN.TUNSETIFF, 1],
     ['set the header size', TUN.TUNSETVNETHDRSZ, 1],
     ['make it non-blocking', NETDEVICE.FIONBIO, 1],
+    ['attach and detach queues', TUN.TUNSETQUEUE, 1],
     ['set the address of vm0', NETDEVICE.SIOCSIFADDR, 0],
     ['set the mask of vm0', NETDEVICE.SIOCSIFNETMASK, 0],
     ['set the MTU of vm0', NETDEVICE.SIOCSIFMTU, 0],
@@ -278,7 +280,7 @@ describe('a tap', () => {
     expect(make).toThrow(TapError);
     expect(kernel.live.size).toBe(0);
     kernel.calls.length = 0;
-    expect(make).toThrow(`Cannot ${step}: operation not permitted`);
+    expect(make).toThrow(new RegExp(`Cannot ${step}(: operation not permitted)?$`));
     expect(kernel.live.size).toBe(0);
   });
 
@@ -352,6 +354,10 @@ function tapsCanBeMade(): boolean {
     withTap((fds) => {
       expect(() => adoptTap(linux, fds[0], 0, 1)).not.toThrow();
       expect(() => adoptTap(linux, fds[1], 1, 2)).not.toThrow();
+      // One that a machine before has left detached is the only one of this.
+      expect(fs.readdirSync(`/sys/class/net/${NAME}/queues`)).toHaveLength(2);
+      adoptTap(linux, fds[1], 0, 1);
+      expect(fs.readdirSync(`/sys/class/net/${NAME}/queues`)).toHaveLength(4);
       const bare = linux.open('/dev/net/tun');
       expect(() => adoptTap(linux, bare, 0, 1)).toThrow(/^Not attached to a tap: /);
       const request = new Uint8Array(NETDEVICE.IFREQ_BYTES);
