@@ -406,6 +406,39 @@ function tapsCanBeMade(): boolean {
       memory.unmap();
     }));
 
+  test('spreads flows over the queues that take part alone', () =>
+    withTap(async (fds) => {
+      const FLOWS = 100;
+      const memory = linux.map({ length: 4096, shared: false });
+      const bytes = Buffer.from(memory.view(0, 4096));
+      /** Flows that each queue gets. */
+      const spread = async () => {
+        for (let flow = 0; flow < FLOWS; flow++) {
+          const socket = dgram.createSocket('udp4');
+          await new Promise<void>((resolve) => socket.bind(0, '192.0.2.1', resolve));
+          socket.setBroadcast(true);
+          await new Promise<void>((resolve) => socket.send('a flow', 9, '192.0.2.3', () => resolve()));
+          socket.close();
+        }
+        return fds.map((fd) => {
+          let flows = 0;
+          for (let count = 1; count > 0;) {
+            count = linux.readRaw(fd, Number(memory.handle.address), 4096);
+            if (count > 0 && bytes.toString('latin1', 0, count).endsWith('a flow')) flows++;
+          }
+          return flows;
+        });
+      };
+      expect(await spread()).toEqual([FLOWS, 0]);
+      const control = tapControl(linux);
+      expect(control.setAttached(fds[1], true)).toBe(true);
+      const [first, second] = await spread();
+      expect([first + second, first > 0, second > 0]).toEqual([FLOWS, true, true]);
+      expect(control.setAttached(fds[1], false)).toBe(true);
+      expect(await spread()).toEqual([FLOWS, 0]);
+      memory.unmap();
+    }));
+
   test('of one queue cannot be had twice', () => {
     const [fd] = openTap(linux, { name: NAME, queuePairs: 1 });
     expect(() => openTap(linux, { name: NAME, queuePairs: 1 })).toThrow(`Cannot attach to ${NAME}: busy`);
