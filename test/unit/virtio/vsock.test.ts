@@ -4,6 +4,7 @@ import { createHash } from 'node:crypto';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { type HostMapping, type MapOptions, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { VsockDevice } from '../../../src/virtio/vsock.js';
 import { BUFFER_BYTES } from '../../../src/virtio/vsock-connection.js';
@@ -816,6 +817,30 @@ describe('the end', () => {
     expect(all.length + lost).toBe(7 * MAX_PACKET);
     expect(all.equals(Buffer.concat(Array<Buffer>(7).fill(data)).subarray(0, all.length))).toBe(true);
     remake(context);
+  });
+
+  test('of a guest whose bytes the host has no memory for', () => {
+    class FullKernel extends LinuxKernel {
+      override map(options: MapOptions): HostMapping {
+        if (options.length === BUFFER_BYTES) throw new SystemError('ENOMEM', 12, 'mmap', 'not enough memory');
+        return super.map(options);
+      }
+    }
+    remake({ ...context, kernel: new FullKernel() });
+    const side = start();
+    const program = fromGuest(side);
+    let sent = 0;
+    while (side.packets.every(({ op }) => op !== Op.reset)) {
+      side.send(Op.data, GUEST_PORT, 7, { data: pattern(MAX_PACKET) });
+      sent += MAX_PACKET;
+      side.collect();
+    }
+    const lost = context.counters[VsockCounter.dropped];
+    expect(lost).toBeGreaterThan(0);
+    expect(context.lines).toEqual([expect.stringContaining(`${lost} bytes that the guest sent were dropped`)]);
+    let got = 0;
+    while (!program.ended) got += program.read().length;
+    expect(got + lost).toBe(sent);
   });
 
   test('of a guest that does what it may not: what it sent before arrives', () => {
