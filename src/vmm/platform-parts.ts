@@ -57,9 +57,11 @@ export function interruptLine(kernel: HostKernel, { eventfd }: InterruptHandle):
   return { raise: () => kernel.signal(eventfd) };
 }
 
-/** CLOCK_MONOTONIC in nanoseconds, the same on every thread; a read allocates nothing. */
-export function monotonicClock(): () => number {
+/**
+ * CLOCK_MONOTONIC in nanoseconds, the same on every thread. It is read as it is: an origin of each thread's own would have to be
+ * made of two clocks, and a thread that is preempted between them would lag for good.
+ */
+export function monotonicClock(): number {
   const [seconds, nanoseconds] = process.hrtime();
-  const origin = seconds * 1e9 + nanoseconds - performance.now() * 1e6;
-  return () => origin + performance.now() * 1e6;
+  return seconds * 1e9 + nanoseconds;
 }

@@ -81,7 +81,7 @@ export function createX86Platform(
     pciPorts: blank(pciPortsLayout),
     vm: vm.handle,
     virtio,
-    started: monotonicClock()(),
+    started: monotonicClock(),
   };
 }
 
@@ -94,7 +94,6 @@ export function attachX86Platform(
 ): Platform {
   const { options } = handle;
   const line = (interrupt: InterruptHandle) => interruptLine(kernel, interrupt);
-  const nanoseconds = monotonicClock();
   const reset = () => emit({ kind: 'reset' });
   const ports = new Bus();
   const memory = new Bus();
@@ -109,11 +108,11 @@ export function attachX86Platform(
   ports.insert(layout.PORT_I8042, I8042_PORTS, new I8042(reset));
   ports.insert(layout.PORT_RTC, 2, new RtcCmos(new StateBlock(rtcLayout, handle.rtc), Date.now));
   const debugPort = new DebugPort(new StateBlock(debugPortLayout, handle.debugPort), (value) =>
-    emit({ kind: 'boot-mark', value, microseconds: (nanoseconds() - handle.started) / 1000 }),
+    emit({ kind: 'boot-mark', value, microseconds: (monotonicClock() - handle.started) / 1000 }),
   );
   ports.insert(layout.PORT_DEBUG, 1, debugPort);
   ports.insert(layout.PORT_ACPI_SLEEP, ACPI_SLEEP_PORTS, new AcpiSleep(reset, () => emit({ kind: 'power-off' })));
-  ports.insert(layout.PORT_PM_TIMER, 4, new AcpiPmTimer(nanoseconds));
+  ports.insert(layout.PORT_PM_TIMER, 4, new AcpiPmTimer(monotonicClock));
   if (options.pvpanic) {
     ports.insert(layout.PORT_PVPANIC, 1, new Pvpanic((event) => emit({ kind: 'guest-panic', event })));
   }
