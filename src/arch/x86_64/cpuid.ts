@@ -43,8 +43,16 @@ function isAmd(supported: readonly CpuidEntry[]): boolean {
   return vendor !== undefined && (vendor.ebx === 0x6874_7541 || vendor.ebx === 0x6f67_7948);
 }
 
+/** Leaf 0x8000_0007, EDX: the time-stamp counter runs at one rate in all states. Else no number tells its frequency. */
+const EDX_INVARIANT_TSC = 1 << 8;
+
+function invariantTsc(supported: readonly CpuidEntry[]): boolean {
+  return supported.some((entry) => entry.function === 0x8000_0007 && (entry.edx & EDX_INVARIANT_TSC) !== 0);
+}
+
 export function buildCpuid(config: CpuidConfig): CpuidEntry[] {
   const { supported, vcpu, topology } = config;
+  const tscKhz = invariantTsc(supported) ? config.tscKhz : undefined;
   const amd = isAmd(supported);
   const id = apicId(vcpu, topology);
   const logical = topology.threadsPerCore * topology.coresPerDie * topology.diesPerPackage;
@@ -65,7 +73,7 @@ export function buildCpuid(config: CpuidConfig): CpuidEntry[] {
         case 4:
           return amd ? entry : cacheLeaf(entry, topology, true);
         case HYPERVISOR_LEAF:
-          return config.tscKhz === undefined ? entry : { ...entry, eax: TIMING_LEAF };
+          return tscKhz === undefined ? entry : { ...entry, eax: TIMING_LEAF };
         case 0x8000_0000:
           return topologyExtension ? { ...entry, eax: Math.max(entry.eax, 0x8000_001e) } : entry;
         case 0x8000_0001: {
@@ -89,8 +97,8 @@ export function buildCpuid(config: CpuidConfig): CpuidEntry[] {
     entries.push(extendedTopologyLeaf(id, topology));
     if (!supported.some((entry) => entry.function === 0x8000_001d)) entries.push(...legacyCaches(supported, topology));
   }
-  if (config.tscKhz !== undefined) {
-    entries.push(plain(TIMING_LEAF, { eax: config.tscKhz, ebx: APIC_BUS_KHZ, ecx: 0, edx: 0 }));
+  if (tscKhz !== undefined) {
+    entries.push(plain(TIMING_LEAF, { eax: tscKhz, ebx: APIC_BUS_KHZ, ecx: 0, edx: 0 }));
   }
   return entries;
 }

@@ -20,6 +20,8 @@ const KVM_LEAVES = [
   plain([0x4000_0001, 0x0100_7efb, 0, 0, 0]),
 ];
 
+const INVARIANT_TSC = plain([0x8000_0007, 0, 0, 0, 1 << 8]);
+
 /** Ice Lake server: 46 address bits; 48 KiB L1, 32 KiB L1, 1.25 MiB L2, 48 MiB L3, of another topology. */
 const INTEL = [
   plain([0, 0x1b, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
@@ -35,6 +37,7 @@ const INTEL = [
   ...KVM_LEAVES,
   plain([0x8000_0000, 0x8000_0008, 0, 0, 0]),
   plain([0x8000_0001, 0, 0, 0x121, 0x2c10_0800]),
+  INVARIANT_TSC,
   plain([0x8000_0008, 0x302e, 0, 0, 0]),
 ];
 
@@ -47,6 +50,7 @@ const AMD = [
   plain([0x8000_0001, 0x00a0_0f11, 0, 0x75c2_37ff, 0x2fd3_fbff]),
   plain([0x8000_0005, 0xff40_ff40, 0xff40_ff40, 0x2008_0140, 0x2008_0140]),
   plain([0x8000_0006, 0x4800_6400, 0x6800_6400, 0x0200_6140, 0x0100_9140]),
+  INVARIANT_TSC,
   plain([0x8000_0008, 0x3030, 0x111e_f257, 0x603f, 0x1_0007]),
   indexed(0, [0x8000_001d, 0x4121, 0x01c0_003f, 0x3f, 0]),
   indexed(1, [0x8000_001d, 0x4122, 0x01c0_003f, 0x3f, 0]),
@@ -306,12 +310,21 @@ describe.each(Object.keys(HOSTS) as (keyof typeof HOSTS)[])('on %s', (host) => {
     }
   });
 
-  test('the TSC’s frequency is told where it is known', () => {
-    expect(cpuid.leaf(0x4000_0000)).toEqual({ ...given.leaf(0x4000_0000), eax: 0x4000_0010 });
-    expect(cpuid.leaf(0x4000_0010)).toMatchObject({ eax: 2_500_000, ebx: 1_000_000, ecx: 0, edx: 0 });
-    const unknown = buildCpuid({ supported: HOSTS[host], vcpu: 0, topology, physicalBits: 40 });
-    expect(unknown.some((entry) => entry.function === 0x4000_0010)).toBe(false);
-    expect(new Cpuid(unknown).leaf(0x4000_0000)).toEqual(given.leaf(0x4000_0000));
+  test('the TSC’s frequency is told where it is known, and does not change', () => {
+    const supported = HOSTS[host];
+    const invariant = [...supported.filter((entry) => entry.function !== 0x8000_0007), INVARIANT_TSC];
+    const [told] = build(invariant, topology);
+    expect(told.leaf(0x4000_0000)).toEqual({ ...given.leaf(0x4000_0000), eax: 0x4000_0010 });
+    expect(told.leaf(0x4000_0010)).toMatchObject({ eax: 2_500_000, ebx: 1_000_000, ecx: 0, edx: 0 });
+    const unknown = buildCpuid({ supported: invariant, vcpu: 0, topology, physicalBits: 40 });
+    const changing = build(
+      supported.map((entry) => (entry.function === 0x8000_0007 ? { ...entry, edx: 0xff } : entry)),
+      topology,
+    )[0].entries;
+    for (const entries of [unknown, changing]) {
+      expect(entries.some((entry) => entry.function === 0x4000_0010)).toBe(false);
+      expect(new Cpuid(entries).leaf(0x4000_0000)).toEqual(given.leaf(0x4000_0000));
+    }
   });
 });
 
