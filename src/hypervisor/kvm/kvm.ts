@@ -16,6 +16,7 @@ import {
 } from '../hypervisor.js';
 import type { CpuidEntry } from '../x86-state.js';
 import * as abi from './abi.js';
+import { withoutAmx } from './cpuid.js';
 import { createKvmVm, openKvmDevice } from './device.js';
 import { IOAPIC_PINS, setRouting, wirePins } from './routes.js';
 import { KvmVcpu } from './vcpu.js';
@@ -122,7 +123,7 @@ class KvmVm extends KvmVmBase implements X86Vm {
     view.setUint32(0, MAX_CPUID_ENTRIES, true);
     this.kernel.ioctlBuffer(this.device, abi.KVM_GET_SUPPORTED_CPUID, buffer);
     const count = Math.min(view.getUint32(0, true), MAX_CPUID_ENTRIES);
-    return Array.from({ length: count }, (_, index) => {
+    const entries = Array.from({ length: count }, (_, index) => {
       const at = abi.CPUID_HEADER_SIZE + index * abi.CPUID_ENTRY_SIZE;
       const leaf = view.getUint32(at, true);
       return {
@@ -135,6 +136,7 @@ class KvmVm extends KvmVmBase implements X86Vm {
         edx: view.getUint32(at + 24, true),
       };
     });
+    return withoutAmx(entries);
   }
 
   createVcpu(id: number): X86Vcpu {
