@@ -170,6 +170,8 @@ export interface Vm {
   addMemory(slot: MemorySlot): void;
   /** @param pin the input of the machine's interrupt controller: the IOAPIC's, or the number of the GIC's SPI */
   createInterrupt(pin: number): InterruptHandle;
+  /** Lets the guest's time run, for all vCPUs from the same moment on. Once, before the first of them runs. */
+  startTime(): void;
   /** A route for {@link VmSignals.connectMsi}: for interrupts that the host's kernel raises by itself (vhost). */
   allocateMsiRoute(): number;
   /** Closes the VM. Its vCPUs are closed first, by their owner. */

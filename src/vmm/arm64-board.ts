@@ -8,6 +8,7 @@ import * as layout from '../arch/aarch64/layout.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { Arm64Hypervisor, Arm64Vcpu, Arm64Vm } from '../hypervisor/hypervisor.js';
 import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
+import { undoAll } from '../sys/close-all.js';
 import { divideSegments, type SegmentWindows } from '../pci/segments.js';
 import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
@@ -65,8 +66,10 @@ export class Arm64Board implements Board {
       for (let id = 0; id < this.config.cpus.boot_vcpus; id++) this.#vcpus.push(this.vm.createVcpu(id, id > 0));
       this.vm.finishVcpus();
     } catch (error) {
-      for (const vcpu of this.#vcpus) vcpu.close();
-      throw error;
+      undoAll(
+        error,
+        this.#vcpus.map((vcpu) => () => vcpu.close()),
+      );
     }
     return this.#vcpus;
   }

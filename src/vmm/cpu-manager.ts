@@ -3,6 +3,7 @@
  */
 import { type ResourceLimits, Worker } from 'node:worker_threads';
 import { EXIT_KINDS, type HypervisorName, type Vcpu, type VcpuHandle } from '../hypervisor/hypervisor.js';
+import { closeAll } from '../sys/close-all.js';
 import { StateBlock } from '../state/state-block.js';
 import type { MemoryHandle } from './memory-manager.js';
 import type { PlatformHandle } from './platform.js';
@@ -149,6 +150,12 @@ export class CpuManager {
   close(): void {
     // Counted in pages that go away with the vCPUs.
     this.#lastIntercepts = this.intercepts();
-    for (const { vcpu } of this.#threads) vcpu.close();
+    closeAll(
+      this.#threads.map(
+        ({ vcpu }) =>
+          () =>
+            vcpu.close(),
+      ),
+    );
   }
 }

@@ -9,6 +9,7 @@ import type { PciPlacement } from '../config/device-config.js';
 import type { VmConfig } from '../config/vm-config.js';
 import { HypervisorError, type HypervisorName, type Vm } from '../hypervisor/hypervisor.js';
 import { type SegmentWindows, SlotAllocator, WindowAllocator } from '../pci/segments.js';
+import { closeAll } from '../sys/close-all.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import { balloonDescription } from '../virtio/balloon.js';
 import { BytePipe } from '../virtio/byte-pipe.js';
@@ -330,8 +331,7 @@ export class DeviceManager {
 
   /** After the workers have ended. */
   close(): void {
-    for (const eventfd of this.#eventfds) this.kernel.close(eventfd);
-    this.#eventfds.length = 0;
+    closeAll(this.#eventfds.splice(0).map((eventfd) => () => this.kernel.close(eventfd)));
   }
 }
 

@@ -10,6 +10,7 @@ import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../config/d
 import { PMEM_ALIGNMENT } from '../config/device-config.js';
 import type { VmConfig } from '../config/vm-config.js';
 import { VHOST_DEVICE, vhostFeatures } from '../net/vhost.js';
+import { closeAll, undoAll } from '../sys/close-all.js';
 import { type HostKernel, type HostMapping, type OpenOptions, SystemError } from '../sys/host-kernel.js';
 import { MachineError } from './machine-error.js';
 
@@ -76,8 +77,7 @@ export class HostResources {
       if (config.vsock !== undefined) resources.#openVsock(config.vsock);
       return resources;
     } catch (error) {
-      resources.close();
-      throw error;
+      return undoAll(error, [() => resources.close()]);
     }
   }
 
@@ -212,8 +212,7 @@ export class HostResources {
   }
 
   close(): void {
-    for (const step of this.#undo.reverse()) step();
-    this.#undo.length = 0;
+    closeAll(this.#undo.splice(0).reverse());
   }
 }
 

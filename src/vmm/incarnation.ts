@@ -1,6 +1,7 @@
 /** One life of a machine, from power-on to its next reset or its end: everything that a guest can touch. */
 import type { Vcpu } from '../hypervisor/hypervisor.js';
 import type { VmConfig } from '../config/vm-config.js';
+import { closeAll, undoAll } from '../sys/close-all.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { Board } from './board.js';
 import { createBoard } from './boards.js';
@@ -46,7 +47,7 @@ export class Incarnation {
       undo.push(() => this.#memory.close());
       this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
-      undo.push(() => vcpus.forEach((vcpu) => vcpu.close()));
+      undo.push(() => closeAll(vcpus.map((vcpu) => () => vcpu.close())));
 
       this.#devices = new DeviceManager(kernel, vm, {
         hypervisor: hypervisor.name,
@@ -67,14 +68,14 @@ export class Incarnation {
       this.#board.boot(this.#memory.memory);
       this.#cpus = new CpuManager(hypervisor.name, vcpus, this.#devices.memory, parts.vcpuWorker, events);
     } catch (error) {
-      for (const step of undo.reverse()) step();
-      throw error;
+      undoAll(error, undo.reverse());
     }
   }
 
   start(): void {
     const affinity = new Map((this.parts.config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
     this.#io.start();
+    this.#board.vm.startTime();
     this.#cpus.start(this.#handle, affinity);
   }
 
@@ -111,14 +112,18 @@ export class Incarnation {
   async close(): Promise<void> {
     await this.#cpus.stop();
     await this.#io.stop();
-    this.serial?.close();
-    this.console?.close();
-    const pointers = this.#cpus.instructionPointers().map((rip) => `0x${rip.toString(16)}`);
-    this.parts.logger.debug(`vCPUs stopped at RIP ${pointers.join(', ')}`);
-    this.#cpus.close();
-    this.#board.vm.close();
-    this.#devices.close();
-    this.#memory.close();
+    closeAll([
+      () => this.serial?.close(),
+      () => this.console?.close(),
+      () => {
+        const pointers = this.#cpus.instructionPointers().map((rip) => `0x${rip.toString(16)}`);
+        this.parts.logger.debug(`vCPUs stopped at RIP ${pointers.join(', ')}`);
+      },
+      () => this.#cpus.close(),
+      () => this.#board.vm.close(),
+      () => this.#devices.close(),
+      () => this.#memory.close(),
+    ]);
   }
 }
 

@@ -15,6 +15,7 @@ import type { X86Hypervisor, X86Vcpu, X86Vm } from '../hypervisor/hypervisor.js'
 import type { CpuidEntry } from '../hypervisor/x86-state.js';
 import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
 import { divideSegments, type SegmentWindows } from '../pci/segments.js';
+import { undoAll } from '../sys/close-all.js';
 import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import { type Board, configuredTopology } from './board.js';
 import { MachineError } from './machine-error.js';
@@ -90,8 +91,10 @@ export class X86Board implements Board {
         vcpu.setLocalInterrupts();
       }
     } catch (error) {
-      for (const vcpu of this.#vcpus) vcpu.close();
-      throw error;
+      undoAll(
+        error,
+        this.#vcpus.map((vcpu) => () => vcpu.close()),
+      );
     }
     return this.#vcpus;
   }

@@ -1,6 +1,7 @@
 /** What live-test.ts is for, on aarch64: a loop at EL1 without a stage 1 translation, and the time it takes. */
 import * as layout from '../../arch/aarch64/layout.js';
 import { type Arm64Hypervisor, type Arm64Vcpu, ExitKind } from '../../hypervisor/hypervisor.js';
+import { closeAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { LiveResult } from './live-test.js';
 
@@ -42,6 +43,7 @@ function runLoop(hypervisor: Arm64Hypervisor, kernel: HostKernel): LiveResult {
     vm.addMemory({ slot: 0, guestAddress: layout.RAM_START, mapping: ram.handle });
     vcpu = vm.createVcpu(0, false);
     vm.finishVcpus();
+    vm.startTime();
     let best = 0;
     for (let time = 0; time < TIMES; time++) {
       vcpu.setBootState(BigInt(layout.RAM_START), 0n);
@@ -59,8 +61,6 @@ function runLoop(hypervisor: Arm64Hypervisor, kernel: HostKernel): LiveResult {
     }
     return { mode, speed: Math.round(best) };
   } finally {
-    vcpu?.close();
-    vm.close();
-    ram.unmap();
+    closeAll([() => vcpu?.close(), () => vm.close(), () => ram.unmap()]);
   }
 }

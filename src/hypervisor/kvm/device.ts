@@ -1,4 +1,5 @@
 /** /dev/kvm, on any architecture. */
+import { undoAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { SystemError } from '../../sys/host-kernel.js';
 import { HypervisorError } from '../hypervisor.js';
@@ -43,6 +44,15 @@ function openAdvice(error: unknown, remedy: string): string {
     return `No permission for ${KVM_DEVICE}: add this user to the group that owns it (on Debian: kvm)`;
   }
   return `${KVM_DEVICE} cannot be opened: ${error instanceof Error ? error.message : String(error)}`;
+}
+
+/** What is made of a descriptor, which is closed when that fails. */
+export function openedWith<T>(kernel: HostKernel, fd: number, make: () => T): T {
+  try {
+    return make();
+  } catch (error) {
+    return undoAll(error, [() => kernel.close(fd)]);
+  }
 }
 
 /** KVM_CREATE_VM is interruptible: a timer's signal makes it fail with EINTR, and asking again is all it takes. */

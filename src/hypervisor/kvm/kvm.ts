@@ -4,6 +4,7 @@
  * The in-kernel PIC, IOAPIC and PIT are used, not the split irqchip: a guest without ACPI finds its interrupts through the
  * MP table and the PIC, which the split irqchip does not have, and IOAPIC accesses cost no exit to user space.
  */
+import { undoAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { SystemError } from '../../sys/host-kernel.js';
 import {
@@ -17,7 +18,7 @@ import {
 import type { CpuidEntry } from '../x86-state.js';
 import * as abi from './abi.js';
 import { withoutAmx } from './cpuid.js';
-import { createKvmVm, openKvmDevice } from './device.js';
+import { createKvmVm, openedWith, openKvmDevice } from './device.js';
 import { IOAPIC_PINS, setRouting, wirePins } from './routes.js';
 import { KvmVcpu } from './vcpu.js';
 import { KvmVmBase } from './vm.js';
@@ -67,16 +68,16 @@ export class KvmHypervisor implements X86Hypervisor {
     private readonly kernel: HostKernel,
     private readonly fd: number,
   ) {
-    this.maxVcpus = kernel.ioctl(fd, abi.KVM_CHECK_EXTENSION, abi.KVM_CAP.MAX_VCPUS);
+    this.maxVcpus = openedWith(kernel, fd, () => kernel.ioctl(fd, abi.KVM_CHECK_EXTENSION, abi.KVM_CAP.MAX_VCPUS));
   }
 
   createVm(options: X86VmOptions): X86Vm {
-    const vm = new KvmVm(this.kernel, this.fd, createKvmVm(this.kernel, this.fd), IOAPIC_PINS);
+    const fd = createKvmVm(this.kernel, this.fd);
+    const vm = openedWith(this.kernel, fd, () => new KvmVm(this.kernel, this.fd, fd, IOAPIC_PINS));
     try {
       vm.initialize(options);
     } catch (error) {
-      vm.close();
-      throw error;
+      undoAll(error, [() => vm.close()]);
     }
     return vm;
   }
@@ -140,8 +141,7 @@ class KvmVm extends KvmVmBase implements X86Vm {
   }
 
   createVcpu(id: number): X86Vcpu {
-    const { handle, run } = this.openVcpu(id);
-    return new KvmVcpu(this.kernel, handle, run);
+    return this.openVcpu(id, (handle, run) => new KvmVcpu(this.kernel, handle, run));
   }
 
   tscKhz(): number | undefined {

@@ -5,6 +5,7 @@
  * once, allocate nothing, and never throw.
  */
 import os from 'node:os';
+import { closeAll } from '../../sys/close-all.js';
 import type { HostKernel, HostMapping } from '../../sys/host-kernel.js';
 import { ExitKind, type VcpuExit, type VcpuHandle } from '../hypervisor.js';
 import * as abi from './abi.js';
@@ -140,7 +141,6 @@ export abstract class KvmRunner {
   }
 
   close(): void {
-    this.mapping.unmap();
-    this.kernel.close(this.handle.fd);
+    closeAll([() => this.mapping.unmap(), () => this.kernel.close(this.handle.fd)]);
   }
 }

@@ -1,5 +1,6 @@
 /** What a KVM VM is on any architecture: memory, interrupt inputs, routes. */
 import { StateBlock } from '../../state/state-block.js';
+import { closeAll, undoAll } from '../../sys/close-all.js';
 import type { HostKernel, HostMapping } from '../../sys/host-kernel.js';
 import {
   HypervisorError,
@@ -51,20 +52,30 @@ export class KvmVmBase {
     return { eventfd };
   }
 
+  startTime(): void {
+    // KVM starts the clocks of all vCPUs together by itself: each new one takes the time of the first.
+  }
+
   allocateMsiRoute(): number {
     if (this.#nextRoute === MAX_ROUTES) throw new HypervisorError(`More than ${MAX_ROUTES} interrupt routes`);
     return this.#nextRoute++;
   }
 
-  protected openVcpu(id: number): { handle: VcpuHandle; run: HostMapping } {
+  /** @param build makes the vCPU, which closes both from then on */
+  protected openVcpu<T>(id: number, build: (handle: VcpuHandle, run: HostMapping) => T): T {
     const fd = this.kernel.ioctl(this.fd, abi.KVM_CREATE_VCPU, id);
-    const length = this.kernel.ioctl(this.device, abi.KVM_GET_VCPU_MMAP_SIZE);
-    const run = this.kernel.map({ length, fd, shared: true });
-    return { handle: { id, fd, run: run.handle }, run };
+    const undo = [() => this.kernel.close(fd)];
+    try {
+      const length = this.kernel.ioctl(this.device, abi.KVM_GET_VCPU_MMAP_SIZE);
+      const run = this.kernel.map({ length, fd, shared: true });
+      undo.push(() => run.unmap());
+      return build({ id, fd, run: run.handle }, run);
+    } catch (error) {
+      return undoAll(error, undo);
+    }
   }
 
   close(): void {
-    for (const eventfd of this.#eventfds) this.kernel.close(eventfd);
-    this.kernel.close(this.fd);
+    closeAll([...this.#eventfds, this.fd].map((fd) => () => this.kernel.close(fd)));
   }
 }

@@ -5,6 +5,7 @@
  * IOAPIC and no PIC. Accesses to ports and to memory that is not there come to the VP's thread (vcpu.ts).
  */
 import { StateBlock } from '../../state/state-block.js';
+import { closeAll, undoAll } from '../../sys/close-all.js';
 import { type HostKernel, type HostMapping, SystemError } from '../../sys/host-kernel.js';
 import {
   HypervisorError,
@@ -81,14 +82,16 @@ export class MshvHypervisor implements X86Hypervisor {
   ) {}
 
   createVm(): X86Vm {
-    const vm = new MshvVm(this.kernel, this.#createPartition());
+    const fd = this.#createPartition();
+    const undo = [() => this.kernel.close(fd)];
     try {
+      const vm = new MshvVm(this.kernel, fd);
+      undo[0] = () => vm.close();
       vm.initialize();
+      return vm;
     } catch (error) {
-      vm.close();
-      throw error;
+      return undoAll(error, undo);
     }
-    return vm;
   }
 
   /** With the arguments of newer drivers, or else of the first ones. */
@@ -146,18 +149,24 @@ class MshvVm implements X86Vm {
     private readonly fd: number,
   ) {
     this.#pages = kernel.map({ length: HYPERCALL_PAGES_SIZE, shared: false });
-    this.#slots = kernel.map({ length: SIGNAL_SLOTS_SIZE, shared: false });
-    this.#hypercalls = new Hypercalls(kernel, fd, this.#pages);
+    try {
+      this.#slots = kernel.map({ length: SIGNAL_SLOTS_SIZE, shared: false });
+      this.#hypercalls = new Hypercalls(kernel, fd, this.#pages);
+    } catch (error) {
+      undoAll(error, [() => this.#pages.unmap()]);
+    }
   }
 
   initialize(): void {
-    const { SYNTHETIC_PROC_FEATURES, UNIMPLEMENTED_MSR_ACTION } = abi.HV_PARTITION_PROPERTY;
+    const { SYNTHETIC_PROC_FEATURES, TIME_FREEZE, UNIMPLEMENTED_MSR_ACTION } = abi.HV_PARTITION_PROPERTY;
     const features = SYNTHETIC_FEATURES.reduce(
       (sum, name) => sum | (1n << BigInt(abi.SYNTHETIC_FEATURE_BIT[name])),
       0n,
     );
     this.#hypercalls.setProperty(SYNTHETIC_PROC_FEATURES, features);
     this.#request('INITIALIZE_PARTITION', () => this.kernel.ioctl(this.fd, abi.MSHV_INITIALIZE_PARTITION));
+    // It has begun to run: until the vCPUs do, it stands still.
+    this.#hypercalls.setProperty(TIME_FREEZE, 1n);
     // As KVM does for what it does not know; guests probe for much.
     const action = BigInt(abi.HV_UNIMPLEMENTED_MSR_ACTION.IGNORE_WRITE_READ_ZERO);
     this.#hypercalls.setProperty(UNIMPLEMENTED_MSR_ACTION, action);
@@ -208,10 +217,17 @@ class MshvVm implements X86Vm {
   #createVp(id: number): MshvVcpu {
     const argument = new Uint8Array(new Uint32Array([id]).buffer);
     const fd = this.#request('CREATE_VP', () => this.kernel.ioctlBuffer(this.fd, abi.MSHV_CREATE_VP, argument));
-    const pages = this.kernel.map({ length: VP_PAGES_SIZE, shared: false });
-    const registerPage = this.#mapRegisterPage(fd);
-    const handle: VcpuHandle = { id, fd, run: pages.handle, registerPage: registerPage?.handle };
-    return new MshvVcpu(this.kernel, handle, pages, registerPage, { cpuid: () => this.#cpuid });
+    const undo: (() => void)[] = [() => this.kernel.close(fd)];
+    try {
+      const pages = this.kernel.map({ length: VP_PAGES_SIZE, shared: false });
+      undo.push(() => pages.unmap());
+      const registerPage = this.#mapRegisterPage(fd);
+      undo.push(() => registerPage?.unmap());
+      const handle: VcpuHandle = { id, fd, run: pages.handle, registerPage: registerPage?.handle };
+      return new MshvVcpu(this.kernel, handle, pages, registerPage, { cpuid: () => this.#cpuid });
+    } catch (error) {
+      return undoAll(error, undo);
+    }
   }
 
   /** The driver of an older hypervisor has none. */
@@ -232,6 +248,10 @@ class MshvVm implements X86Vm {
     return { eventfd };
   }
 
+  startTime(): void {
+    this.#hypercalls.setProperty(abi.HV_PARTITION_PROPERTY.TIME_FREEZE, 0n);
+  }
+
   allocateMsiRoute(): number {
     if (this.#nextRoute === abi.MAX_GUEST_IRQS) {
       throw new HypervisorError(`More than ${abi.MAX_GUEST_IRQS} interrupt routes`);
@@ -245,10 +265,11 @@ class MshvVm implements X86Vm {
   }
 
   close(): void {
-    this.#first?.close();
-    for (const eventfd of this.#eventfds) this.kernel.close(eventfd);
-    this.kernel.close(this.fd);
-    this.#slots.unmap();
-    this.#pages.unmap();
+    closeAll([
+      () => this.#first?.close(),
+      ...[...this.#eventfds, this.fd].map((fd) => () => this.kernel.close(fd)),
+      () => this.#slots.unmap(),
+      () => this.#pages.unmap(),
+    ]);
   }
 }

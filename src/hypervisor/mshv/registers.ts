@@ -24,13 +24,11 @@ export const SPECIAL_REGISTERS: readonly number[] = [SEGMENTS, TABLES, CONTROLS]
   Object.values(names),
 );
 
-/** The model-specific registers that the hypervisor has names for: Intel SDM volume 4. */
+/** The model-specific registers that are set by name: Intel SDM volume 4. */
 const MSRS: ReadonlyMap<number, number> = new Map<number, number>([
-  [0x10, R.TSC],
   [0x174, R.SYSENTER_CS],
   [0x175, R.SYSENTER_ESP],
   [0x176, R.SYSENTER_EIP],
-  [0x1a0, R.MSR_IA32_MISC_ENABLE],
   [0x277, R.PAT],
   [0x2ff, R.MSR_MTRR_DEF_TYPE],
   [0xc000_0081, R.STAR],
@@ -40,8 +38,15 @@ const MSRS: ReadonlyMap<number, number> = new Map<number, number>([
   [0xc000_0102, R.KERNEL_GS_BASE],
 ]);
 
+/** IA32_MISC_ENABLE: the hypervisor's own from power-on says what its processor has, and an AMD processor has none. */
+const LEFT_ALONE = [0x1a0];
+
 /** @throws RangeError for one that has no name */
-export function msrValue({ index, value }: Msr): RegisterValue {
+export function msrValues(msrs: readonly Msr[]): RegisterValue[] {
+  return msrs.filter(({ index }) => !LEFT_ALONE.includes(index)).map(msrValue);
+}
+
+function msrValue({ index, value }: Msr): RegisterValue {
   const name = MSRS.get(index);
   if (name === undefined) throw new RangeError(`MSR 0x${index.toString(16)} has no register name`);
   return [name, value];

@@ -11,6 +11,7 @@
  */
 import os from 'node:os';
 import type { GuestMemory } from '../../memory/guest-memory.js';
+import { closeAll } from '../../sys/close-all.js';
 import type { HostKernel, HostMapping } from '../../sys/host-kernel.js';
 import { ExitKind, type VcpuExit, type VcpuHandle, type X86Vcpu } from '../hypervisor.js';
 import type { CpuidEntry, Msr, X86Fpu, X86Registers, X86SpecialRegisters } from '../x86-state.js';
@@ -22,7 +23,7 @@ import { createEmulator, MshvCpu } from './processor.js';
 import {
   GENERAL_REGISTERS,
   generalRegistersAt,
-  msrValue,
+  msrValues,
   SPECIAL_REGISTERS,
   specialRegistersAt,
   specialValues,
@@ -325,7 +326,7 @@ export class MshvVcpu implements X86Vcpu {
   }
 
   setMsrs(msrs: readonly Msr[]): void {
-    this.hypercalls.setRegisters(this.handle.id, msrs.map(msrValue));
+    this.hypercalls.setRegisters(this.handle.id, msrValues(msrs));
   }
 
   setLocalInterrupts(): void {
@@ -336,9 +337,7 @@ export class MshvVcpu implements X86Vcpu {
   }
 
   close(): void {
-    this.registerPage?.unmap();
-    this.pages.unmap();
-    this.kernel.close(this.handle.fd);
+    closeAll([() => this.registerPage?.unmap(), () => this.pages.unmap(), () => this.kernel.close(this.handle.fd)]);
   }
 }
 

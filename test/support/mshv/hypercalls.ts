@@ -136,7 +136,7 @@ function getRegisters(
   const at = abi.GET_VP_REGISTERS;
   if (reps === 0 || size < at.names + 4 * reps || reps * 16 > PAGE) return refuse(HV_STATUS.INVALID_HYPERCALL_INPUT);
   if (!headerIsValid(input)) return refuse(HV_STATUS.INVALID_PARAMETER);
-  const target = new Target(call.host, vp);
+  const target = new Target(call.host, vp, call.partition!.clocks);
   for (let index = 0; index < reps; index++) {
     const value = new DataView(output.buffer, index * abi.REGISTER_VALUE_SIZE, abi.REGISTER_VALUE_SIZE);
     const name = input.getUint32(at.names + 4 * index, true);
@@ -150,7 +150,7 @@ function setRegisters(call: Call, vp: VirtualProcessor, reps: number, input: Dat
   if (reps === 0 || size < at.elements + abi.REGISTER_ASSOC_SIZE * reps)
     return refuse(HV_STATUS.INVALID_HYPERCALL_INPUT);
   if (!headerIsValid(input)) return refuse(HV_STATUS.INVALID_PARAMETER);
-  const target = new Target(call.host, vp);
+  const target = new Target(call.host, vp, call.partition!.clocks);
   let result: Result = { status: HV_STATUS.SUCCESS, reps };
   for (let index = 0; index < reps; index++) {
     const element = at.elements + index * abi.REGISTER_ASSOC_SIZE;
@@ -310,6 +310,7 @@ function setProperty(partition: Partition, input: DataView, size: number): Resul
   if (!SETTABLE.includes(code)) return refuse(HV_STATUS.UNKNOWN_PROPERTY);
   if (EARLY.includes(code) && partition.initialized) return refuse(HV_STATUS.INVALID_PARTITION_STATE);
   if (FLAGS.includes(code) && value > 1n) return refuse(HV_STATUS.PROPERTY_VALUE_OUT_OF_RANGE);
+  if (code === HV_PARTITION_PROPERTY.TIME_FREEZE) partition.clocks.freeze(value === 1n);
   partition.setProperty(code, value);
   if (code === HV_PARTITION_PROPERTY.UNIMPLEMENTED_MSR_ACTION) partition.setWord(P.unimplementedMsr, Number(value));
   if (code === HV_PARTITION_PROPERTY.GPA_PAGE_ACCESS_TRACKING && partition.track(value === 1n) < 0) {

@@ -15,6 +15,8 @@ export const KVM_GET_XSAVE = 0x9000aea4;
 export const KVM_SET_XSAVE = 0x5000aea5;
 export const KVM_GET_DIRTY_LOG = 0x4010ae42;
 export const KVM_GET_SUPPORTED_HV_CPUID = 0xc008aec1;
+export const KVM_SET_DEVICE_ATTR = 0x4018aee1;
+export const KVM_GET_DEVICE_ATTR = 0x4018aee2;
 export const KVM_X86_SET_MSR_FILTER = 0x4188aec6;
 
 export const CAP = {

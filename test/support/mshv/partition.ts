@@ -4,6 +4,7 @@ import * as kvm from '../../../src/hypervisor/kvm/abi.js';
 import * as abi from '../../../src/hypervisor/mshv/abi.js';
 import type { HostKernel, HostMapping } from '../../../src/sys/host-kernel.js';
 import { baseCpuid, type Leaf, setCpuid } from './cpuid.js';
+import { Clocks } from './clocks.js';
 import { DirtyPages } from './dirty-pages.js';
 import { EEXIST, EFAULT, EINVAL, EIO, ENOMEM } from './errno.js';
 import { Interrupts, PINS } from './irq.js';
@@ -38,6 +39,7 @@ const runMappings = new Map<number, HostMapping>();
 export class Partition {
   readonly interrupts: Interrupts;
   readonly dirtyPages: DirtyPages;
+  readonly clocks: Clocks;
   readonly #control: number;
 
   constructor(
@@ -47,6 +49,7 @@ export class Partition {
   ) {
     this.#control = shared.partition(index) / 4;
     this.interrupts = new Interrupts(host, shared, index);
+    this.clocks = new Clocks(host, shared, index);
     this.dirtyPages = new DirtyPages(host, shared, this);
   }
 
@@ -284,6 +287,7 @@ export class Partition {
         return result < 0 ? result : -EIO;
       }
       runMappings.set(fd, mapping);
+      this.clocks.created(index);
       words[this.#control + P.openVps]++;
       this.shared.setDescriptor(fd, Kind.Vp, this.index, index);
       return fd;

@@ -2,6 +2,7 @@
 import * as kvm from '../../../src/hypervisor/kvm/abi.js';
 import { HV_REGISTER as R, HV_X64_REGISTER as X } from '../../../src/hypervisor/mshv/abi.js';
 import type { HostKernel } from '../../../src/sys/host-kernel.js';
+import type { Clocks } from './clocks.js';
 import * as k from './kvm-abi.js';
 import { GENERAL, type Processor, RFLAGS, RIP, type SegmentName } from './processor.js';
 import { V } from './shared.js';
@@ -26,6 +27,7 @@ export class Target {
   constructor(
     private readonly host: HostKernel,
     readonly vp: VirtualProcessor,
+    readonly clocks: Clocks,
   ) {}
 
   get processor(): Processor {
@@ -251,6 +253,11 @@ function suspend(word: number): Access {
   };
 }
 
+const TSC: Access = {
+  get: ({ clocks, vp }, value) => (value.setBigUint64(0, clocks.get(vp.index), true), true),
+  set: ({ clocks, vp }, value) => (clocks.set(vp.index, quad(value)), true),
+};
+
 function build(): Map<number, Access> {
   const all = new Map<number, Access>();
   GENERAL.forEach((place, index) => all.set(X.RAX + index, general(place)));
@@ -292,7 +299,6 @@ function build(): Map<number, Access> {
   for (const [name, field] of Object.entries(segments)) all.set(X[name as keyof typeof segments], segment(field));
   all.set(X.GDTR, table('gdt')).set(X.IDTR, table('idt'));
   const msrs = {
-    TSC: 0x10,
     KERNEL_GS_BASE: 0xc000_0102,
     PAT: 0x277,
     SYSENTER_CS: 0x174,
@@ -312,6 +318,7 @@ function build(): Map<number, Access> {
     MSR_IA32_MISC_ENABLE: 0x1a0,
   } as const;
   for (const [name, index] of Object.entries(msrs)) all.set(X[name as keyof typeof msrs], msr(index));
+  all.set(X.TSC, TSC);
   all.set(X.MSR_MTRR_CAP, readOnlyMsr(0xfe));
   for (let index = 0; index < 8; index++) {
     all

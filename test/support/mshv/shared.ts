@@ -56,6 +56,8 @@ export const P = {
   openVps: 14,
   routes: 15,
   unimplementedMsr: 16,
+  /** Time stands still. */
+  frozen: 17,
   properties: 64,
   levels: 256,
   msrs: 400,
@@ -74,6 +76,8 @@ export const V = {
   runLength: 7,
   generation: 8,
   cpuidSet: 9,
+  /** Two words: what clocks.ts keeps of the time-stamp counter. */
+  tsc: 10,
   /** Intercepts, by the order of messages.ts. */
   counters: 16,
 } as const;

@@ -6,8 +6,8 @@
  * same device (shared.ts). Everything else goes to the real kernel.
  *
  * Not simulated: isolated partitions, the synthetic interrupt controller and its timers, CPUID intercepts that reach the VMM,
- * halts (as with the hypervisor's own local APIC, a halted processor waits in the kernel), accessed bits of pages,
- * and the time that TIME_FREEZE would stop.
+ * halts (as with the hypervisor's own local APIC, a halted processor waits in the kernel), accessed bits of pages.
+ * TIME_FREEZE stops time-stamp counters alone.
  */
 import {
   errnoName,

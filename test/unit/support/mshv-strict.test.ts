@@ -78,6 +78,39 @@ whole('creation', () => {
     expect(vmm.setProperty(0x1234, 0n)).toBe(HV_STATUS.UNKNOWN_PROPERTY);
   });
 
+  test('each processor has a counter of its own, and TIME_FREEZE stops and starts them together', () => {
+    start();
+    const { TIME_FREEZE } = abi.HV_PARTITION_PROPERTY;
+    const read = () => vps.map((fd, index) => vmm.get(index, fd, 'TSC'));
+    const later = (than: bigint) => {
+      while (vmm.get(0, vps[0], 'TSC') < than);
+    };
+    newVp(0);
+    newVp(1);
+    later(1000n);
+    vmm.set(1, vps[1], { TSC: 0n });
+    // The second lags from now on by what the first had counted.
+    const [first, second] = read();
+    later(first + 1_000_000n);
+    const [firstLater, secondLater] = read();
+    expect(second).toBeLessThan(first);
+    expect(firstLater - first).toBeGreaterThan(1_000_000n);
+    expect(secondLater).toBeLessThan(firstLater);
+    expect(vmm.setProperty(TIME_FREEZE, 1n)).toBe(0);
+    const frozen = read();
+    expect(frozen[1]).toBeLessThan(frozen[0]);
+    newVp(2);
+    expect(read()).toEqual([...frozen, frozen[0]]);
+    vmm.set(2, vps[2], { TSC: 12_345n });
+    expect(read()).toEqual([...frozen, 12_345n]);
+    expect(vmm.setProperty(TIME_FREEZE, 0n)).toBe(0);
+    later(frozen[0] + 1_000_000n);
+    const [thawed, , third] = read();
+    expect(third - 12_345n).toBeGreaterThanOrEqual(1_000_000n);
+    // Both went on at the same moment: the third was read later.
+    expect(third - 12_345n).toBeGreaterThanOrEqual(thawed - frozen[0]);
+  });
+
   test('a closed partition makes room for another', () => {
     for (let round = 0; round < 6; round++) {
       start();

@@ -1,4 +1,5 @@
 /** KVM on aarch64: the VM with its GICv3 and ITS. 64-bit guests alone; nested virtualization and MTE are not given. */
+import { closeAll, undoAll } from '../../../sys/close-all.js';
 import type { HostKernel } from '../../../sys/host-kernel.js';
 import {
   type Arm64Hypervisor,
@@ -9,7 +10,7 @@ import {
   type Vcpu,
   type VcpuHandle,
 } from '../../hypervisor.js';
-import { createKvmVm, openKvmDevice } from '../device.js';
+import { createKvmVm, openedWith, openKvmDevice } from '../device.js';
 import { setRouting, wireSpis } from '../routes.js';
 import { KvmVmBase } from '../vm.js';
 import * as abi from './abi.js';
@@ -50,12 +51,11 @@ export class KvmArm64Hypervisor implements Arm64Hypervisor {
     private readonly kernel: HostKernel,
     private readonly fd: number,
   ) {
-    this.maxVcpus = this.#capability(abi.KVM_CAP.MAX_VCPUS);
-    this.ipaBits = this.#capability(abi.KVM_CAP.ARM_VM_IPA_SIZE) || DEFAULT_IPA_BITS;
-  }
-
-  #capability(number: number): number {
-    return this.kernel.ioctl(this.fd, abi.KVM_CHECK_EXTENSION, number);
+    const capability = (number: number) => kernel.ioctl(fd, abi.KVM_CHECK_EXTENSION, number);
+    [this.maxVcpus, this.ipaBits] = openedWith(kernel, fd, () => [
+      capability(abi.KVM_CAP.MAX_VCPUS),
+      capability(abi.KVM_CAP.ARM_VM_IPA_SIZE) || DEFAULT_IPA_BITS,
+    ]);
   }
 
   createVm(options: Arm64VmOptions): Arm64Vm {
@@ -65,12 +65,13 @@ export class KvmArm64Hypervisor implements Arm64Hypervisor {
     }
     // 0 stands for the default, also where KVM knows no other.
     const type = ipaBits === DEFAULT_IPA_BITS ? 0 : ipaBits;
-    const vm = new KvmArm64Vm(this.kernel, this.fd, createKvmVm(this.kernel, this.fd, type), options, this.maxVcpus);
+    const { kernel, maxVcpus } = this;
+    const fd = createKvmVm(kernel, this.fd, type);
+    const vm = openedWith(kernel, fd, () => new KvmArm64Vm(kernel, this.fd, fd, options, maxVcpus));
     try {
       vm.initialize();
     } catch (error) {
-      vm.close();
-      throw error;
+      undoAll(error, [() => vm.close()]);
     }
     return vm;
   }
@@ -111,16 +112,12 @@ class KvmArm64Vm extends KvmVmBase implements Arm64Vm {
     if (this.#vcpus.length >= this.maxVcpus) {
       throw new HypervisorError(`KVM on this host gives a guest at most ${this.maxVcpus} vCPUs`);
     }
-    const { handle, run } = this.openVcpu(id);
-    const vcpu = new KvmArm64Vcpu(this.kernel, handle, run);
-    try {
+    const vcpu = this.openVcpu(id, (handle, run) => {
       const off = poweredOff ? 1 << abi.KVM_ARM_VCPU_POWER_OFF : 0;
       initializeVcpu(this.kernel, this.fd, handle.fd, this.#features | off);
-    } catch (error) {
-      vcpu.close();
-      throw error;
-    }
-    this.#vcpus.push(handle.fd);
+      return new KvmArm64Vcpu(this.kernel, handle, run);
+    });
+    this.#vcpus.push(vcpu.handle.fd);
     return vcpu;
   }
 
@@ -138,7 +135,6 @@ class KvmArm64Vm extends KvmVmBase implements Arm64Vm {
   }
 
   override close(): void {
-    for (const fd of this.#gic) this.kernel.close(fd);
-    super.close();
+    closeAll([...this.#gic.map((fd) => () => this.kernel.close(fd)), () => super.close()]);
   }
 }
