@@ -523,12 +523,8 @@ export class BlockDevice implements VirtioDevice {
     const { size } = message as { size: number };
     try {
       this.options.image.resize(size);
-      new DataView(this.context.config.buffer, this.context.config.byteOffset).setBigUint64(
-        0,
-        BigInt(size / SECTOR),
-        true,
-      );
-      this.context.configChanged();
+      const { buffer, byteOffset } = this.context.config;
+      this.context.changeConfig(() => new DataView(buffer, byteOffset).setBigUint64(0, BigInt(size / SECTOR), true));
       this.context.emit({ kind: 'resized', size });
     } catch (error) {
       this.context.emit({ kind: 'resize-failed', reason: error instanceof Error ? error.message : String(error) });

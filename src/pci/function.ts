@@ -8,6 +8,7 @@ import type { StateBlock } from '../state/state-block.js';
 import type { PciDevice } from './config-space.js';
 
 const COMMAND_MEMORY = 0x2;
+const COMMAND_MASTER = 0x4;
 /** Memory decoding, bus mastering, INTx disable. */
 const COMMAND_WRITABLE = 0x406;
 const STATUS_CAPABILITIES = 0x0010_0000;
@@ -48,6 +49,10 @@ export interface FunctionDevice {
   writeCapability?(register: number, value: number, mask: number): void;
   /** The addresses to which the device answers have changed. */
   decodingChanged?(): void;
+  /** Bus mastering was switched: whether the function may access memory. */
+  masteringChanged?(on: boolean): void;
+  /** After a write to the command register; without the block's lock, so that it can wait. */
+  commandWritten?(): void;
   readBar(bar: number, offset: number, size: AccessSize): number;
   writeBar(bar: number, offset: number, size: AccessSize, value: number): void;
 }
@@ -120,6 +125,7 @@ export class PciFunction implements PciDevice {
     } finally {
       this.state.unlock();
     }
+    if (register === 0x04) this.device.commandWritten?.();
   }
 
   #write(register: number, value: number, mask: number): void {
@@ -129,7 +135,9 @@ export class PciFunction implements PciDevice {
       const command = at + FunctionWord.command;
       const before = words[command];
       words[command] = merge(before, value, mask & COMMAND_WRITABLE);
-      if (((before ^ words[command]) & COMMAND_MEMORY) !== 0) this.device.decodingChanged?.();
+      const changed = before ^ words[command];
+      if ((changed & COMMAND_MEMORY) !== 0) this.device.decodingChanged?.();
+      if ((changed & COMMAND_MASTER) !== 0) this.device.masteringChanged?.((words[command] & COMMAND_MASTER) !== 0);
     } else if (register === 0x3c) {
       words[at + FunctionWord.interruptLine] = merge(words[at + FunctionWord.interruptLine], value, mask & 0xff);
     } else if (register >= 0x10 && register < 0x28) {

@@ -1,8 +1,13 @@
 /**
- * MSI-X: vectors that are messages, each of which the guest may mask (PCI Local Bus 3.0, 6.8.2).
+ * MSI-X: vectors that are messages, each of which the guest may mask (PCI Local Bus 3.0, 6.8.2 and 6.8.3).
  *
  * Any thread may raise a vector. Table, mask and pending bits are in the device's state block, under its lock, so that an
  * interrupt is either sent or pending, whatever the guest writes meanwhile.
+ *
+ * A message is sent outside the lock, as that is a system call and several workers raise a device's vectors. So whoever raises
+ * a vector first counts itself among the vector's senders and then looks at the mask; whoever changes the vector first changes
+ * it and then waits until the senders are through. Of the two, one sees the other: after the change nothing is sent to where
+ * the vector was. A sender that finds the vector masked goes on under the lock, so that wait is for one system call.
  */
 import type { AccessSize } from '../devices/bus.js';
 import { filler } from '../devices/bus.js';
@@ -18,6 +23,9 @@ const MASKED = 1;
 /** Bits of the message control register. */
 export const MSIX_ENABLE = 0x8000;
 export const MSIX_FUNCTION_MASK = 0x4000;
+/** Looks at the senders before the thread sleeps between two of them, and milliseconds that it sleeps. */
+const SPINS = 1000;
+const NAP = 1;
 
 /** Where the words are in the state block. */
 export interface MsixPlace {
@@ -25,17 +33,24 @@ export interface MsixPlace {
   readonly control: number;
   readonly table: number;
   readonly pending: number;
+  /** Who is sending each vector's message at present. */
+  readonly senders: number;
+  /** A word that is MASTERING_OFF while the function may not write to memory, which is what a message is (6.2.2). */
+  readonly mastering: number;
   readonly vectors: number;
 }
+export const MASTERING_OFF = 1;
 
 /** Words that the table and the pending bits take. */
 export function msixWords(vectors: number): { readonly table: number; readonly pending: number } {
   return { table: vectors * ENTRY_WORDS, pending: Math.ceil(vectors / 32) };
 }
 
-/** Told by the vCPU thread that changes a vector: for those that the host's kernel raises by itself. */
+/** Told by the vCPU thread that changes a vector: for those that the host's kernel raises by itself. Under the block's lock. */
 export interface VectorListener {
   vectorChanged(vector: number): void;
+  /** Notes in the pending bits what the host's kernel would have raised. */
+  collectPending(): void;
 }
 
 export class Msix {
@@ -62,26 +77,52 @@ export class Msix {
     return (this.#words[this.place.control] & MSIX_ENABLE) !== 0;
   }
 
+  has(vector: number): boolean {
+    return vector < this.place.vectors;
+  }
+
   /** Sends the vector's message, or notes that it is due. Any thread. */
   raise(vector: number): void {
     const { place } = this;
-    if (vector >= place.vectors) return;
     const words = this.#words;
-    this.state.lock();
-    const entry = place.table + vector * ENTRY_WORDS;
-    const low = words[entry];
-    const high = words[entry + 1];
-    const data = words[entry + 2];
-    const deliverable = this.#deliverable(vector);
-    if (!deliverable && this.enabled) words[place.pending + (vector >> 5)] |= 1 << (vector & 31);
-    this.state.unlock();
-    if (deliverable) this.signals.signalMsi(low, high, data, this.requester);
+    while (this.has(vector) && this.enabled) {
+      Atomics.add(words, place.senders + vector, 1);
+      const deliverable = this.#deliverable(vector);
+      if (deliverable) this.#send(vector);
+      Atomics.sub(words, place.senders + vector, 1);
+      if (deliverable) return;
+      this.state.lock();
+      const due = !this.#deliverable(vector);
+      if (due && (words[place.control] & MSIX_ENABLE) !== 0) this.setPending(vector);
+      this.state.unlock();
+      if (due) return;
+    }
+  }
+
+  #send(vector: number): void {
+    const words = this.#words;
+    const entry = this.place.table + vector * ENTRY_WORDS;
+    this.signals.signalMsi(words[entry], words[entry + 1], words[entry + 2], this.requester);
   }
 
   #deliverable(vector: number): boolean {
-    const { control, table } = this.place;
-    if ((this.#words[control] & (MSIX_ENABLE | MSIX_FUNCTION_MASK)) !== MSIX_ENABLE) return false;
-    return (this.#words[table + vector * ENTRY_WORDS + VECTOR_CONTROL] & MASKED) === 0;
+    const { control, table, mastering } = this.place;
+    const words = this.#words;
+    if ((Atomics.load(words, control) & (MSIX_ENABLE | MSIX_FUNCTION_MASK)) !== MSIX_ENABLE) return false;
+    if (Atomics.load(words, mastering) === MASTERING_OFF) return false;
+    return (Atomics.load(words, table + vector * ENTRY_WORDS + VECTOR_CONTROL) & MASKED) === 0;
+  }
+
+  // The calls below hold the block's lock.
+
+  setPending(vector: number): void {
+    this.#words[this.place.pending + (vector >> 5)] |= 1 << (vector & 31);
+  }
+
+  /** The device was reset: what its vectors were due for is over (6.8.3.5). */
+  clearPending(): void {
+    const { pending, vectors } = this.place;
+    this.#words.fill(0, pending, pending + msixWords(vectors).pending);
   }
 
   /** What a vector sends; undefined while it is masked or does not exist. */
@@ -91,15 +132,13 @@ export class Msix {
     return { low: this.#words[entry], high: this.#words[entry + 1], data: this.#words[entry + 2] };
   }
 
-  // The calls below are the vCPU threads', which hold the block's lock.
-
   readControl(): number {
     return (this.#words[this.place.control] & (MSIX_ENABLE | MSIX_FUNCTION_MASK)) | (this.place.vectors - 1);
   }
 
   writeControl(value: number): void {
-    this.#words[this.place.control] = value & (MSIX_ENABLE | MSIX_FUNCTION_MASK);
-    for (let vector = 0; vector < this.place.vectors; vector++) this.#changed(vector);
+    Atomics.store(this.#words, this.place.control, value & (MSIX_ENABLE | MSIX_FUNCTION_MASK));
+    this.allChanged();
   }
 
   /** @param offset bytes into the table; accesses are whole words (6.8.2) */
@@ -111,26 +150,36 @@ export class Msix {
   writeTable(offset: number, size: AccessSize, value: number): void {
     if (size !== 4 || (offset & 3) !== 0 || offset >= this.place.vectors * MSIX_ENTRY_BYTES) return;
     const word = offset >> 2;
-    this.#words[this.place.table + word] = (word & 3) === VECTOR_CONTROL ? value & MASKED : value;
+    const control = (word & 3) === VECTOR_CONTROL;
+    Atomics.store(this.#words, this.place.table + word, control ? value & MASKED : value);
     this.#changed(word >> 2);
   }
 
   readPending(offset: number, size: AccessSize): number {
     const words = (this.place.vectors + 31) >> 5;
     if (size !== 4 || (offset & 3) !== 0 || offset >= words * 4) return size === 4 ? 0 : filler(size);
+    this.listener?.collectPending();
     return this.#words[this.place.pending + (offset >> 2)] >>> 0;
   }
 
-  /** A vector that has become deliverable sends what is due. */
+  /** Something that concerns every vector has changed: message control, or bus mastering. */
+  allChanged(): void {
+    for (let vector = 0; vector < this.place.vectors; vector++) this.#changed(vector);
+  }
+
+  /** Nobody sends what the vector was before any more; if it has become deliverable, it sends what is due. */
   #changed(vector: number): void {
-    const { pending, table } = this.place;
+    const { pending, senders } = this.place;
     const words = this.#words;
-    const deliverable = this.#deliverable(vector);
-    const entry = table + vector * ENTRY_WORDS;
+    for (let spins = 0; ; spins++) {
+      const sending = Atomics.load(words, senders + vector);
+      if (sending === 0) break;
+      if (spins >= SPINS) Atomics.wait(words, senders + vector, sending, NAP);
+    }
     this.listener?.vectorChanged(vector);
     const bit = 1 << (vector & 31);
-    if (!deliverable || (words[pending + (vector >> 5)] & bit) === 0) return;
+    if ((words[pending + (vector >> 5)] & bit) === 0 || !this.#deliverable(vector)) return;
     words[pending + (vector >> 5)] &= ~bit;
-    this.signals.signalMsi(words[entry], words[entry + 1], words[entry + 2], this.requester);
+    this.#send(vector);
   }
 }

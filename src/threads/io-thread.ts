@@ -117,7 +117,7 @@ export function runIoThread(kernel: HostKernel): void {
   const runners = new Map<string, VirtioRunner>();
   function add({ handle, queues, backend }: ServedDevice): void {
     const emit = (device: string, message: unknown) => post({ kind: 'device', device, message });
-    const services = { kernel, loop, memory, signals, log, emit };
+    const services = { kernel, loop, wake: data.wake, memory, signals, log, emit };
     runners.set(handle.id, new VirtioRunner(handle, queues, services, (context) => build(backend, context)));
   }
 

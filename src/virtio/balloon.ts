@@ -184,8 +184,7 @@ export class BalloonDevice implements VirtioDevice {
   control(message: unknown): void {
     const { kind, size } = message as { kind?: unknown; size?: unknown };
     if (kind !== 'resize' || typeof size !== 'number') return;
-    this.#config[CONFIG.pages] = pagesOf(size);
-    this.context.configChanged();
+    this.context.changeConfig(() => (this.#config[CONFIG.pages] = pagesOf(size)));
   }
 
   deactivate(): void {

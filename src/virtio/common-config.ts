@@ -1,14 +1,14 @@
 /** The common configuration of a virtio function behind PCI (virtio 1.3, 4.1.4.3), as its driver reads and writes it. */
 import { type AccessSize, filler } from '../devices/bus.js';
 import { NO_VECTOR } from '../pci/msix.js';
-import type { HostKernel } from '../sys/host-kernel.js';
 import { Feature } from './device.js';
 import type { Interrupts } from './interrupts.js';
 import { PACKED_START } from './packed-queue.js';
 import type { VirtioPciHandle } from './pci-handle.js';
 import { Common, COMMON_BYTES } from './pci-registers.js';
 import { QUEUE_WORDS, QueueWord } from './queue.js';
-import { resetTransport, Status, type TransportLayout, vectorCount } from './transport-state.js';
+import type { ResetProtocol } from './reset-protocol.js';
+import { Status, type TransportLayout, vectorCount } from './transport-state.js';
 
 export class CommonConfig {
   readonly #queues: number;
@@ -17,8 +17,8 @@ export class CommonConfig {
 
   constructor(
     private readonly handle: VirtioPciHandle,
-    private readonly kernel: HostKernel,
     private readonly interrupts: Interrupts,
+    private readonly protocol: ResetProtocol,
     words: Int32Array,
     at: TransportLayout['at'],
   ) {
@@ -54,9 +54,9 @@ export class CommonConfig {
       case Common.queueCount:
         return this.#queues;
       case Common.status:
-        return Atomics.load(words, at.status) & filler(size);
+        return this.protocol.status() & filler(size);
       case Common.generation:
-        return words[at.generation] & 0xff;
+        return this.interrupts.generation() & 0xff;
       case Common.queueSelect:
         return words[at.queueSelect];
       case Common.queueSize:
@@ -74,13 +74,20 @@ export class CommonConfig {
     return offset < COMMON_BYTES ? 0 : filler(size);
   }
 
+  /** Whether a write has to wait for the workers. A reset has not: it is they that end it. */
+  waits(offset: number, value: number): boolean {
+    return (offset !== Common.status || (value & 0xff) !== 0) && this.protocol.awaited() >= 0;
+  }
+
+  /** Under the block's lock, and not while it waits. */
   write(offset: number, size: AccessSize, value: number): void {
     const words = this.#words;
     const at = this.#at;
     const queue = this.#selected();
-    // 3.1.1: features before FEATURES_OK, queues before they are enabled.
+    // 3.1.1: features before FEATURES_OK, queues before they are enabled, and both before DRIVER_OK.
     const negotiating = (words[at.status] & Status.featuresOk) === 0;
-    const configurable = queue >= 0 && words[queue + QueueWord.enabled] === 0;
+    const live = (words[at.status] & Status.driverOk) !== 0;
+    const configurable = queue >= 0 && !live && words[queue + QueueWord.enabled] === 0;
     switch (offset) {
       case Common.deviceFeatureSelect:
         words[at.featureSelect] = value;
@@ -126,13 +133,13 @@ export class CommonConfig {
   }
 
   #writeStatus(value: number): void {
-    const words = this.#words;
-    const { status, driverFeatures } = this.#at;
-    if (words[this.#at.resetting] !== 0) return;
     if (value === 0) {
-      this.#reset();
+      // 2.4: the driver reads 0 once the workers have let go.
+      this.protocol.reset();
       return;
     }
+    const words = this.#words;
+    const { status, driverFeatures } = this.#at;
     let next = value & (Status.acknowledge | Status.driver | Status.featuresOk | Status.driverOk | Status.failed);
     next |= words[status] & Status.needsReset;
     if ((next & Status.featuresOk) !== 0 && (words[status] & Status.featuresOk) === 0) {
@@ -144,10 +151,8 @@ export class CommonConfig {
     }
     // 3.1.1: no DRIVER_OK without FEATURES_OK.
     if ((next & Status.featuresOk) === 0) next &= ~Status.driverOk;
-    const starts = (next & Status.driverOk) !== 0 && (words[status] & Status.driverOk) === 0;
-    if (starts) this.#startQueues();
-    Atomics.store(words, status, next);
-    if (starts) this.#wake();
+    if ((next & Status.driverOk) !== 0 && (words[status] & Status.driverOk) === 0) this.#startQueues();
+    this.protocol.setStatus(next);
   }
 
   #startQueues(): void {
@@ -159,23 +164,5 @@ export class CommonConfig {
       words[at + QueueWord.used] = packed ? PACKED_START : 0;
       words[at + QueueWord.unsignalled] = 0;
     }
-  }
-
-  /** 2.4.1: the driver reads 0 from the status once the device has let go of its queues. */
-  #reset(): void {
-    const words = this.#words;
-    const active = (words[this.#at.status] & Status.driverOk) !== 0 && this.handle.workers.length > 0;
-    if (!active) {
-      resetTransport(words, this.#at, this.handle.description);
-      this.interrupts.queueVectorsChanged();
-      return;
-    }
-    Atomics.store(words, this.#at.resetting, this.handle.workers.length);
-    Atomics.add(words, this.#at.resets, 1);
-    this.#wake();
-  }
-
-  #wake(): void {
-    for (const worker of this.handle.workers) this.kernel.signal(worker);
   }
 }

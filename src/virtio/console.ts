@@ -140,8 +140,7 @@ export class ConsoleDevice implements VirtioDevice {
   control(message: unknown): void {
     const { columns, rows } = message as ConsoleSize;
     const { config } = this.context;
-    config.set([columns & 0xff, columns >> 8, rows & 0xff, rows >> 8]);
-    this.context.configChanged();
+    this.context.changeConfig(() => config.set([columns & 0xff, columns >> 8, rows & 0xff, rows >> 8]));
   }
 
   close(): void {

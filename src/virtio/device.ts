@@ -93,7 +93,10 @@ export interface VirtioDevice {
   activate(driver: Driver): void;
   /** A queue may have chains. */
   kick(queue: DeviceQueue): void;
-  /** The driver resets the device: finishes what is in flight, then touches neither queues nor guest memory again. */
+  /**
+   * The driver takes the queues back: finishes what is in flight, puts back what it holds, then touches neither queues nor guest
+   * memory again. It may get the same queues once more, where the driver has only stopped the device (bus mastering).
+   */
   deactivate(): void;
   /** The driver wrote the configuration space. */
   configWritten?(): void;
@@ -141,8 +144,8 @@ export interface DeviceContext {
   readonly counters: Float64Array;
   /** Words of the state block for what the driver has set and no other word holds. All workers of the device see the same. */
   readonly own: Int32Array;
-  /** Tells the driver that the configuration changed (4.1.5.4). */
-  configChanged(): void;
+  /** Changes the configuration space, so that the driver sees all of it or nothing, and tells it (4.1.5.4). */
+  changeConfig(change: () => void): void;
   /** Something is beyond repair: DEVICE_NEEDS_RESET, an interrupt, and no more kicks until the driver resets it. */
   needsReset(reason: string): void;
   /** A line for the log of main. What a guest can cause is limited in number there. */

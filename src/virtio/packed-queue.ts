@@ -7,7 +7,17 @@ import {
   DESCRIPTOR_NEXT,
   DESCRIPTOR_WRITE,
 } from './chain-builder.js';
-import { Chain, MAX_QUEUE_SIZE, Pop, queueAddress, type QueueFeatures, QueueWord, type VirtQueue } from './queue.js';
+import {
+  Chain,
+  MAX_QUEUE_SIZE,
+  Pop,
+  queueAddress,
+  QueueCounter,
+  queueCounters,
+  type QueueFeatures,
+  QueueWord,
+  type VirtQueue,
+} from './queue.js';
 
 const AVAILABLE = 1 << 7;
 const USED = 1 << 15;
@@ -26,6 +36,7 @@ export class PackedQueue implements VirtQueue {
   readonly size: number;
   readonly chain: Chain;
   readonly #builder: ChainBuilder;
+  readonly #counters: Float64Array;
   /** Per descriptor: address, its high half, length, id and flags; the flags also as 16-bit words. */
   readonly #ring: Uint32Array;
   readonly #ring16: Uint16Array;
@@ -33,7 +44,6 @@ export class PackedQueue implements VirtQueue {
   readonly #deviceEvents: Uint16Array;
   /** Slots of each chain that the device holds, by its id; 0: it holds none of that id. */
   readonly #slots: Uint16Array;
-  #taken = 0;
   /** The flags of the first of several chains that are to be seen together, and where they belong; -1: none. */
   #heldAt = -1;
   #heldFlags = 0;
@@ -50,6 +60,7 @@ export class PackedQueue implements VirtQueue {
     this.size = size;
     this.chain = new Chain(memory);
     this.#builder = new ChainBuilder(memory, this.chain);
+    this.#counters = queueCounters(words, at);
     this.#slots = new Uint16Array(size);
     const area = (word: number, bytes: number, alignment: number) => {
       const address = queueAddress(words, at + word);
@@ -87,7 +98,6 @@ export class PackedQueue implements VirtQueue {
     // An id names a chain until it goes back (2.8.7): a second one of the same would make `push` free the wrong slots.
     if (id >= this.size || this.#slots[id] !== 0) return this.#broken('a buffer id outside the ring, or used twice');
     this.#slots[id] = count;
-    this.#taken = count;
     this.words[this.at + QueueWord.available] = this.#advance(position, count);
     return Pop.Taken;
   }
@@ -143,12 +153,12 @@ export class PackedQueue implements VirtQueue {
     return slot >= this.size ? (slot - this.size) | (wrap ^ WRAP) : slot | wrap;
   }
 
-  unpop(): void {
+  unpop(id = this.chain.id): void {
     const at = this.at + QueueWord.available;
-    const slot = (this.words[at] & 0x7fff) - this.#taken;
+    const slot = (this.words[at] & 0x7fff) - this.#slots[id];
     const wrap = this.words[at] & WRAP;
     this.words[at] = slot < 0 ? (slot + this.size) | (wrap ^ WRAP) : slot | wrap;
-    this.#slots[this.chain.id] = 0;
+    this.#slots[id] = 0;
   }
 
   push(id: number, written: number, more = false): void {
@@ -162,7 +172,7 @@ export class PackedQueue implements VirtQueue {
     const wrap = (position & WRAP) !== 0 ? AVAILABLE | USED : 0;
     words[at + QueueWord.used] = this.#advance(position, count);
     words[at + QueueWord.unsignalled] += count;
-    words[at + QueueWord.requests]++;
+    this.#counters[QueueCounter.requests]++;
     const flags = wrap | (written > 0 ? DESCRIPTOR_WRITE : 0);
     if (more && this.#heldAt < 0) {
       // The driver does not look past the first of them.

@@ -30,7 +30,8 @@ import {
   REGION_SIZE,
   virtioBar,
 } from './pci-registers.js';
-import { QUEUE_WORDS, QueueWord } from './queue.js';
+import { QUEUE_WORDS, QueueCounter, queueCounters } from './queue.js';
+import { Mastering, ResetProtocol } from './reset-protocol.js';
 import { configBytes, resetTransport, type TransportLayout, transportLayout, vectorCount } from './transport-state.js';
 
 const VIRTIO_VENDOR = 0x1af4;
@@ -38,6 +39,13 @@ const VIRTIO_VENDOR = 0x1af4;
 const MODERN_DEVICE = 0x1040;
 /** A modern device's revision is 1 or more (4.1.2.1). */
 const REVISION = 1;
+
+/**
+ * Milliseconds that a register write waits for the workers to let go of an earlier driver's queues, which takes as long as what
+ * is in flight. Then the write is dropped, and those after it until they have: the driver has not waited for the end of its reset
+ * (2.4.2), and sees that its features are not agreed. So long does a vCPU not hear of the machine's end, either.
+ */
+const PATIENCE = 2000;
 
 export class VirtioPciDevice implements FunctionDevice {
   readonly pci: PciFunction;
@@ -50,6 +58,9 @@ export class VirtioPciDevice implements FunctionDevice {
   readonly #queues: number;
   readonly #common: CommonConfig;
   readonly #interrupts: Interrupts;
+  readonly #protocol: ResetProtocol;
+  /** By queue. */
+  readonly #counters: readonly Float64Array[];
 
   constructor(
     readonly handle: VirtioPciHandle,
@@ -64,9 +75,16 @@ export class VirtioPciDevice implements FunctionDevice {
     this.#at = layout.at;
     this.#config = configBytes(this.#state, description.config.length);
     this.#bar = virtioBar(handle.wideBar);
-    this.#interrupts = new Interrupts(handle, this.#state, layout, signals);
+    this.#interrupts = new Interrupts(handle, this.#state, layout, kernel, signals);
     this.msix = this.#interrupts.msix;
-    this.#common = new CommonConfig(handle, kernel, this.#interrupts, this.#words, this.#at);
+    this.#counters = description.queueSizes.map((_, queue) =>
+      queueCounters(this.#words, this.#at.queues + queue * QUEUE_WORDS),
+    );
+    this.#protocol = new ResetProtocol(this.#words, this.#at, handle.workers.length, () => {
+      resetTransport(this.#words, this.#at, description);
+      this.#interrupts.reset();
+    });
+    this.#common = new CommonConfig(handle, this.#interrupts, this.#protocol, this.#words, this.#at);
     const header: FunctionDescription = {
       vendor: VIRTIO_VENDOR,
       device: MODERN_DEVICE + description.type,
@@ -89,23 +107,97 @@ export class VirtioPciDevice implements FunctionDevice {
     resetTransport(device.#words, device.#at, handle.description);
   }
 
-  /** Another address, or none: the doorbells follow. Under the block's lock. */
+  /** Under the block's lock. */
   decodingChanged(): void {
+    this.#placeDoorbells();
+  }
+
+  /**
+   * The doorbells are where BAR 0 is. While the driver has stopped the device they are nowhere, so that its first kick after that
+   * is an exit. Under the block's lock.
+   */
+  #placeDoorbells(): void {
     const { doorbells } = this.handle;
-    const address = this.pci.decoding ? this.pci.barAddress(this.#bar) + NOTIFY_AT : 0;
-    const place = this.#at.doorbells;
-    const before = (this.#words[place] >>> 0) + (this.#words[place + 1] >>> 0) * 2 ** 32;
+    const { doorbells: place, heard, mastering } = this.#at;
+    const words = this.#words;
+    const bar = this.pci.barAddress(this.#bar);
+    // Where a driver sizes the BAR with decoding on, it is at the end of the address space: no processor reaches it.
+    const reachable =
+      this.pci.decoding && words[mastering] === Mastering.on && bar + BAR_SIZE <= Number.MAX_SAFE_INTEGER;
+    const address = reachable ? bar + NOTIFY_AT : 0;
+    const before = (words[place] >>> 0) + (words[place + 1] >>> 0) * 2 ** 32;
     if (address === before) return;
     doorbells.forEach((eventfd, queue) => {
+      const word = heard + (queue >> 5);
+      const bit = 1 << (queue & 31);
+      if ((words[word] & bit) !== 0) this.signals.removeDoorbell(before + queue * NOTIFY_BYTES, eventfd);
+      words[word] &= ~bit;
+      if (address === 0) return;
       try {
-        if (before !== 0) this.signals.removeDoorbell(before + queue * NOTIFY_BYTES, eventfd);
-        if (address !== 0) this.signals.addDoorbell(address + queue * NOTIFY_BYTES, eventfd);
+        this.signals.addDoorbell(address + queue * NOTIFY_BYTES, eventfd);
+        words[word] |= bit;
       } catch {
         // Two BARs at one address: the guest's own doing. Its kicks then come as exits.
       }
     });
-    this.#words[place] = address % 2 ** 32;
-    this.#words[place + 1] = Math.floor(address / 2 ** 32);
+    words[place] = address % 2 ** 32;
+    words[place + 1] = Math.floor(address / 2 ** 32);
+  }
+
+  /** Under the block's lock. */
+  masteringChanged(on: boolean): void {
+    // Whoever starts anew has disabled MSI-X, as every operating system does when it finds a function.
+    this.#change(() => this.#protocol.setMastering(on, this.msix.enabled));
+  }
+
+  /** A step of the protocol that may start or stop the device: vectors, doorbells and workers follow. Under the block's lock. */
+  #change(step: () => void): void {
+    const { mastering, session } = this.#at;
+    const [wasMastering, wasSession] = [this.#words[mastering], this.#words[session]];
+    step();
+    if (this.#words[mastering] !== wasMastering) {
+      this.msix.allChanged();
+      this.#placeDoorbells();
+    }
+    if (this.#words[session] !== wasSession) this.#wake();
+  }
+
+  #wake(): void {
+    for (const worker of this.handle.workers) this.kernel.signal(worker);
+  }
+
+  /** Bus mastering is off when the workers touch guest memory no more. */
+  commandWritten(): void {
+    if (this.#words[this.#at.mastering] !== Mastering.off) return;
+    this.#state.lock();
+    this.#settle();
+    this.#state.unlock();
+  }
+
+  /**
+   * Waits for the workers to let go of queues that are no longer theirs. Under the block's lock, which is given away meanwhile.
+   *
+   * @returns false when they have not in time
+   */
+  #settle(): boolean {
+    const end = performance.now() + PATIENCE;
+    for (let holder = this.#protocol.awaited(); holder >= 0; holder = this.#protocol.awaited()) {
+      const left = end - performance.now();
+      if (this.#protocol.impatient || left <= 0) {
+        this.#protocol.waitedInVain();
+        return false;
+      }
+      const held = this.#words[holder];
+      this.#state.unlock();
+      this.park(holder, held, left);
+      this.#state.lock();
+    }
+    return true;
+  }
+
+  /** Sleeps until a word is no longer what it was. */
+  protected park(word: number, value: number, milliseconds: number): void {
+    Atomics.wait(this.#words, word, value, milliseconds);
   }
 
   readCapability(register: number): number | undefined {
@@ -177,17 +269,17 @@ export class VirtioPciDevice implements FunctionDevice {
       case NOTIFY_AT:
         return 0;
     }
-    if (offset >= MSIX_PENDING_AT) return this.msix.readPending(offset - MSIX_PENDING_AT, size);
+    if (offset >= MSIX_PENDING_AT) {
+      this.#state.lock();
+      const pending = this.msix.readPending(offset - MSIX_PENDING_AT, size);
+      this.#state.unlock();
+      return pending;
+    }
     if (offset >= MSIX_TABLE_AT) return this.msix.readTable(offset - MSIX_TABLE_AT, size);
     return filler(size);
   }
 
   writeBar(_bar: number, offset: number, size: AccessSize, value: number): void {
-    // Kicks that found no doorbell; no lock, as they change nothing here.
-    if (offset >= NOTIFY_AT && offset < NOTIFY_AT + REGION_SIZE) {
-      this.#kick(Math.floor((offset - NOTIFY_AT) / NOTIFY_BYTES));
-      return;
-    }
     this.#state.lock();
     try {
       this.#write(offset, size, value);
@@ -199,17 +291,21 @@ export class VirtioPciDevice implements FunctionDevice {
   /** Under the block's lock. */
   #write(offset: number, size: AccessSize, value: number): void {
     const within = offset % REGION_SIZE;
-    if (offset < REGION_SIZE) this.#common.write(within, size, value);
-    else if (offset - within === DEVICE_AT) this.#writeDevice(within, size, value);
+    if (offset < REGION_SIZE) {
+      if (this.#common.waits(within, value) && !this.#settle()) return;
+      this.#change(() => this.#common.write(within, size, value));
+    } else if (offset - within === DEVICE_AT) this.#writeDevice(within, size, value);
     else if (offset - within === NOTIFY_AT) this.#kick(Math.floor(within / NOTIFY_BYTES));
     else if (offset >= MSIX_TABLE_AT && offset < MSIX_TABLE_AT + vectorCount(this.#queues) * MSIX_ENTRY_BYTES) {
       this.msix.writeTable(offset - MSIX_TABLE_AT, size, value);
     }
   }
 
+  /** A kick that found no doorbell. */
   #kick(queue: number): void {
     if (queue >= this.#queues) return;
-    Atomics.add(this.#words, this.#at.queues + queue * QUEUE_WORDS + QueueWord.kickExits, 1);
+    this.#counters[queue][QueueCounter.kickExits]++;
+    if (this.#words[this.#at.mastering] === Mastering.silent) this.#change(() => this.#protocol.kicked());
     this.kernel.signal(this.handle.doorbells[queue]);
   }
 
@@ -229,6 +325,6 @@ export class VirtioPciDevice implements FunctionDevice {
     }
     if (!written) return;
     Atomics.add(this.#words, this.#at.configWrites, 1);
-    for (const worker of this.handle.workers) this.kernel.signal(worker);
+    this.#wake();
   }
 }

@@ -31,14 +31,21 @@ export const QueueWord = {
   used: 10,
   /** Entries (packed: slots) that went back since the driver was last told. */
   unsignalled: 11,
-  /** Chains that went back to the driver, interrupts sent for them, and kicks that an I/O worker took. */
-  requests: 12,
-  interrupts: 13,
-  kicks: 14,
-  /** Kicks that a vCPU thread had to pass on, because no doorbell of the hypervisor took them. */
-  kickExits: 15,
+  /**
+   * Chains that went back to the driver, interrupts sent for them, and kicks that an I/O worker took; kicks that a vCPU thread
+   * had to pass on, because no doorbell of the hypervisor took them. Each is a double in two words ({@link queueCounters}).
+   */
+  counters: 12,
 } as const;
-export const QUEUE_WORDS = 16;
+export const QueueCounter = { requests: 0, interrupts: 1, kicks: 2, kickExits: 3 } as const;
+const COUNTERS = Object.keys(QueueCounter).length;
+/** Even, so that the counters of all queues are aligned if those of the first are. */
+export const QUEUE_WORDS = QueueWord.counters + 2 * COUNTERS;
+
+/** A queue's counters: whole numbers, exact up to 2^53. @param at the queue's first word, even */
+export function queueCounters(words: Int32Array, at: number): Float64Array {
+  return new Float64Array(words.buffer, words.byteOffset + (at + QueueWord.counters) * 4, COUNTERS);
+}
 
 export const Pop = {
   Empty: 0,
@@ -112,8 +119,12 @@ export interface VirtQueue {
   readonly fault: string;
   /** Takes the next chain into `chain`. A broken queue stays broken. */
   pop(): Pop;
-  /** Puts the chain that `pop` took last back, as if it had not been taken. */
-  unpop(): void;
+  /**
+   * Puts back the chain that `pop` took last of those that are still taken, as if it had not been.
+   *
+   * @param id the chain's; left out: it is still in `chain`
+   */
+  unpop(id?: number): void;
   /**
    * Gives a chain back.
    *

@@ -14,7 +14,8 @@ import {
 import { Interrupts } from './interrupts.js';
 import { PackedQueue } from './packed-queue.js';
 import type { VirtioPciHandle } from './pci-handle.js';
-import { QUEUE_WORDS, queueAddress, QueueWord } from './queue.js';
+import { QUEUE_WORDS, queueAddress, QueueCounter, queueCounters, QueueWord } from './queue.js';
+import { ResetProtocol, Turn } from './reset-protocol.js';
 import { SplitQueue } from './split-queue.js';
 import {
   configBytes,
@@ -30,6 +31,8 @@ import {
 export interface WorkerServices {
   readonly kernel: HostKernel;
   readonly loop: EventLoop;
+  /** Its wake-up event. */
+  readonly wake: number;
   readonly memory: GuestMemory;
   readonly signals: VmSignals;
   log(level: 'info' | 'warn', line: string): void;
@@ -41,14 +44,18 @@ export class VirtioRunner {
   readonly #words: Int32Array;
   readonly #at: TransportLayout['at'];
   readonly #interrupts: Interrupts;
+  /** By queue. */
+  readonly #counters: readonly Float64Array[];
   readonly #device: VirtioDevice;
   /** Live queues by index; empty while the device is not active. */
   #queues: (DeviceQueue | undefined)[] = [];
   readonly #listening: readonly number[];
-  #active = false;
+  readonly #protocol: ResetProtocol;
+  /** This worker among those of the device. */
+  readonly #worker: number;
   #broken = false;
-  #resets: number;
-  #configWrites: number;
+  /** What the driver did before the worker's thread was up is new to it. */
+  #configWrites = 0;
 
   /**
    * @param served indices of the queues that this worker serves
@@ -66,9 +73,15 @@ export class VirtioRunner {
     this.#state = new StateBlock(layout, handle.state);
     this.#words = this.#state.words;
     this.#at = layout.at;
-    this.#interrupts = new Interrupts(handle, this.#state, layout, services.signals);
-    this.#resets = this.#words[layout.at.resets];
-    this.#configWrites = this.#words[layout.at.configWrites];
+    this.#interrupts = new Interrupts(handle, this.#state, layout, services.kernel, services.signals);
+    this.#counters = description.queueSizes.map((_, queue) =>
+      queueCounters(this.#words, this.#at.queues + queue * QUEUE_WORDS),
+    );
+    this.#worker = handle.workers.indexOf(services.wake);
+    this.#protocol = new ResetProtocol(this.#words, this.#at, handle.workers.length, () => {
+      resetTransport(this.#words, this.#at, description);
+      this.#interrupts.reset();
+    });
     this.#device = build({
       id,
       kernel: services.kernel,
@@ -76,7 +89,7 @@ export class VirtioRunner {
       config: configBytes(this.#state, description.config.length),
       counters: workerCounters(this.#state, served),
       own: ownWords(this.#state),
-      configChanged: () => this.#interrupts.config(),
+      changeConfig: (change) => this.#interrupts.changeConfig(change),
       needsReset: (reason) => this.#needsReset(reason),
       log: (level, line) => services.log(level, `${id}: ${line}`),
       emit: (message) => services.emit(id, message),
@@ -93,22 +106,24 @@ export class VirtioRunner {
   #kick(index: number): void {
     const queue = this.#queues[index];
     if (queue === undefined || this.#broken) return;
-    this.#words[this.#at.queues + index * QUEUE_WORDS + QueueWord.kicks]++;
+    this.#counters[index][QueueCounter.kicks]++;
     this.#device.kick(queue);
   }
 
   /** The driver may have changed something. Called whenever the worker is woken. */
   update(): void {
     const words = this.#words;
-    const { resets, resetting, status, configWrites } = this.#at;
-    const count = Atomics.load(words, resets);
-    if (count !== this.#resets) {
-      this.#resets = count;
-      this.#deactivate();
-      if (Atomics.sub(words, resetting, 1) === 1) this.#finishReset();
+    const { session, holders, configWrites } = this.#at;
+    for (;;) {
+      // What this worker is to hold: nothing, or this session's queues. Without the lock, as it is mostly so already.
+      const present = Atomics.load(words, session);
+      if (words[holders + this.#worker] === ((present & 1) === 0 ? 0 : present)) break;
+      this.#state.lock();
+      const turn = this.#protocol.next(this.#worker);
+      this.#state.unlock();
+      if (turn === Turn.take) this.#activate();
+      else if (turn === Turn.letGo) this.#letGo();
     }
-    const ready = (Atomics.load(words, status) & Status.driverOk) !== 0 && Atomics.load(words, resetting) === 0;
-    if (ready && !this.#active) this.#activate();
     const writes = Atomics.load(words, configWrites);
     if (writes !== this.#configWrites) {
       this.#configWrites = writes;
@@ -125,7 +140,6 @@ export class VirtioRunner {
   }
 
   #activate(): void {
-    this.#active = true;
     this.#broken = false;
     try {
       this.#queues = this.handle.description.queueSizes.map((_, index) => this.#openQueue(index));
@@ -140,8 +154,12 @@ export class VirtioRunner {
       has: (feature) => this.#has(feature),
       queues: this.#queues,
     });
-    // Chains may have come before the doorbells were heard.
-    for (const queue of this.#queues) if (queue !== undefined) this.#device.kick(queue);
+    // Chains may have come before the doorbells were heard, and some gone back just before the driver stopped the device.
+    for (const queue of this.#queues) {
+      if (queue === undefined) continue;
+      this.#device.kick(queue);
+      queue.signal();
+    }
   }
 
   /** @throws RangeError when the driver put the queue where none can be */
@@ -157,9 +175,10 @@ export class VirtioRunner {
       eventIndex,
       indirect: this.#has(Feature.indirect),
     });
+    const counters = this.#counters[index];
     const signal = () => {
       if (!ring.needsInterrupt()) return;
-      words[at + QueueWord.interrupts]++;
+      counters[QueueCounter.interrupts]++;
       this.#interrupts.queue(words[at + QueueWord.vector]);
     };
     return { index, ring, place: this.#place(index, at), signal };
@@ -181,16 +200,18 @@ export class VirtioRunner {
   }
 
   #deactivate(): void {
-    if (!this.#active) return;
-    this.#active = false;
+    // None: the driver put them where none can be.
     if (this.#queues.length > 0) this.#device.deactivate();
     this.#queues = [];
   }
 
-  #finishReset(): void {
+  #letGo(): void {
+    this.#deactivate();
     this.#state.lock();
-    resetTransport(this.#words, this.#at, this.handle.description);
+    this.#protocol.letGo(this.#worker);
     this.#state.unlock();
+    // vCPU threads that wait for it.
+    Atomics.notify(this.#words, this.#at.holders + this.#worker);
   }
 
   /** 2.1.2 */
@@ -199,9 +220,11 @@ export class VirtioRunner {
     this.#broken = true;
     this.services.log('warn', `${this.handle.id}: Broken until its driver resets it: ${reason}`);
     this.#state.lock();
-    Atomics.or(this.#words, this.#at.status, Status.needsReset);
+    // A driver that has taken its queues back since is not told of what was wrong with them.
+    const concerned = this.#protocol.holds(this.#worker);
+    if (concerned) Atomics.or(this.#words, this.#at.status, Status.needsReset);
     this.#state.unlock();
-    this.#interrupts.config();
+    if (concerned) this.#interrupts.config();
   }
 
   /** The machine ends: nothing of the device is left on this worker. */

@@ -7,7 +7,17 @@ import {
   DESCRIPTOR_NEXT,
   DESCRIPTOR_WRITE,
 } from './chain-builder.js';
-import { Chain, MAX_CHAIN, Pop, queueAddress, type QueueFeatures, QueueWord, type VirtQueue } from './queue.js';
+import {
+  Chain,
+  MAX_CHAIN,
+  Pop,
+  queueAddress,
+  QueueCounter,
+  queueCounters,
+  type QueueFeatures,
+  QueueWord,
+  type VirtQueue,
+} from './queue.js';
 
 /** Elements of the available and used rings as 16-bit words. */
 const FLAGS = 0;
@@ -20,6 +30,7 @@ export class SplitQueue implements VirtQueue {
   readonly size: number;
   readonly chain: Chain;
   readonly #builder: ChainBuilder;
+  readonly #counters: Float64Array;
   readonly #mask: number;
   /** Four 32-bit words a descriptor: address, its high half, length, flags and next. */
   readonly #descriptors: Uint32Array;
@@ -44,6 +55,7 @@ export class SplitQueue implements VirtQueue {
     this.#mask = size - 1;
     this.chain = new Chain(memory);
     this.#builder = new ChainBuilder(memory, this.chain);
+    this.#counters = queueCounters(words, at);
     const area = (word: number, bytes: number, alignment: number) => {
       const address = queueAddress(words, at + word);
       const found = address % alignment === 0 ? memory.window(address, bytes) : undefined;
@@ -138,7 +150,7 @@ export class SplitQueue implements VirtQueue {
     const next = (used + 1) & 0xffff;
     words[at + QueueWord.used] = next;
     words[at + QueueWord.unsignalled]++;
-    words[at + QueueWord.requests]++;
+    this.#counters[QueueCounter.requests]++;
     if (!more) Atomics.store(this.#used, INDEX, next);
   }
 

@@ -7,17 +7,23 @@ import { DEVICE_COUNTERS, OWN_WORDS, type VirtioDescription } from './device.js'
 import { QUEUE_WORDS, QueueWord } from './queue.js';
 
 type Fields =
+  | 'alignment'
   | 'function'
   | 'msixControl'
   | 'msixTable'
   | 'msixPending'
+  | 'msixSenders'
   | 'connected'
   | 'configAccess'
   | 'doorbells'
+  | 'heard'
   | 'configWrites'
   | 'status'
-  | 'resets'
+  | 'session'
+  | 'holders'
   | 'resetting'
+  | 'impatient'
+  | 'mastering'
   | 'generation'
   | 'isr'
   | 'featureSelect'
@@ -52,22 +58,34 @@ export function transportLayout(name: string, queues: number, configBytes: numbe
   const vectors = vectorCount(queues);
   const msix = msixWords(vectors);
   return stateLayout<Fields>(name, 1, {
+    /** The counters of queues and device are doubles: a word more before them, as the lock is one. */
+    alignment: 1,
+    queues: queues * QUEUE_WORDS,
+    /** Of the device: a set for each queue. */
+    counters: 2 * DEVICE_COUNTERS * queues,
     function: FUNCTION_WORDS,
     msixControl: 1,
     msixTable: msix.table,
     msixPending: msix.pending,
+    /** Threads that are sending a vector's message. */
+    msixSenders: vectors,
     /** Vectors that the host's kernel can raise at present, a bit each. */
     connected: msix.pending,
     /** The configuration access capability: BAR, offset, length (4.1.4.9). */
     configAccess: 3,
     /** Guest physical address at which the doorbells are registered, in two words; 0: they are not. */
     doorbells: 2,
+    /** Queues whose doorbells the hypervisor has taken, a bit each. */
+    heard: Math.ceil(queues / 32),
     /** How often the driver has written the configuration space. */
     configWrites: 1,
     status: 1,
-    /** How often the driver has reset the device, and how many workers have yet to let go of it. */
-    resets: 1,
+    /** Whose the queues are, which workers hold them, and what waits for those: reset-protocol.ts. A queue has at most a worker. */
+    session: 1,
+    holders: queues,
     resetting: 1,
+    impatient: 1,
+    mastering: 1,
     generation: 1,
     isr: 1,
     featureSelect: 1,
@@ -75,18 +93,15 @@ export function transportLayout(name: string, queues: number, configBytes: numbe
     driverFeatures: 2,
     configVector: 1,
     queueSelect: 1,
-    queues: queues * QUEUE_WORDS,
     config: Math.max(Math.ceil(configBytes / 4), 1),
     /** Of the device class. */
     own: OWN_WORDS,
-    /** Doubles, a set for each queue; a word more, for their alignment. */
-    counters: 2 * DEVICE_COUNTERS * queues + 1,
   });
 }
 
 export function msixPlace(layout: TransportLayout, queues: number): MsixPlace {
-  const { msixControl: control, msixTable: table, msixPending: pending } = layout.at;
-  return { control, table, pending, vectors: vectorCount(queues) };
+  const { msixControl: control, msixTable: table, msixPending: pending, msixSenders: senders, mastering } = layout.at;
+  return { control, table, pending, senders, mastering, vectors: vectorCount(queues) };
 }
 
 /** The device's configuration space as bytes. Little-endian hosts only, which both architectures are. */
@@ -114,8 +129,7 @@ export function deviceCounters(block: StateBlock<Fields>, queues: number): Float
 }
 
 function counterSet(block: StateBlock<Fields>, queue: number): Float64Array {
-  const first = Math.ceil(block.layout.at.counters / 2) + queue * DEVICE_COUNTERS;
-  return new Float64Array(block.buffer, first * 8, DEVICE_COUNTERS);
+  return new Float64Array(block.buffer, block.layout.at.counters * 4 + queue * DEVICE_COUNTERS * 8, DEVICE_COUNTERS);
 }
 
 /** The device as a reset leaves it (2.4); the PCI function and its vectors stay as they are. */
@@ -130,9 +144,12 @@ export function resetTransport(words: Int32Array, at: TransportLayout['at'], des
   description.queueSizes.forEach((size, queue) => {
     const first = at.queues + queue * QUEUE_WORDS;
     // The counters that follow are not the driver's.
-    words.fill(0, first, first + QueueWord.requests);
+    words.fill(0, first, first + QueueWord.counters);
     words[first + QueueWord.size] = size;
     words[first + QueueWord.vector] = NO_VECTOR;
   });
+  // What the driver could write of the configuration.
+  const config = new Uint8Array(words.buffer, words.byteOffset + at.config * 4, description.config.length);
+  for (const [from, end] of description.writable) config.set(description.config.subarray(from, end), from);
   Atomics.store(words, at.status, 0);
 }

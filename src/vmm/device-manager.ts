@@ -21,7 +21,7 @@ import { type KernelInterrupt, offeredFeatures, type VirtioPciHandle } from '../
 import { virtioBar } from '../virtio/pci-registers.js';
 import { VirtioPciDevice } from '../virtio/pci-transport.js';
 import { pmemDescription } from '../virtio/pmem.js';
-import { QUEUE_WORDS, QueueWord } from '../virtio/queue.js';
+import { QUEUE_WORDS, queueCounters } from '../virtio/queue.js';
 import type { LimiterOptions } from '../virtio/rate-limiter.js';
 import { deviceCounters, transportLayout } from '../virtio/transport-state.js';
 import { StateBlock } from '../state/state-block.js';
@@ -311,17 +311,12 @@ export class DeviceManager {
       const queues = description.queueSizes.length;
       const layout = transportLayout(id, queues, description.config.length);
       const block = new StateBlock(layout, state);
-      const { words } = block;
-      const { at } = layout;
       const own = deviceCounters(block, queues);
       return {
         id,
         queues: description.queueSizes.map((_, queue) => {
-          const first = at.queues + queue * QUEUE_WORDS;
-          const [requests, interrupts, kicks, kickExits] = words.subarray(
-            first + QueueWord.requests,
-            first + QUEUE_WORDS,
-          );
+          const first = layout.at.queues + queue * QUEUE_WORDS;
+          const [requests, interrupts, kicks, kickExits] = queueCounters(block.words, first);
           return { requests, interrupts, kicks, kickExits };
         }),
         device: Object.fromEntries(description.counters.map((name, index) => [name, own[index]])),

@@ -273,7 +273,8 @@ export function testContext(host: HostKernel = kernel): TestContext {
     messages,
     lines,
     configChanges: 0,
-    configChanged: () => {
+    changeConfig: (change: () => void) => {
+      change();
       context.configChanges++;
     },
     needsReset: (reason: string) => {
