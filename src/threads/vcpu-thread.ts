@@ -6,7 +6,7 @@ import type { HostKernel } from '../sys/host-kernel.js';
 import type { VcpuMessage, VcpuWorkerData } from '../vmm/cpu-manager.js';
 import { attachMemory } from '../vmm/memory-manager.js';
 import { attachPlatform } from '../vmm/platform.js';
-import { runVcpu, VcpuCommand, vcpuControlLayout } from '../vmm/vcpu-loop.js';
+import { awaitCommand, runVcpu, VcpuCommand, vcpuControlLayout } from '../vmm/vcpu-loop.js';
 import { attachSignals, attachVcpu } from './backends.js';
 
 /** Spends the thread's life in the guest. */
@@ -32,6 +32,7 @@ export function runVcpuThread(kernel: HostKernel): void {
   if (data.affinity !== undefined) kernel.setAffinity(data.affinity);
   const vcpu = attachVcpu(data.hypervisor, kernel, data.vcpu, () => attachMemory(data.memory, kernel));
   Atomics.store(control.words, threadId, vcpu.enterThread());
+  awaitCommand(control, () => post({ kind: 'ready' }));
   const end = runVcpu(vcpu, control, ports, memory);
   // The thread's id may be used again once it is gone.
   Atomics.store(control.words, threadId, 0);

@@ -79,7 +79,7 @@ export class Arm64Board implements Board {
     return createArm64Platform(this.vm, virtio, { segments: this.segments, serial: serial.mode !== 'Off', pvpanic });
   }
 
-  boot(memory: GuestMemory): void {
+  boot(memory: GuestMemory): boolean {
     const { payload, serial, pvpanic } = this.config;
     const { kernel, initramfs, cmdline = '' } = payload;
     const { entry, initrd } = loadArm64Payload({ kernel, initramfs, cmdline }, memory);
@@ -98,6 +98,8 @@ export class Arm64Board implements Board {
     memory.write(layout.FDT, devicetree);
     // The others wait for the first one to start them (PSCI CPU_ON).
     this.#vcpus[0].setBootState(BigInt(entry), BigInt(layout.FDT));
+    // The hypervisor itself starts the others (PSCI), and their threads may come later.
+    return false;
   }
 
   /** @returns where the kernel finds what leads to the tables */

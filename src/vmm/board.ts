@@ -21,9 +21,10 @@ export interface Board {
   /**
    * Puts the firmware's tables and the payload into memory and the first vCPU at the payload's entry; after `createVcpus`.
    *
+   * @returns whether the first vCPU is to wait until all others can answer it
    * @throws BootError naming the option that is to blame
    */
-  boot(memory: GuestMemory): void;
+  boot(memory: GuestMemory): boolean;
 }
 
 /** The shape of the vCPUs that can ever be present. */

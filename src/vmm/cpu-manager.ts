@@ -24,9 +24,11 @@ export interface VcpuWorkerData {
   readonly affinity?: readonly number[];
 }
 
-/** What a vCPU worker posts: events of the platform while it runs, and how it ended. */
+/** What a vCPU worker posts: that it waits to be let go, events of the platform while it runs, and how it ended. */
 export type VcpuMessage =
-  PlatformEvent | { readonly kind: 'ended'; readonly end: VcpuEnd; readonly instructionPointer: bigint };
+  | PlatformEvent
+  | { readonly kind: 'ready' }
+  | { readonly kind: 'ended'; readonly end: VcpuEnd; readonly instructionPointer: bigint };
 
 /** How often a vCPU that has not stopped yet is kicked again. */
 const KICK_INTERVAL_MILLISECONDS = 10;
@@ -75,8 +77,14 @@ export class CpuManager {
     }));
   }
 
-  /** @param affinity host CPUs for each vCPU that is bound, by its number */
-  start(platform: PlatformHandle, affinity: ReadonlyMap<number, readonly number[]>): void {
+  /**
+   * @param affinity host CPUs for each vCPU that is bound, by its number
+   * @param held no vCPU runs before the threads of all are ready to
+   */
+  start(platform: PlatformHandle, affinity: ReadonlyMap<number, readonly number[]>, held: boolean): void {
+    const { command } = vcpuControlLayout.at;
+    let awaited = this.#threads.length;
+    if (held) for (const { control } of this.#threads) Atomics.store(control.words, command, VcpuCommand.Hold);
     this.#threads.forEach((thread, id) => {
       const name = `vcpu${id}`;
       const data: VcpuWorkerData = {
@@ -95,7 +103,9 @@ export class CpuManager {
       });
       thread.worker = worker;
       worker.on('message', (message: VcpuMessage) => {
-        if (message.kind === 'ended') this.events.onEnd(id, message.end, message.instructionPointer);
+        if (message.kind === 'ready') {
+          if (--awaited === 0) this.#command(VcpuCommand.Hold, VcpuCommand.Run);
+        } else if (message.kind === 'ended') this.events.onEnd(id, message.end, message.instructionPointer);
         else this.events.onEvent(message);
       });
       worker.on('error', (error: Error) => this.events.onCrash(id, error));
@@ -103,16 +113,26 @@ export class CpuManager {
     });
   }
 
+  /** Gives the vCPUs that have one command another. */
+  #command(from: number, to: number): void {
+    const { command } = vcpuControlLayout.at;
+    for (const { control } of this.#threads) {
+      Atomics.compareExchange(control.words, command, from, to);
+      Atomics.notify(control.words, command);
+    }
+  }
+
   /** Ends every vCPU thread; resolves when they are gone. */
   async stop(): Promise<void> {
-    const { command, threadId } = vcpuControlLayout.at;
+    const { threadId } = vcpuControlLayout.at;
     const kickAll = () => {
       for (const { vcpu, control } of this.#threads) {
         const thread = Atomics.load(control.words, threadId);
         if (thread !== 0) vcpu.kick(thread);
       }
     };
-    for (const { control } of this.#threads) Atomics.store(control.words, command, VcpuCommand.Stop);
+    this.#command(VcpuCommand.Run, VcpuCommand.Stop);
+    this.#command(VcpuCommand.Hold, VcpuCommand.Stop);
     kickAll();
     // A thread that was about to tell its id has seen the command; one that entered the guest since is kicked again.
     const timer = setInterval(kickAll, KICK_INTERVAL_MILLISECONDS);

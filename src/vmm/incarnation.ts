@@ -25,6 +25,8 @@ export class Incarnation {
   readonly #devices: DeviceManager;
   readonly #io: IoManager;
   readonly #cpus: CpuManager;
+  /** No vCPU runs before all can. */
+  readonly #held: boolean;
   readonly #handle: PlatformHandle;
   readonly #platform: Platform;
 
@@ -65,7 +67,7 @@ export class Incarnation {
       const port = this.#devices.console;
       if (port !== undefined) this.console = new SerialPump(consolePort(port, kernel), backends.console);
 
-      this.#board.boot(this.#memory.memory);
+      this.#held = this.#board.boot(this.#memory.memory);
       this.#cpus = new CpuManager(hypervisor.name, vcpus, this.#devices.memory, parts.vcpuWorker, events);
     } catch (error) {
       undoAll(error, undo.reverse());
@@ -76,7 +78,7 @@ export class Incarnation {
     const affinity = new Map((this.parts.config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
     this.#io.start();
     this.#board.vm.startTime();
-    this.#cpus.start(this.#handle, affinity);
+    this.#cpus.start(this.#handle, affinity, this.#held);
   }
 
   powerButton(): void {

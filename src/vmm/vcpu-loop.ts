@@ -8,7 +8,7 @@ import type { Bus } from '../devices/bus.js';
 import { EXIT_KINDS, ExitKind, type Vcpu } from '../hypervisor/hypervisor.js';
 import { type StateBlock, stateLayout } from '../state/state-block.js';
 
-export const VcpuCommand = { Run: 0, Stop: 1 } as const;
+export const VcpuCommand = { Run: 0, Stop: 1, Hold: 2 } as const;
 
 export const vcpuControlLayout = stateLayout('vcpu-control', 1, {
   /** A {@link VcpuCommand}. Written by any thread with Atomics. */
@@ -28,6 +28,18 @@ export type VcpuEnd =
   | { readonly kind: 'system-reset' }
   | { readonly kind: 'system-power-off' }
   | { readonly kind: 'failed'; readonly detail: string };
+
+/**
+ * Waits until the command is no longer Hold: whoever changes it notifies.
+ *
+ * @param ready called first, if there is anything to wait for
+ */
+export function awaitCommand({ words }: VcpuControl, ready: () => void): void {
+  const { command } = vcpuControlLayout.at;
+  if (Atomics.load(words, command) !== VcpuCommand.Hold) return;
+  ready();
+  while (Atomics.load(words, command) === VcpuCommand.Hold) Atomics.wait(words, command, VcpuCommand.Hold);
+}
 
 /** Runs until the command is Stop or the guest ends by itself. Never throws for anything that a guest does. */
 export function runVcpu(vcpu: Vcpu, control: VcpuControl, ports: Bus, memory: Bus): VcpuEnd {

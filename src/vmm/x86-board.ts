@@ -112,7 +112,7 @@ export class X86Board implements Board {
     });
   }
 
-  boot(memory: GuestMemory): void {
+  boot(memory: GuestMemory): boolean {
     const rsdp = this.#writeTables(memory);
     const { kernel, initramfs, cmdline = '' } = this.config.payload;
     const entry = loadPayload({ kernel, initramfs, cmdline, rsdp }, memory);
@@ -120,6 +120,7 @@ export class X86Board implements Board {
     const [first] = this.#vcpus;
     first.setSpecialRegisters(bootSpecialRegisters(entry, first.specialRegisters()));
     first.setRegisters(bootRegisters(entry));
+    return !entry.linux;
   }
 
   /** @returns the RSDP's address */

@@ -98,7 +98,7 @@ const ECAM = [0xe800_0000, 0x1000_0000, 2];
 describe('a bzImage', () => {
   test('is loaded at its preferred address, entered 0x200 behind it', () => {
     const memory = ram(4 * MIB);
-    expect(load({ kernel: bzImage() }, memory)).toEqual({ protocol: 'linux64', address: 0x30_0200 });
+    expect(load({ kernel: bzImage() }, memory)).toEqual({ protocol: 'linux64', address: 0x30_0200, linux: true });
     expect(bytes(memory, 0x30_0000, 0x1000)).toEqual(pattern(0x1000));
     expect(memory.u8(0x30_1000)).toBe(0xaa);
   });
@@ -222,6 +222,7 @@ describe('an ELF kernel', () => {
     expect(load({ kernel: elf({ segments: [second, text()] }) }, memory)).toEqual({
       protocol: 'linux64',
       address: 0x10_0100,
+      linux: false,
     });
     expect(bytes(memory, 0x10_0000, 0x1000)).toEqual(pattern(0x1000));
     expect(bytes(memory, 0x10_1000, 0x1000).equals(Buffer.alloc(0x1000))).toBe(true);
@@ -247,7 +248,7 @@ describe('an ELF kernel', () => {
     for (const size of [4, 8] as const) {
       for (const align of [4, 8] as const) {
         const kernel = elf({ e_entry: 0n, segments: [text(), pvhNote(0x10_0040, size, align)] });
-        expect(load({ kernel }, ram(4 * MIB))).toEqual({ protocol: 'pvh', address: 0x10_0040 });
+        expect(load({ kernel }, ram(4 * MIB))).toEqual({ protocol: 'pvh', address: 0x10_0040, linux: true });
       }
     }
   });
@@ -255,8 +256,24 @@ describe('an ELF kernel', () => {
   test('may be a 32-bit one with a PVH note', () => {
     const memory = ram(4 * MIB);
     const kernel = elf({ wide: false, e_machine: 3, segments: [text(), pvhNote(0x10_0040, 4)] });
-    expect(load({ kernel }, memory)).toEqual({ protocol: 'pvh', address: 0x10_0040 });
+    expect(load({ kernel }, memory)).toEqual({ protocol: 'pvh', address: 0x10_0040, linux: true });
     expect(bytes(memory, 0x10_0000, 0x1000)).toEqual(pattern(0x1000));
+  });
+
+  test('is Linux by a note of its own or of Xen, and anything else is not', () => {
+    const entry = Buffer.alloc(4);
+    entry.writeUInt32LE(0x10_0040);
+    const pvh = note('Xen', 18, entry);
+    for (const [notes, linux] of [
+      [[pvh], false], // as a firmware has it
+      [[pvh, note('Xen', 6, Buffer.from('linux\0'))], true],
+      [[note('Xen', 6, Buffer.from('FreeBSD\0')), pvh], false],
+      [[pvh, note('Linux', 0x100, Buffer.alloc(4))], true],
+    ] as const) {
+      const segment = { p_type: PT_NOTE, p_paddr: 0n, data: Buffer.concat(notes) };
+      const loaded = load({ kernel: elf({ segments: [text(), segment] }) }, ram(4 * MIB));
+      expect(loaded).toEqual({ protocol: 'pvh', address: 0x10_0040, linux });
+    }
   });
 
   test('with a PVH note gets hvm_start_info with its initramfs, command line, RSDP and memory map', () => {

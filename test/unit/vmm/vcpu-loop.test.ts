@@ -2,7 +2,7 @@ import { describe, expect, test } from '@jest/globals';
 import { Bus, type BusDevice } from '../../../src/devices/bus.js';
 import { EXIT_KINDS, ExitKind, type Vcpu, type VcpuExit } from '../../../src/hypervisor/hypervisor.js';
 import { StateBlock } from '../../../src/state/state-block.js';
-import { runVcpu, VcpuCommand, vcpuControlLayout } from '../../../src/vmm/vcpu-loop.js';
+import { awaitCommand, runVcpu, VcpuCommand, vcpuControlLayout } from '../../../src/vmm/vcpu-loop.js';
 
 type Step = { kind: ExitKind; exit?: Partial<VcpuExit>; data?: number[] };
 
@@ -46,6 +46,25 @@ function buses(): { ports: Bus; memory: Bus; device: Recorder } {
   memory.insert(0xd000_0000, 0x1000, device);
   return { ports, memory, device };
 }
+
+describe('a vCPU that is held', () => {
+  test('says that it is ready, and waits for another command', () => {
+    const control = new StateBlock(vcpuControlLayout);
+    const { command } = vcpuControlLayout.at;
+    const seen: string[] = [];
+    awaitCommand(control, () => seen.push('ready'));
+    expect(seen).toEqual([]); // it is not held
+    for (const next of [VcpuCommand.Run, VcpuCommand.Stop]) {
+      control.words[command] = VcpuCommand.Hold;
+      // Main lets it go between what it says and its wait: it must not sleep then.
+      awaitCommand(control, () => {
+        seen.push('ready');
+        control.words[command] = next;
+      });
+    }
+    expect(seen).toEqual(['ready', 'ready']);
+  });
+});
 
 describe('the vCPU loop', () => {
   test('answers reads and delivers writes, string and wide ones element by element', () => {

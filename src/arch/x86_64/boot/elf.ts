@@ -31,6 +31,8 @@ const MACHINES: Readonly<Record<number, string>> = {
 const PT_LOAD = 1;
 const PT_NOTE = 4;
 const XEN_ELFNOTE_PHYS32_ENTRY = 18;
+/** Xen's GUEST_OS note (xen/include/public/elfnote.h): the operating system's name. */
+const XEN_ELFNOTE_GUEST_OS = 6;
 /** A note's name size, description size and type. */
 const NOTE_HEADER_SIZE = 12;
 
@@ -67,6 +69,8 @@ export interface ElfKernel {
   readonly entry: number;
   /** End of the highest segment, bytes. */
   readonly end: number;
+  /** By its notes it is Linux. */
+  readonly linux: boolean;
 }
 
 export function isElf(head: Buffer): boolean {
@@ -97,7 +101,7 @@ function word(buffer: Buffer, at: number, wide: boolean): number {
 /** @throws BootError when the file is no ELF kernel for this machine, or does not fit its memory */
 export function loadElf(file: PayloadFile, memory: GuestMemory): ElfKernel {
   const elf = readElf(file);
-  const pvh = pvhEntry(file, elf.segments);
+  const { pvh, linux } = readNotes(file, elf.segments);
   if (pvh === undefined && !(elf.wide && elf.machine === EM_X86_64)) {
     throw file.error('a 64-bit ELF kernel, or one with a PVH entry note');
   }
@@ -122,7 +126,7 @@ export function loadElf(file: PayloadFile, memory: GuestMemory): ElfKernel {
   if (entry < HIGH_MEMORY || entry >= end) {
     throw file.error('an ELF kernel whose entry point is a physical address in what it loads');
   }
-  return { protocol: pvh === undefined ? 'linux64' : 'pvh', entry, end };
+  return { protocol: pvh === undefined ? 'linux64' : 'pvh', entry, end, linux };
 }
 
 function readElf(file: PayloadFile): Elf {
@@ -160,8 +164,15 @@ function readElf(file: PayloadFile): Elf {
   return { wide, machine, entry: word(header, fields.entry, wide), segments };
 }
 
+interface Notes {
+  readonly pvh: number | undefined;
+  readonly linux: boolean;
+}
+
 /** A note is its header, a name and a description, each padded to 4 bytes, or to 8 where the segment is aligned so. */
-function pvhEntry(file: PayloadFile, segments: readonly Segment[]): number | undefined {
+function readNotes(file: PayloadFile, segments: readonly Segment[]): Notes {
+  let pvh: number | undefined;
+  let linux = false;
   for (const { type, offset, fileSize, align } of segments) {
     if (type !== PT_NOTE || offset >= file.size) continue;
     const notes = file.read(offset, Math.min(fileSize, MAX_NOTES_SIZE));
@@ -172,12 +183,15 @@ function pvhEntry(file: PayloadFile, segments: readonly Segment[]): number | und
       const size = notes.readUInt32LE(at + 4);
       const start = Math.ceil(nameEnd / unit) * unit;
       if (start + size > notes.length) break;
-      const xen = notes.toString('latin1', nameStart, nameEnd) === 'Xen\0';
-      if (xen && notes.readUInt32LE(at + 8) === XEN_ELFNOTE_PHYS32_ENTRY && (size === 4 || size === 8)) {
-        return word(notes, start, size === 8);
+      const name = notes.toString('latin1', nameStart, nameEnd);
+      const type = notes.readUInt32LE(at + 8);
+      if (name === 'Xen\0' && type === XEN_ELFNOTE_PHYS32_ENTRY && (size === 4 || size === 8)) {
+        pvh ??= word(notes, start, size === 8);
       }
+      const system = name === 'Xen\0' && type === XEN_ELFNOTE_GUEST_OS;
+      linux ||= name === 'Linux\0' || (system && notes.toString('latin1', start, start + size) === 'linux\0');
       at = Math.ceil((start + size) / unit) * unit;
     }
   }
-  return undefined;
+  return { pvh, linux };
 }

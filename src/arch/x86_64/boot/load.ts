@@ -17,8 +17,13 @@ export interface Payload {
   readonly rsdp: number;
 }
 
+export interface PayloadEntry extends BootEntry {
+  /** It is Linux, which starts one processor after the other and waits for each; a firmware counts who answers in time. */
+  readonly linux: boolean;
+}
+
 interface LoadedKernel {
-  readonly entry: BootEntry;
+  readonly entry: PayloadEntry;
   readonly end: number;
   readonly initrdMax: number;
   readonly cmdlineMax: number;
@@ -37,7 +42,7 @@ const EBDA_POINTER = 0x40e;
 const DEFAULT_CMDLINE_MAX = 2047;
 
 /** @throws BootError naming the option that is to blame */
-export function loadPayload(payload: Payload, memory: GuestMemory): BootEntry {
+export function loadPayload(payload: Payload, memory: GuestMemory): PayloadEntry {
   // Where a scan for the RSDP starts (ACPI 6.5, 5.2.5.1), for a kernel that ignores what its boot protocol tells.
   memory.setU16(EBDA_POINTER, layout.EBDA_START >> 4);
   const kernel = withPayload('--kernel', payload.kernel, (file) => loadKernel(file, memory));
@@ -56,14 +61,20 @@ export function loadPayload(payload: Payload, memory: GuestMemory): BootEntry {
 function loadKernel(file: PayloadFile, memory: GuestMemory): LoadedKernel {
   const head = file.read(0, 64);
   if (isElf(head)) {
-    const { protocol, entry, end } = loadElf(file, memory);
+    const { protocol, entry, end, linux } = loadElf(file, memory);
     const limits = { initrdMax: 0xffff_ffff, cmdlineMax: DEFAULT_CMDLINE_MAX };
-    return { entry: { protocol, address: entry }, end, ...limits };
+    return { entry: { protocol, address: entry, linux }, end, ...limits };
   }
   const image = loadBzImage(file, memory);
   if (image !== undefined) {
     const { header, entry, end, initrdMax, cmdlineMax } = image;
-    return { entry: { protocol: 'linux64', address: entry }, end, initrdMax, cmdlineMax, setupHeader: header };
+    return {
+      entry: { protocol: 'linux64', address: entry, linux: true },
+      end,
+      initrdMax,
+      cmdlineMax,
+      setupHeader: header,
+    };
   }
   if (kernelArchitecture(file) === 'aarch64') throw file.error('a kernel for x86_64: this one is for aarch64');
   throw file.error('a bzImage or an ELF kernel');
