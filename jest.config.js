@@ -18,6 +18,9 @@ const base = {
 };
 
 export default {
+  // A hang, not slowness: the machine may be busy with other things.
+  testTimeout: 120_000,
+  testSequencer: './test/support/sequencer.mjs',
   projects: [
     { ...base, displayName: 'unit', testMatch: ['<rootDir>/test/unit/**/*.test.ts'] },
     { ...base, displayName: 'e2e', testMatch: ['<rootDir>/test/e2e/**/*.test.ts'] },

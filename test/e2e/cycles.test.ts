@@ -85,4 +85,4 @@ test(`${RESETS} resets of one machine leave no descriptor or thread in its proce
   expect(late[1]).toBeLessThanOrEqual(early[1]);
   // koffi keeps three mappings, most of them never touched, of each worker that has ended (docs/support.md); nothing else grows.
   expect(late[2]).toBeLessThanOrEqual(early[2] + WORKERS * 4 * (resets - 5) + 30);
-}, 400_000);
+});

@@ -40,7 +40,7 @@ describe('the serial port', () => {
     const { stdout } = await host.shell(
       // Without an initramfs the kernel panics for want of a root, and resets.
       `${argv.map((word) => `'${word}'`).join(' ')} & vmm=$!
-       until grep -q 'Unable to mount root' ${file} 2>/dev/null; do sleep 0.2; done
+       tail -n +1 -F --pid=$vmm ${file} 2>/dev/null | grep -q -m 1 'Unable to mount root'
        kill $vmm; wait $vmm; echo "status $?"; grep -c 'Linux version' ${file}; rm ${file}`,
     );
     expect(stdout).toMatch(/^status 0\n[1-9]/);

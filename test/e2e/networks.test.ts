@@ -85,7 +85,7 @@ test.each([
     expect(await host.check(`ip -o link show ${tapA} | wc -l`)).toBe('1\n');
     await host.check(`ip link del ${tapA}; ip link del ${tapB}; ip link del ${bridge}`);
   },
-  240_000,
+  600_000,
 );
 
 test('a tap of its own: address and size as told, gone with the machine', async () => {
@@ -213,7 +213,7 @@ test('vsock: 1 GiB each way, with equal checksums', async () => {
   expect(guest.console).toContain(`guest received ${GIB} ${toGuest}`);
   expect(guest.console).toContain(`guest sent ${fromGuest}`);
   expect((await host.shell(`ls ${socket}`)).status).not.toBe(0);
-}, 400_000);
+}, 600_000);
 
 test('16 disks, 8 networks and a vsock at once', async () => {
   await host.check(
@@ -245,4 +245,4 @@ test('16 disks, 8 networks and a vsock at once', async () => {
   ];
   expect({ status, output }).toEqual({ status: 0, output: wanted.join('\n') });
   expect(log).not.toMatch(/warn/);
-}, 240_000);
+}, 600_000);

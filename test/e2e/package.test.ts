@@ -23,7 +23,7 @@ beforeAll(async () => {
   const archive = npm('pack', '--ignore-scripts', '--pack-destination', folder).trim();
   npm('install', '--prefer-offline', '--prefix', folder, path.join(folder, archive));
   fs.writeFileSync(path.join(folder, 'kernel'), portWriter(...POWER_OFF));
-}, 300_000);
+});
 
 afterAll(() => {
   simple.close();
@@ -73,7 +73,7 @@ describe.each(NODE_RELEASES)('on Node.js %s', (release) => {
       const { status, stderr } = await simple.run([...vmm, ...machine]);
       expect({ start, status, stderr }).toEqual({ start, status: 0, stderr: '' });
     }
-  }, 300_000);
+  });
 });
 
 test('the newest Node.js boots a stock kernel on two vCPUs', async () => {

@@ -8,27 +8,10 @@ import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { type Flavour, type Kernel, kernel } from '../lab/kernels.js';
 import type { Backend } from '../support/backend.js';
+import { expectFacts } from '../support/facts.js';
 import { Guest, type GuestOptions, runInGuest, testFolder } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
 import { guestTools } from '../support/rootfs.js';
-
-/** What a guest says of itself, a line each. */
-const FACTS = `
-echo "release $(uname -r)"
-echo "cpus $(nproc)"
-echo "memory $(awk '/MemTotal/ { print $2 }' /proc/meminfo)"
-echo "date $(date +%s)"
-dmesg | grep -E 'ACPI.*(Error|Warning|Exception)|AE_|Firmware Bug|WARNING:|BUG:|Call Trace|Oops' | sed 's/^/complaint /'
-true`;
-
-function facts(output: string): Map<string, string> {
-  return new Map(
-    output
-      .trim()
-      .split('\n')
-      .map((line) => line.split(/ (.*)/, 2) as [string, string]),
-  );
-}
 
 /** RAM that the kernel keeps for itself before it counts, at most: MiB. */
 const KERNEL_SHARE = 96;
@@ -57,7 +40,8 @@ interface Boot {
 
 export const PLAIN: Boot = { name: '', cmdline: '', flavours: ['cloud', 'generic'], clock: true };
 
-export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): void {
+/** @returns the host that they run on, once tests run: a lab has one connection */
+export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): () => TestHost {
   const { folder, remove } = testFolder();
   const scratch = `/tmp/scenarios-${process.pid}`;
   const kernels = {} as Record<Flavour, Kernel>;
@@ -88,25 +72,10 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): v
       boot.flavours.flatMap((flavour) => [1, 2, 4].map((vcpus) => ({ ...boot, flavour, vcpus }))),
     );
     test.each(cases)('$flavour kernel, $vcpus vCPUs$name', async ({ cmdline, flavour, vcpus, clock }) => {
-      const before = Date.now();
-      const guest = await run(
-        { cmdline, task: { command: FACTS }, vmm: ['--cpus', `boot=${vcpus}`, '--memory', `size=${MEMORY}M`] },
-        flavour,
+      const expected = { kernel: kernels[flavour], vcpus, mib: MEMORY, kernelShare: KERNEL_SHARE, clock };
+      await expectFacts(host, expected, (command) =>
+        run({ cmdline, task: { command }, vmm: ['--cpus', `boot=${vcpus}`, '--memory', `size=${MEMORY}M`] }, flavour),
       );
-      const said = facts(guest.output);
-      expect({ status: guest.status, vmm: guest.vmm }).toEqual({ status: 0, vmm: 0 });
-      expect(said.get('release')).toBe(kernels[flavour].release);
-      expect(said.get('cpus')).toBe(String(vcpus));
-      const memory = Number(said.get('memory')) / 1024;
-      expect(memory).toBeLessThanOrEqual(MEMORY);
-      expect(memory).toBeGreaterThan(MEMORY - KERNEL_SHARE);
-      // The lab's clock and this machine's are of the same source, to the second; the guest's own start takes a while.
-      const date = Number(said.get('date')) * 1000;
-      if (clock) {
-        expect(date).toBeGreaterThan(before - 5000);
-        expect(date).toBeLessThan(Date.now() + 5000);
-      }
-      expect(said.get('complaint')).toBeUndefined();
     });
   });
 
@@ -307,4 +276,6 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): v
     expect({ status, output }).toEqual({ status: 0, output: 'before' });
     expect(await host.check(`head -c 6 ${scratch}/pmem`)).toBe('second');
   });
+
+  return () => host;
 }

@@ -310,7 +310,7 @@ for word in $(cat /proc/cmdline); do
     ro|rw) mode=$word ;;
   esac
 done
-for attempt in $(seq 500); do [ -b "$root" ] && break; usleep 20000; done
+until [ -b "$root" ]; do usleep 20000; done
 mount -t ext4 -o "$mode" "$root" /new || exec sh
 mount --move /dev /new/dev
 mount --move /proc /new/proc
@@ -320,7 +320,7 @@ exec switch_root /new "$init"
 
 /** The initramfs that {@link rootImage} boots with: stock kernels have the disk's driver as a module. */
 export async function rootInitramfs(image: Kernel): Promise<string> {
-  const entry = await cached(`guest-root/initramfs-1-${image.release}`, ['initramfs'], (target) => {
+  const entry = await cached(`guest-root/initramfs-2-${image.release}`, ['initramfs'], (target) => {
     const files = moduleFiles(image, ROOT_MODULES);
     const names = files.map((name) => path.basename(name).replace(/\.xz$/, ''));
     const entries = [

@@ -1,10 +1,10 @@
+/** A guest of a few instructions for KVM on aarch64: what each of them does to the machine is known. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
-import os from 'node:os';
 import path from 'node:path';
-import { afterAll, beforeAll, expect, test } from '@jest/globals';
-import { withLab } from '../lab/lab.js';
-import { TestHost } from '../support/host.js';
+import { expect, test } from '@jest/globals';
+import { testFolder } from '../support/guest.js';
+import type { TestHost } from '../support/host.js';
 
 /** Stores to NOTE say how far the guest is; see test/support/arm-guest-runner.ts for what is at which address. */
 const GUEST = `
@@ -142,18 +142,8 @@ vectors:
   eret
 `;
 
-let folder: string;
-
-beforeAll(() => {
-  folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-arm-'));
-});
-
-afterAll(() => {
-  fs.rmSync(folder, { recursive: true });
-});
-
 /** The lab sees the host's files. */
-function assemble(source: string): string {
+function assemble(folder: string, source: string): string {
   const [assembly, elf, image] = ['guest.s', 'guest.elf', 'guest.bin'].map((name) => path.join(folder, name));
   fs.writeFileSync(assembly, source);
   const link = ['-nostdlib', '-static', '-Wl,-Ttext=0x40000000,-estart'];
@@ -162,34 +152,39 @@ function assemble(source: string): string {
   return image;
 }
 
-test('KVM on aarch64 runs a guest with two vCPUs, interrupts and a doorbell', async () => {
-  const image = assemble(GUEST);
-  await withLab({ architecture: 'aarch64', memoryMib: 2048 }, async (lab) => {
-    const runner = path.resolve('dist/tools/arm-guest-runner.js');
-    const { status, stdout, stderr } = await TestHost.on(lab).run([process.execPath, runner, image]);
-    expect([status, stderr]).toEqual([0, '']);
-    expect(JSON.parse(stdout)).toEqual({
-      maxVcpus: 512,
-      ipaBits: 48,
-      mpidr: [0, 1],
-      ends: ['SystemPowerOff', 'Interrupted'],
-      stores: [
-        [
-          '4*2 10000000 9abcdef0 12345678',
-          '2*1 10000008 4',
-          '1*1 1000000a 4',
-          '4*1 10000014 96000010', // ESR_EL1: a data abort of the same level, synchronous external
-          '4*1 1000000c 0', // PSCI SUCCESS
-          '4*1 10000018 1',
-          `4*1 1000001c ${(32 + 40).toString(16)}`,
-          '4*1 10000030 c0',
-          `4*1 1000001c ${(8192).toString(16)}`,
-          '4*1 10000034 2000',
-          `4*1 1000001c ${(8193).toString(16)}`,
+export function bareGuest(host: () => TestHost): void {
+  test('bare guest: MMIO, PSCI, interrupts by eventfd and ITS', async () => {
+    const { folder, remove } = testFolder();
+    try {
+      const image = assemble(folder, GUEST);
+      const runner = path.resolve('dist/tools/arm-guest-runner.js');
+      const { status, stdout, stderr } = await host().run([process.execPath, runner, image]);
+      expect([status, stderr]).toEqual([0, '']);
+      expect(JSON.parse(stdout)).toEqual({
+        maxVcpus: 512,
+        ipaBits: 48,
+        mpidr: [0, 1],
+        ends: ['SystemPowerOff', 'Interrupted'],
+        stores: [
+          [
+            '4*2 10000000 9abcdef0 12345678',
+            '2*1 10000008 4',
+            '1*1 1000000a 4',
+            '4*1 10000014 96000010', // ESR_EL1: a data abort of the same level, synchronous external
+            '4*1 1000000c 0', // PSCI SUCCESS
+            '4*1 10000018 1',
+            `4*1 1000001c ${(32 + 40).toString(16)}`,
+            '4*1 10000030 c0',
+            `4*1 1000001c ${(8192).toString(16)}`,
+            '4*1 10000034 2000',
+            `4*1 1000001c ${(8193).toString(16)}`,
+          ],
+          ['4*1 10000010 77'],
         ],
-        ['4*1 10000010 77'],
-      ],
-      doorbell: true,
-    });
+        doorbell: true,
+      });
+    } finally {
+      remove();
+    }
   });
-}, 300_000);
+}
