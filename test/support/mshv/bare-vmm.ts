@@ -20,9 +20,9 @@ export function assemble(bits: 16 | 32 | 64, text: string): Uint8Array {
   if (known !== undefined) return known;
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-code-'));
   try {
-    const source = path.join(folder, 'code.S');
+    const source = path.join(folder, 'code.s');
     fs.writeFileSync(source, `.intel_syntax noprefix\n.code${bits}\n.text\n${text}\n`);
-    execFileSync('gcc', ['-c', '-o', path.join(folder, 'code.o'), source]);
+    execFileSync('as', ['-o', path.join(folder, 'code.o'), source]);
     execFileSync('objcopy', ['-O', 'binary', '-j', '.text', path.join(folder, 'code.o'), path.join(folder, 'code')]);
     const code = fs.readFileSync(path.join(folder, 'code'));
     assembled.set(key, code);
@@ -30,6 +30,11 @@ export function assemble(bits: 16 | 32 | 64, text: string): Uint8Array {
   } finally {
     fs.rmSync(folder, { recursive: true });
   }
+}
+
+/** As {@link assemble}, of lines that do not refer to each other: each is assembled once, in whatever it stands. */
+export function assembleEach(bits: 16 | 32 | 64, lines: readonly string[]): Uint8Array {
+  return Buffer.concat(lines.map((line) => assemble(bits, line)));
 }
 
 type Register = keyof typeof abi.HV_X64_REGISTER;

@@ -2,7 +2,7 @@
 import fs from 'node:fs';
 import { afterEach, describe, expect, test } from '@jest/globals';
 import * as abi from '../../../src/hypervisor/mshv/abi.js';
-import { assemble, BareVmm, CODE } from '../../support/mshv/bare-vmm.js';
+import { assemble, assembleEach, BareVmm, CODE } from '../../support/mshv/bare-vmm.js';
 
 const hasKvm = fs.existsSync('/dev/kvm');
 const { HVMSG } = abi;
@@ -14,12 +14,12 @@ afterEach(() => {
   open = undefined;
 });
 
-function guest(bits: 16 | 32 | 64, text: string, registers: Parameters<BareVmm['enter']>[3] = {}) {
+function guest(bits: 16 | 32 | 64, code: string | Uint8Array, registers: Parameters<BareVmm['enter']>[3] = {}) {
   const vmm = new BareVmm();
   const vp = vmm.createVp(0);
   open = { vmm, vp };
   vmm.enter(0, vp, bits, registers);
-  vmm.load(assemble(bits, text));
+  vmm.load(typeof code === 'string' ? assemble(bits, code) : code);
   const at = (offset: number) => vmm.message.getBigUint64(offset, true);
   return { vmm, vp, at };
 }
@@ -130,7 +130,7 @@ function runs(bits: 16 | 32 | 64, lab: boolean): boolean {
 
 describe('memory', () => {
   for (const { text, registers = {}, write, offset = 0, bits = 32, lab = false } of FORMS) {
-    const setUp = text.startsWith('std') ? 'std\n' : '';
+    const setUp = text.startsWith('std') ? ['std'] : [];
     const instruction = text.replace(/^std\n/, '');
     for (const [index, neighbour] of NEIGHBOURS.entries()) {
       // A KVM that only emulates knows few instructions; where there is a better one, as in a lab, all of them are tried.
@@ -144,11 +144,11 @@ describe('memory', () => {
           RBP: 0x3300n,
           ...registers,
         };
-        const full = `${setUp}${neighbour}\n${instruction}\nnop\nout 0x10, al`;
+        const full = assembleEach(bits, [...setUp, neighbour, instruction, 'nop', 'out 0x10, al']);
         const { vmm, vp, at } = guest(bits, full, initial);
         for (let byte = 0x2000; byte < 0x9000; byte++) vmm.bytes[byte] = byte * 7;
         const before = vmm.bytes.slice();
-        const before64 = assemble(bits, `${setUp}${neighbour}`).length;
+        const before64 = assembleEach(bits, [...setUp, neighbour]).length;
         expect(vmm.run(vp)).toBe(HVMSG.UNMAPPED_GPA);
         expect(at(abi.INTERCEPT.rip)).toBe(BigInt(CODE + before64));
         if (offset >= 0) expect(at(abi.MEMORY_MESSAGE.guestPhysicalAddress)).toBe(DEVICE + BigInt(offset));
@@ -162,7 +162,7 @@ describe('memory', () => {
         // The neighbours load AL, where they are no NOP.
         if (index > 0) expected.RAX = (expected.RAX & ~0xffn) | BigInt(assemble(32, neighbour)[1]);
         for (const name of GENERAL) expect([name, vmm.get(0, vp, name)]).toEqual([name, expected[name]]);
-        expect(vmm.get(0, vp, 'RFLAGS')).toBe(setUp === '' ? 2n : 0x402n);
+        expect(vmm.get(0, vp, 'RFLAGS')).toBe(setUp.length === 0 ? 2n : 0x402n);
         // The same again: nothing of the first time is left.
         expect(vmm.run(vp)).toBe(HVMSG.UNMAPPED_GPA);
         expect(at(abi.INTERCEPT.rip)).toBe(BigInt(CODE + before64));
