@@ -28,6 +28,8 @@ export interface VhostQueue {
   readonly used: number;
   readonly kick: number;
   readonly call: number;
+  /** The next entry of the available ring. */
+  readonly base: number;
   /** Signalled when the kernel finds the ring beyond repair. */
   readonly error: number;
 }
@@ -87,9 +89,9 @@ export class VhostPair {
         view.setBigUint64(at + 16, BigInt(hostAddress), true);
       });
       kernel.ioctlBuffer(this.#fd, VHOST.SET_MEM_TABLE, table);
-      queues.forEach(({ size, descriptors, available, used, kick, call, error }, index) => {
+      queues.forEach(({ size, descriptors, available, used, kick, call, error, base }, index) => {
         this.#call(VHOST.SET_VRING_NUM, Uint32Array.of(index, size));
-        this.#call(VHOST.SET_VRING_BASE, Uint32Array.of(index, 0));
+        this.#call(VHOST.SET_VRING_BASE, Uint32Array.of(index, base));
         // struct vhost_vring_addr: index, flags, descriptors, used, available, log.
         const address = new DataView(new ArrayBuffer(40));
         address.setUint32(0, index, true);

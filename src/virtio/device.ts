@@ -64,6 +64,8 @@ export interface QueuePlace {
   readonly used: number;
   /** The eventfd that the driver's kicks signal. */
   readonly kick: number;
+  /** The next entry of the available ring to be taken; not 0 where the driver has stopped the device and lets it go on. */
+  readonly base: number;
 }
 
 /** A queue with its interrupt. */
@@ -94,8 +96,9 @@ export interface VirtioDevice {
   /** A queue may have chains. */
   kick(queue: DeviceQueue): void;
   /**
-   * The driver takes the queues back: finishes what is in flight, puts back what it holds, then touches neither queues nor guest
-   * memory again. It may get the same queues once more, where the driver has only stopped the device (bus mastering).
+   * The driver takes the queues back: finishes what is in flight, then touches neither queues nor guest memory again. Where the
+   * driver has only stopped the device (bus mastering) it gets the same queues once more, and takes again the chains that it held:
+   * those may only be the ones that it took last.
    */
   deactivate(): void;
   /** The driver wrote the configuration space. */

@@ -153,7 +153,8 @@ export class PackedQueue implements VirtQueue {
     return slot >= this.size ? (slot - this.size) | (wrap ^ WRAP) : slot | wrap;
   }
 
-  unpop(id = this.chain.id): void {
+  unpop(): void {
+    const { id } = this.chain;
     const at = this.at + QueueWord.available;
     const slot = (this.words[at] & 0x7fff) - this.#slots[id];
     const wrap = this.words[at] & WRAP;

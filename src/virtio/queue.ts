@@ -119,12 +119,8 @@ export interface VirtQueue {
   readonly fault: string;
   /** Takes the next chain into `chain`. A broken queue stays broken. */
   pop(): Pop;
-  /**
-   * Puts back the chain that `pop` took last of those that are still taken, as if it had not been.
-   *
-   * @param id the chain's; left out: it is still in `chain`
-   */
-  unpop(id?: number): void;
+  /** Puts the chain that `pop` took last back, as if it had not been taken. */
+  unpop(): void;
   /**
    * Gives a chain back.
    *

@@ -196,13 +196,25 @@ export class VirtioRunner {
       available: host(QueueWord.driverLow, 4),
       used: host(QueueWord.deviceLow, 4),
       kick: this.handle.doorbells[index],
+      base: words[at + QueueWord.available] & 0xffff,
     };
   }
 
   #deactivate(): void {
     // None: the driver put them where none can be.
     if (this.#queues.length > 0) this.#device.deactivate();
+    for (const queue of this.#queues) if (queue !== undefined) this.#rewind(queue);
     this.#queues = [];
+  }
+
+  /** Chains that were taken and did not go back were not taken. What the host's kernel took, its used index tells. */
+  #rewind({ index }: DeviceQueue): void {
+    const words = this.#words;
+    const at = this.#at.queues + index * QUEUE_WORDS;
+    if (!this.#listening.includes(index)) {
+      words[at + QueueWord.used] = this.services.memory.u16(queueAddress(words, at + QueueWord.deviceLow) + 2);
+    }
+    words[at + QueueWord.available] = words[at + QueueWord.used];
   }
 
   #letGo(): void {

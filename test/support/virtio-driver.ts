@@ -134,7 +134,7 @@ export class TestQueue {
     const signal = () => {
       if (ring.needsInterrupt()) this.interrupts++;
     };
-    this.queue = { index, ring, signal, place: { size, descriptors: 0, available: 0, used: 0, kick: -1 } };
+    this.queue = { index, ring, signal, place: { size, descriptors: 0, available: 0, used: 0, kick: -1, base: 0 } };
   }
 
   /** Offers a chain. @returns its id */

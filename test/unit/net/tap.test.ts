@@ -458,6 +458,7 @@ describe('vhost-net', () => {
     used: 0x7f00_0000_2000 + base,
     kick: base + 1,
     call: base + 2,
+    base: base * 2,
     error: 99,
   });
 
@@ -482,8 +483,8 @@ describe('vhost-net', () => {
       [1, 256],
     ]);
     expect(words(VHOST.SET_VRING_BASE)).toEqual([
-      [0, 0],
-      [1, 0],
+      [0, 0x20],
+      [1, 0x40],
     ]);
     expect(words(VHOST.SET_VRING_KICK)).toEqual([
       [0, 0x11],

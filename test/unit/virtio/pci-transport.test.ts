@@ -22,6 +22,8 @@ class EchoDevice implements VirtioDevice {
   readonly seen: string[] = [];
   driver?: Driver;
   ring?: VirtQueue | undefined;
+  /** It keeps the chains that it takes. */
+  holds = false;
   needsReset: (reason: string) => void = () => undefined;
   changeConfig: (change: (config: Uint8Array) => void) => void = () => undefined;
 
@@ -32,7 +34,7 @@ class EchoDevice implements VirtioDevice {
   }
   kick(queue: DeviceQueue): void {
     this.seen.push(`kick ${queue.index}`);
-    while (queue.ring.pop() === Pop.Taken) queue.ring.push(queue.ring.chain.id, 0);
+    while (queue.ring.pop() === Pop.Taken) if (!this.holds) queue.ring.push(queue.ring.chain.id, 0);
     if (queue.ring.fault !== '') this.needsReset(queue.ring.fault);
     queue.signal();
   }
@@ -59,7 +61,8 @@ class WaitingDevice extends VirtioPciDevice {
   }
 }
 
-function machine() {
+/** @param kernelServed the host's kernel serves queue 0, as vhost does */
+function machine(kernelServed = false) {
   const guest = new TestGuest();
   const loop = new EpollLoop(kernel);
   const description: VirtioDescription = {
@@ -82,7 +85,7 @@ function machine() {
     doorbells: [kernel.eventfd(), kernel.eventfd()],
     workers: [wake],
     wideBar: true,
-    kernelInterrupts: [],
+    kernelInterrupts: kernelServed ? [{ queue: 0, route: 1, eventfd: kernel.eventfd() }] : [],
   };
   const messages: number[][] = [];
   const doorbells = new Map<number, number>();
@@ -123,7 +126,8 @@ function machine() {
   const close = () => {
     runner.close();
     loop.close();
-    for (const fd of [wake, ...handle.doorbells]) kernel.close(fd);
+    const events = handle.kernelInterrupts.map(({ eventfd }) => eventfd);
+    for (const fd of [wake, ...handle.doorbells, ...events]) kernel.close(fd);
     guest.close();
   };
   return { guest, loop, handle, pci, runner, device, messages, doorbells, lines, close };
@@ -429,6 +433,49 @@ describe('bus mastering', () => {
     expect(queue.used()).toEqual({ id: 1, length: 0 });
     expect(messages.length).toBe(sent + 1);
     expect(m.doorbells.size).toBe(2);
+    m.close();
+  });
+
+  test.each([false, true])('off and on: chains that the device held are taken again, packed %s', (packed) => {
+    const m = machine();
+    m.pci.meanwhile = () => m.runner.update();
+    command(m, MEMORY | MASTER);
+    m.pci.pci.writeConfig(0x40, 0x8000_0000, 0xffff_0000);
+    const queue = start(m, { packed });
+    m.runner.update();
+    const buffer = { address: 0x2_0000, length: 4, write: true };
+    const kick = () => {
+      kernel.signal(m.handle.doorbells[0]);
+      m.loop.turn(1000);
+    };
+    queue.add([buffer]);
+    kick();
+    expect(queue.used()).toBeDefined();
+    m.device.holds = true;
+    for (const buffers of [[buffer, buffer], [buffer]]) queue.add(buffers);
+    kick();
+    expect(queue.used()).toBeUndefined();
+    command(m, MEMORY);
+    m.device.holds = false;
+    command(m, MEMORY | MASTER);
+    m.runner.update();
+    expect([queue.used(), queue.used(), queue.used()]).toEqual([expect.anything(), expect.anything(), undefined]);
+    m.close();
+  });
+
+  test("off and on: the host's kernel goes on where its used ring ends", () => {
+    const m = machine(true);
+    m.pci.meanwhile = () => m.runner.update();
+    command(m, MEMORY | MASTER);
+    m.pci.pci.writeConfig(0x40, 0x8000_0000, 0xffff_0000);
+    const queue = start(m);
+    m.runner.update();
+    expect(m.device.driver!.queues[0]!.place.base).toBe(0);
+    m.guest.memory.setU16(queue.deviceArea + 2, 5); // it has used five
+    command(m, MEMORY);
+    command(m, MEMORY | MASTER);
+    m.runner.update();
+    expect(m.device.driver!.queues[0]!.place.base).toBe(5);
     m.close();
   });
 
