@@ -92,7 +92,7 @@ export class GuestMemory {
     const sources = parts.map(sourceOf).sort((a, b) => a.address - b.address);
     this.#mappings = sources.map((source) => {
       const { address, size, hostAddress } = source;
-      return { address, end: address + size, hostAddress, source, windows: Array(Math.ceil(size / WINDOW_SIZE)) };
+      return { address, end: address + size, hostAddress, source, windows: noWindows(size) };
     });
     const first = this.#mappings[0] as Mapping | undefined;
     if (first === undefined) throw new GuestMemoryError('Guest memory has no mapping');
@@ -306,9 +306,15 @@ export class GuestMemory {
   }
 
   #window(mapping: Mapping, address: number): Window {
-    const index = Math.floor((address - mapping.address) / WINDOW_SIZE);
+    // Below 2^22 windows: the bitwise operation rounds down, and is quicker than Math.floor.
+    const index = ((address - mapping.address) / WINDOW_SIZE) | 0;
     return mapping.windows[index] ?? openWindow(mapping, index);
   }
+}
+
+/** An array without holes, which V8 reads quicker. */
+function noWindows(size: number): undefined[] {
+  return Array.from({ length: Math.ceil(size / WINDOW_SIZE) }, () => undefined);
 }
 
 function openWindow(mapping: Mapping, index: number): Window {
