@@ -4,16 +4,17 @@
  *
  * Built: what a machine that runs can be asked and told. Creating and booting one, hotplug and migration are not.
  */
-import { once } from 'node:events';
-import fs from 'node:fs';
 import http from 'node:http';
-import net from 'node:net';
 import * as z from 'zod';
+import type { HostKernel } from '../sys/host-kernel.js';
 import type { Machine } from '../vmm/machine.js';
-import { causeMessages, MachineError, RequestError } from '../vmm/machine-error.js';
+import { causeMessages, RequestError } from '../vmm/machine-error.js';
+import { bindSocket } from '../vmm/unix-socket.js';
 
 const BASE = '/api/v1/';
 const MAX_BODY_BYTES = 4 * 1024 * 1024;
+/** At a time; further ones are closed. Each may hold a body. */
+const MAX_CONNECTIONS = 32;
 const SECTOR = 512;
 
 export interface Api {
@@ -111,7 +112,7 @@ async function readBody(request: http.IncomingMessage): Promise<unknown> {
 }
 
 /** @throws MachineError when the socket cannot be made */
-export async function openApi(socket: string, machine: ApiMachine, version: string): Promise<Api> {
+export async function openApi(kernel: HostKernel, socket: string, machine: ApiMachine, version: string): Promise<Api> {
   const routes = handlers(machine, version);
 
   async function answer(request: http.IncomingMessage): Promise<Answer> {
@@ -146,35 +147,15 @@ export async function openApi(socket: string, machine: ApiMachine, version: stri
   }
 
   const server = http.createServer((request, response) => void serve(request, response));
-  try {
-    await removeStale(socket);
-    server.listen(socket);
-    await once(server, 'listening');
-  } catch (error) {
-    throw new MachineError(`--api-socket path=${socket}: accepted is a path where a socket can be made`, {
-      cause: error,
-    });
-  }
+  server.maxConnections = MAX_CONNECTIONS;
+  const bound = bindSocket(kernel, `--api-socket path=${socket}`, socket);
+  await new Promise<void>((resolve) => server.listen({ fd: bound.listener }, resolve));
   return {
     close: async () => {
+      bound.remove();
       const closed = new Promise((resolve) => server.close(resolve));
       server.closeAllConnections();
       await closed;
     },
   };
-}
-
-/** Removes a socket that a killed process left. @throws Error when somebody listens on it */
-async function removeStale(path: string): Promise<void> {
-  if (!(fs.statSync(path, { throwIfNoEntry: false })?.isSocket() ?? false)) return;
-  const client = net.connect(path);
-  try {
-    await once(client, 'connect');
-  } catch {
-    fs.rmSync(path, { force: true });
-    return;
-  } finally {
-    client.destroy();
-  }
-  throw new Error('another process listens on it');
 }

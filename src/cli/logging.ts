@@ -1,11 +1,14 @@
 /**
  * The process's log: winston, to standard error or a file. It is loaded by the first line that is logged, as most runs of
- * a guest log none.
+ * a guest log none. A log that cannot be written (a full disk, a reader that is gone or does not read) loses lines, which are
+ * counted, and nothing else.
  */
-import fs from 'node:fs';
+import { Writable } from 'node:stream';
 import type winston from 'winston';
-import { OptionError } from '../config/option-syntax.js';
+import { OptionError, printable } from '../config/option-syntax.js';
 import type { ProcessOptions } from '../config/vm-config.js';
+import type { HostKernel } from '../sys/host-kernel.js';
+import { HostOutput, openOutputFile, openStandard, type OutputTarget } from '../vmm/host-output.js';
 import type { Logger } from '../vmm/logger.js';
 
 /** By the number of -v. */
@@ -14,20 +17,34 @@ const RANKS = { error: 0, warn: 0, info: 1, debug: 2 };
 type Level = keyof typeof RANKS;
 
 export interface ProcessLog extends Logger {
-  /** Resolves when every line is written. */
+  /** Resolves when every line is written, or nobody takes them. */
   close(): Promise<void>;
 }
 
 /** @throws OptionError when the log file cannot be written */
-export function openLog({ logFile, verbosity }: ProcessOptions): ProcessLog {
-  const stream = logFile === undefined ? process.stderr : openLogFile(logFile);
+export function openLog({ logFile, verbosity }: ProcessOptions, kernel: HostKernel): ProcessLog {
+  let ended = false;
+  const output = new HostOutput(kernel, logFile === undefined ? openStandard(2) : openLogFile(logFile), {
+    hold: true,
+    lines: true,
+    // There is no better place to tell it.
+    refused: () => undefined,
+    lost: (lines) => log('warn', `${lines} lines of the log were lost`),
+  });
+  const stream = new Writable({
+    decodeStrings: true,
+    write: (line: Buffer, _encoding, done) => {
+      output.write(line);
+      done();
+    },
+  });
   let logger: Promise<winston.Logger> | undefined;
-  const log = (level: Level, message: string) => {
-    if (RANKS[level] > verbosity) return;
+  function log(level: Level, message: string): void {
+    if (ended || RANKS[level] > verbosity) return;
     const time = performance.now();
     logger ??= createLogger(stream, LEVELS[Math.min(verbosity, LEVELS.length - 1)]);
-    void logger.then((ready) => ready.log(level, message, { time }));
-  };
+    void logger.then((ready) => ready.log(level, printable(message), { time }));
+  }
   return {
     error: (message) => log('error', message),
     warn: (message) => log('warn', message),
@@ -35,12 +52,15 @@ export function openLog({ logFile, verbosity }: ProcessOptions): ProcessLog {
     debug: (message) => log('debug', message),
     close: async () => {
       const ready = await logger;
-      if (ready === undefined) return;
-      await new Promise<void>((resolve) => {
-        // What is logged after this has nowhere to go; the process is at its end.
-        ready.once('finish', () => stream.write('', () => resolve()));
-        ready.end();
-      });
+      // What is logged after this has nowhere to go; the process is at its end.
+      ended = true;
+      if (ready !== undefined) {
+        await new Promise<void>((resolve) => {
+          ready.once('finish', () => stream.end(() => resolve()));
+          ready.end();
+        });
+      }
+      await output.close();
     },
   };
 }
@@ -58,12 +78,11 @@ async function createLogger(stream: NodeJS.WritableStream, level: string): Promi
   });
 }
 
-function openLogFile(path: string): fs.WriteStream {
+function openLogFile(path: string): OutputTarget {
   try {
-    const fd = fs.openSync(path, 'a');
-    return fs.createWriteStream(path, { fd });
+    return openOutputFile(path, { truncate: false });
   } catch (error) {
     const reason = error instanceof Error ? `: ${error.message}` : '';
-    throw new OptionError(`--log-file ${path}`, `a file that can be written${reason}`);
+    throw new OptionError(`--log-file ${path}`, `a file that can be written, or a FIFO that somebody reads${reason}`);
   }
 }

@@ -4,6 +4,7 @@ import { readHostFacts } from '../config/host-facts.js';
 import type { Api } from '../api/server.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import { HYPERVISOR, machineContainer, MACHINE, type WorkerScripts } from './container.js';
+import { HostOutput, openStandard } from '../vmm/host-output.js';
 import { reportAndExitCode } from './errors.js';
 import { openLog } from './logging.js';
 import { type Command, parseCommandLine } from './parse.js';
@@ -11,7 +12,7 @@ import { type Command, parseCommandLine } from './parse.js';
 type RunCommand = Extract<Command, { kind: 'run' }>;
 
 async function runMachine(kernel: HostKernel, scripts: WorkerScripts, command: RunCommand): Promise<void> {
-  const log = openLog(command.process);
+  const log = openLog(command.process, kernel);
   try {
     const container = machineContainer(kernel, command.config, command.process, log, scripts);
     const machine = container.get(MACHINE);
@@ -26,7 +27,7 @@ async function runMachine(kernel: HostKernel, scripts: WorkerScripts, command: R
       // Most machines have none, and a HTTP server takes memory.
       if (apiSocket !== undefined) {
         const { openApi } = await import('../api/server.js');
-        api = await openApi(apiSocket, machine, packageJson.version);
+        api = await openApi(kernel, apiSocket, machine, packageJson.version);
       }
       await machine.run();
     } finally {
@@ -38,16 +39,26 @@ async function runMachine(kernel: HostKernel, scripts: WorkerScripts, command: R
   }
 }
 
+/** Text to standard output or error, as far as it is read: who has gone is not told. */
+async function write(kernel: HostKernel, fd: 1 | 2, text: string): Promise<void> {
+  const ignore = () => undefined;
+  const output = new HostOutput(kernel, openStandard(fd), { hold: true, refused: ignore, lost: ignore });
+  output.write(Buffer.from(text));
+  await output.close();
+}
+
 async function execute(kernel: HostKernel, scripts: WorkerScripts, onMachine: () => void): Promise<void> {
   const command = parseCommandLine(process.argv.slice(2), readHostFacts());
   switch (command.kind) {
     case 'help':
     case 'version':
-      process.stdout.write(`${command.text}\n`);
+      await write(kernel, 1, `${command.text}\n`);
       break;
     case 'doctor': {
       const { doctor } = await import('./doctor/doctor.js');
-      process.exitCode = doctor(kernel, command.json);
+      const { text, status } = doctor(kernel, command.json);
+      await write(kernel, 1, text);
+      process.exitCode = status;
       break;
     }
     case 'run':
@@ -65,7 +76,9 @@ async function execute(kernel: HostKernel, scripts: WorkerScripts, onMachine: ()
  */
 export function runVmm(kernel: HostKernel, scripts: WorkerScripts, onMachine: () => void = () => undefined): void {
   const verbose = process.argv.some((argument) => /^-[Vh]*v/.test(argument) || argument === '--verbose');
-  execute(kernel, scripts, onMachine).catch((error: unknown) => {
-    process.exitCode = reportAndExitCode(error, { verbose });
+  execute(kernel, scripts, onMachine).catch(async (error: unknown) => {
+    let said = '';
+    process.exitCode = reportAndExitCode(error, { verbose }, (text) => (said += text));
+    await write(kernel, 2, said);
   });
 }

@@ -9,6 +9,8 @@
 import os from 'node:os';
 
 const errnoNames = new Map(Object.entries(os.constants.errno).map(([name, errno]) => [errno, name]));
+// Its other name is EWOULDBLOCK.
+errnoNames.set(os.constants.errno.EAGAIN, 'EAGAIN');
 
 /** Such as ENOENT. */
 export function errnoName(errno: number): string {
@@ -174,7 +176,17 @@ export interface HostKernel {
 
   /** A socket for requests about network interfaces. */
   controlSocket(): number;
-  /** A stream socket of the Unix domain, non-blocking, that listens at a path. @throws SystemError EADDRINUSE and others */
+  /**
+   * Writes what a descriptor takes without waiting, whether or not it is set to block: a socket as much as it likes, others
+   * as much as poll(2) lets one hope for. Never throws. @returns bytes taken, or the negated errno: -EAGAIN when it takes none
+   */
+  writeNow(fd: number, bytes: Uint8Array): number;
+
+  /**
+   * A stream socket of the Unix domain, non-blocking, that listens at a path, which only its owner may connect to.
+   *
+   * @throws SystemError EADDRINUSE and others
+   */
   listenUnix(path: string, backlog: number): number;
   /** Accepts one connection, non-blocking. @returns the negated errno when there is none */
   acceptUnix(listener: number): number;
@@ -223,7 +235,7 @@ export interface HostKernel {
   /** Takes a pending {@link KICK_SIGNAL} off the calling thread; none pending is no error. */
   drainKick(): void;
 
-  /** A new pseudo-terminal in raw mode. @returns the master's descriptor and the slave's path */
+  /** A new pseudo-terminal in raw mode, whose master does not block. @returns the master's descriptor and the slave's path */
   openPty(): { readonly fd: number; readonly path: string };
   /** A resource limit's soft value; Infinity when unlimited. */
   resourceLimit(resource: 'memlock' | 'nofile'): number;

@@ -5,6 +5,7 @@
  * length of the synchronous call and whose length the caller sized to the structure, or an address that `map` obtained and
  * checked. Each call site says what is particular to it.
  */
+import fs from 'node:fs';
 import os from 'node:os';
 import koffi from 'koffi';
 import {
@@ -65,6 +66,8 @@ function defineOthers() {
     socket: libc.func('int socket(int domain, int type, int protocol)'),
     bind: libc.func('int bind(int fd, const void *address, uint32_t length)'),
     listen: libc.func('int listen(int fd, int backlog)'),
+    send: libc.func('long send(int fd, const void *data, size_t length, int flags)'),
+    poll: libc.func('int poll(void *descriptors, unsigned long count, int timeout)'),
     accept4: libc.func('int accept4(int fd, void *address, void *length, int flags)'),
     connect: libc.func('int connect(int fd, const void *address, uint32_t length)'),
     shutdown: libc.func('int shutdown(int fd, int how)'),
@@ -118,6 +121,10 @@ const SOCK_STREAM = 1;
 const SOCK_DGRAM = 2;
 const SOCK_NONBLOCK = 0o4000;
 const SOCK_CLOEXEC = 0o2000000;
+const MSG_DONTWAIT_NOSIGNAL = 0x40 | 0x4000;
+const POLLOUT = 0x4;
+/** Of a socket's path: for its owner alone. */
+const SOCKET_MODE = 0o600;
 /** struct sockaddr_un's path, its NUL included. */
 const UNIX_PATH_BYTES = 108;
 const PROT_NONE = 0x0;
@@ -394,8 +401,25 @@ export class LinuxKernel implements HostKernel {
     return check('socket', io().socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0) as number);
   }
 
+  writeNow(fd: number, bytes: Uint8Array): number {
+    // SAFETY: the buffer's own length is given.
+    const sent = raw(io().send(fd, bytes, bytes.length, MSG_DONTWAIT_NOSIGNAL) as number);
+    if (sent !== -os.constants.errno.ENOTSOCK) return sent;
+    const descriptor = new Uint8Array(8);
+    const view = new DataView(descriptor.buffer);
+    view.setInt32(0, fd, true);
+    view.setInt16(4, POLLOUT, true);
+    // SAFETY: one struct pollfd; a timeout of 0 never waits.
+    const ready = raw(io().poll(descriptor, 1, 0) as number);
+    if (ready <= 0) return ready === 0 ? -os.constants.errno.EAGAIN : ready;
+    // SAFETY: the buffer's own length is given.
+    return raw(c.write(fd, bytes, bytes.length) as number);
+  }
+
   listenUnix(path: string, backlog: number): number {
     return this.#unixSocket(path, (fd, address) => {
+      // Before it has a name: bind gives the path the socket's own mode (net/unix/af_unix.c), so nobody comes in between.
+      fs.fchmodSync(fd, SOCKET_MODE);
       check(`bind ${path}`, io().bind(fd, address, address.length) as number);
       check('listen', io().listen(fd, backlog) as number);
     });
@@ -552,7 +576,7 @@ export class LinuxKernel implements HostKernel {
   }
 
   openPty(): { fd: number; path: string } {
-    const fd = check('posix_openpt', io().posixOpenpt(O_RDWR | O_NOCTTY | O_CLOEXEC) as number);
+    const fd = check('posix_openpt', io().posixOpenpt(O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC) as number);
     try {
       check('grantpt', io().grantpt(fd) as number);
       check('unlockpt', io().unlockpt(fd) as number);

@@ -13,6 +13,7 @@ import { VHOST_DEVICE, vhostFeatures } from '../net/vhost.js';
 import { closeAll, undoAll } from '../sys/close-all.js';
 import { type HostKernel, type HostMapping, type OpenOptions, SystemError } from '../sys/host-kernel.js';
 import { MachineError } from './machine-error.js';
+import { bindSocket } from './unix-socket.js';
 
 export interface DiskResource {
   readonly id: string;
@@ -45,9 +46,6 @@ export interface VsockResource {
   readonly config: VsockConfig;
   readonly listener: number;
 }
-
-/** Pending connections of the vsock's socket. */
-const BACKLOG = 64;
 
 export class HostResources {
   readonly disks: DiskResource[] = [];
@@ -197,18 +195,12 @@ export class HostResources {
   }
 
   #openVsock(config: VsockConfig): void {
-    const option = `--vsock socket=${config.socket}`;
-    try {
-      const listener = this.kernel.listenUnix(config.socket, BACKLOG);
-      this.vsock = { config, listener };
-      this.#undo.push(() => {
-        this.kernel.close(listener);
-        fs.rmSync(config.socket, { force: true });
-      });
-    } catch (error) {
-      if (error instanceof SystemError) throw new MachineError(`${option}: ${error.reason}`);
-      throw error;
-    }
+    const { listener, remove } = bindSocket(this.kernel, `--vsock socket=${config.socket}`, config.socket);
+    this.vsock = { config, listener };
+    this.#undo.push(() => {
+      remove();
+      this.kernel.close(listener);
+    });
   }
 
   close(): void {

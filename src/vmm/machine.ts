@@ -4,6 +4,7 @@
  * A reset takes everything down that the guest could have touched (vCPUs, VM, RAM, devices) and builds it anew from the
  * configuration; the process, the terminal and the log stay.
  */
+import tty from 'node:tty';
 import type { PlatformEvent } from './platform-parts.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { CpuManagerEvents } from './cpu-manager.js';
@@ -75,23 +76,27 @@ export class Machine {
     const resources = HostResources.open(kernel, config, openTaps);
     this.#resources = resources;
     const opened: SerialBackend[] = [];
-    const open = async (place: VmConfig['serial'], name: string) => {
-      const quit = () => this.stop('the escape key, or the end of standard output');
-      const backend = await openSerialBackend(place, kernel, quit, (line) => logger.warn(`${name}: ${line}`));
+    const open = async (place: VmConfig['serial'], option: 'serial' | 'console') => {
+      const backend = await openSerialBackend(place, kernel, {
+        option,
+        quit: () => this.stop('the escape key'),
+        tell: (level, line) => logger[level](line),
+      });
       if (backend !== undefined) opened.push(backend);
       return backend;
     };
     const onResize = () => this.#resizeConsole();
     try {
       const backends = { serial: await open(config.serial, 'serial'), console: await open(config.console, 'console') };
-      if (config.console.mode === 'Tty') process.stdout.on('resize', onResize);
+      // Looking at a standard output of another kind would set it to non-blocking for all who share it.
+      if (config.console.mode === 'Tty' && tty.isatty(1)) process.stdout.on('resize', onResize);
       let end: End;
       do {
         end = this.#stopping ? { kind: 'stopped' } : await this.#runOnce(resources, backends);
       } while (end.kind === 'reset');
       if (end.kind === 'failed') throw end.error;
     } finally {
-      process.stdout.off('resize', onResize);
+      if (tty.isatty(1)) process.stdout.off('resize', onResize);
       for (const backend of opened) await backend.close();
       resources.close();
     }
@@ -110,6 +115,7 @@ export class Machine {
   }
 
   #resizeConsole(): void {
+    if (!tty.isatty(1)) return;
     const { columns, rows } = process.stdout;
     if (columns > 0 && rows > 0) this.#current?.control('__console', { columns, rows });
   }

@@ -2,6 +2,8 @@
 import type { SerialBackend } from './serial-backend.js';
 
 const CHUNK = 4096;
+/** Bytes of input that may wait for a guest that does not read; then its sender is held back. */
+const INPUT_LIMIT = 64 * 1024;
 /** A guest writes byte by byte; what it writes within this time is taken at once, as each taking costs two threads a switch. */
 const GATHER_MILLISECONDS = 2;
 
@@ -32,7 +34,7 @@ export class SerialPump {
     };
     backend.onInput = (bytes) => {
       this.#waiting = this.#waiting.length === 0 ? bytes : Buffer.concat([this.#waiting, bytes]);
-      return this.input();
+      return this.input() || this.#waiting.length < INPUT_LIMIT;
     };
     backend.resume();
   }
@@ -49,8 +51,7 @@ export class SerialPump {
     while (!this.#stalled) {
       const count = this.device.drainTransmit(this.#chunk);
       if (count === 0) return;
-      // A copy: the stream keeps the buffer until it is written.
-      if (this.backend !== undefined) this.#stalled = !this.backend.write(this.#chunk.slice(0, count));
+      if (this.backend !== undefined) this.#stalled = !this.backend.write(this.#chunk.subarray(0, count));
     }
   }
 
@@ -65,9 +66,12 @@ export class SerialPump {
   /** The device goes away: its last bytes are written, the host end stays. */
   close(): void {
     clearTimeout(this.#timer);
-    this.#stalled = false;
-    this.#drain();
     if (this.backend === undefined) return;
+    // A host end that holds output back has room for what a device holds.
+    for (let count = this.device.drainTransmit(this.#chunk); count > 0;) {
+      this.backend.write(this.#chunk.subarray(0, count));
+      count = this.device.drainTransmit(this.#chunk);
+    }
     this.backend.onDrain = () => undefined;
     this.backend.onInput = () => false;
   }

@@ -1,4 +1,4 @@
-/** Kernels of a few KiB that have the headers of real ones: for the loader, and one that a processor can run. */
+/** Kernels of a few KiB that have the headers of real ones: for the loader, and some of a few instructions to run. */
 
 /** 64-bit boot protocol: Documentation/arch/x86/boot.rst. Names are the header's fields. */
 export interface SetupHeader {
@@ -46,6 +46,30 @@ export function bzImage(fields: Partial<SetupHeader> = {}, body: Buffer = patter
   setup.fill(0xee, 0x26c); // code behind the header, which is not for the zero page
   return Buffer.concat([setup, body]);
 }
+
+/** A bzImage whose 64-bit entry (0x200 into the protected-mode kernel) is this code, which may be anywhere. */
+export function runnable(...code: readonly number[]): Buffer {
+  const body = Buffer.alloc(0x1000, 0xf4);
+  body.set(code, 0x200);
+  return bzImage({}, body);
+}
+
+const le32 = (value: number) => [value & 0xff, (value >> 8) & 0xff, (value >> 16) & 0xff, value >>> 24];
+
+/** out: mov dx, port; mov al, value; out dx, al */
+export const out = (port: number, value: number) => [0x66, 0xba, port & 0xff, port >> 8, 0xb0, value, 0xee];
+/** Runs what follows `count` times: mov ecx, count; again: ...; dec ecx; jnz again */
+export const repeat = (count: number, body: readonly number[]) => [
+  0xb9,
+  ...le32(count),
+  ...body,
+  ...[0xff, 0xc9, 0x75, -(body.length + 4) & 0xff],
+];
+/** again: ...; jmp again */
+export const forever = (body: readonly number[]) => [...body, 0xeb, -(body.length + 2) & 0xff];
+/** The machine is off: S5 into the ACPI sleep register. */
+export const TURN_OFF = [...out(0x600, 0x34), ...forever([0xf4])];
+export const COM1 = 0x3f8;
 
 export const PT_LOAD = 1;
 export const PT_NOTE = 4;

@@ -81,15 +81,14 @@ function hugepages(): Record<string, number> {
   );
 }
 
-/** In the child: runs the live test and prints its results. @returns whether this process is that child */
-export function runProbe(kernel: HostKernel): boolean {
-  if (process.env[PROBE_VARIABLE] === undefined) return false;
+/** In the child: runs the live test. @returns its results as JSON; undefined: this process is not that child */
+export function runProbe(kernel: HostKernel): string | undefined {
+  if (process.env[PROBE_VARIABLE] === undefined) return undefined;
   const hypervisor = openHostKvm(kernel);
   const results =
     hypervisor.architecture === 'aarch64' ? liveTestArm64(hypervisor, kernel) : liveTest(hypervisor, kernel);
-  process.stdout.write(JSON.stringify(results));
   hypervisor.close();
-  return true;
+  return JSON.stringify(results);
 }
 
 /** A guest that never comes back must not take the doctor with it: the test runs in a child with a time limit. */

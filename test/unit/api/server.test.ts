@@ -7,8 +7,10 @@ import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from '@jest/globals';
 import { type Api, type ApiMachine, openApi } from '../../../src/api/server.js';
+import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { RequestError } from '../../../src/vmm/machine-error.js';
 
+const kernel = new LinuxKernel();
 let folder: string;
 let socket: string;
 let api: Api | undefined;
@@ -57,7 +59,7 @@ const put = (name: string, body?: unknown) =>
   request('PUT', name, body === undefined ? undefined : JSON.stringify(body));
 
 test('what a machine can be asked', async () => {
-  api = await openApi(socket, machine(), '1.2.3');
+  api = await openApi(kernel, socket, machine(), '1.2.3');
   expect(await request('GET', 'vmm.ping')).toEqual({
     status: 200,
     body: { build_version: 'v1.2.3', version: '1.2.3', pid: process.pid, features: [] },
@@ -67,7 +69,7 @@ test('what a machine can be asked', async () => {
 });
 
 test('what a machine can be told', async () => {
-  api = await openApi(socket, machine(), '1');
+  api = await openApi(kernel, socket, machine(), '1');
   const none = { status: 204, body: undefined };
   expect(await put('vm.power-button')).toEqual(none);
   expect(await put('vm.reboot')).toEqual(none);
@@ -94,13 +96,13 @@ test.each([
   ['PUT', 'vm.resize-disk', '{"id":"none","desired_size":512}', 404, 'The machine has no disk none'],
   ['PUT', 'vm.resize-disk', '{"id":"stuck","desired_size":512}', 500, 'No space'],
 ])('%s %s %s: %i', async (method, name, body, status, message) => {
-  api = await openApi(socket, machine(), '1');
+  api = await openApi(kernel, socket, machine(), '1');
   expect(await request(method, name, body)).toEqual({ status, body: [message] });
   expect(asked).toEqual([]);
 });
 
 test("fields that are null count as absent, as Cloud Hypervisor's clients send them", async () => {
-  api = await openApi(socket, machine(), '1');
+  api = await openApi(kernel, socket, machine(), '1');
   const none = { desired_vcpus: null, desired_ram: null };
   expect((await put('vm.resize', { ...none, desired_balloon: 4096 })).status).toBe(204);
   expect((await put('vm.resize', { ...none, desired_balloon: null })).status).toBe(204);
@@ -112,7 +114,7 @@ test("fields that are null count as absent, as Cloud Hypervisor's clients send t
 });
 
 test('an answer is a number, its headers and as many bytes as they say', async () => {
-  api = await openApi(socket, machine(), '1');
+  api = await openApi(kernel, socket, machine(), '1');
   const whole = async (head: string) => {
     const client = net.connect(socket);
     client.write(`${head} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n`);
@@ -134,13 +136,13 @@ test('an answer is a number, its headers and as many bytes as they say', async (
 });
 
 test('a body that is too long is refused', async () => {
-  api = await openApi(socket, machine(), '1');
+  api = await openApi(kernel, socket, machine(), '1');
   const { status, body } = await request('PUT', 'vm.resize', ' '.repeat(4 * 1024 * 1024 + 1));
   expect({ status, body }).toEqual({ status: 400, body: ['accepted is a body of up to 4194304 bytes'] });
 });
 
 test('nothing is left behind, also of a client that holds its connection', async () => {
-  api = await openApi(socket, machine(), '1');
+  api = await openApi(kernel, socket, machine(), '1');
   const client = net.connect(socket);
   await once(client, 'connect');
   const gone = once(client, 'close');
@@ -154,17 +156,45 @@ test('the socket of a killed process is replaced, one that is in use is not', as
   const script = `require('node:net').createServer().listen(${JSON.stringify(socket)}, () => process.kill(process.pid, 9))`;
   spawnSync(process.execPath, ['-e', script]);
   expect(fs.statSync(socket).isSocket()).toBe(true);
-  api = await openApi(socket, machine(), '1');
-  await expect(openApi(socket, machine(), '1')).rejects.toThrow(/--api-socket path=.*: accepted is a path/);
+  api = await openApi(kernel, socket, machine(), '1');
+  await expect(openApi(kernel, socket, machine(), '1')).rejects.toThrow(/--api-socket path=.*: accepted is a path/);
   expect((await request('GET', 'vmm.ping')).status).toBe(200);
 });
 
+test('32 connections at a time, and another one when one has gone', async () => {
+  api = await openApi(kernel, socket, machine(), '1');
+  const connect = async () => {
+    const client = net.connect(socket);
+    client.on('error', () => undefined);
+    client.write('GET /api/v1/vmm.ping HTTP/1.1\r\nHost: localhost\r\n\r\n');
+    const answered = await Promise.race([
+      once(client, 'data').then(
+        () => true,
+        () => false,
+      ),
+      once(client, 'close').then(() => false),
+    ]);
+    return { client, answered };
+  };
+  const clients = [];
+  for (let index = 0; index < 32; index++) clients.push(await connect());
+  expect(clients.every(({ answered }) => answered)).toBe(true);
+  expect((await connect()).answered).toBe(false);
+  const gone = once(clients[0].client, 'close');
+  clients[0].client.end();
+  await gone;
+  for (let attempt = await connect(); !attempt.answered;) attempt = await connect();
+  for (const { client } of clients) client.destroy();
+});
+
 test('a path where no socket can be', async () => {
-  await expect(openApi(path.join(folder, 'no/such/folder'), machine(), '1')).rejects.toThrow(/--api-socket path=/);
+  await expect(openApi(kernel, path.join(folder, 'no/such/folder'), machine(), '1')).rejects.toThrow(
+    /--api-socket path=/,
+  );
 });
 
 test('a file that is no socket is left alone', async () => {
   fs.writeFileSync(socket, 'precious');
-  await expect(openApi(socket, machine(), '1')).rejects.toThrow(/--api-socket path=/);
+  await expect(openApi(kernel, socket, machine(), '1')).rejects.toThrow(/--api-socket path=/);
   expect(fs.readFileSync(socket, 'utf8')).toBe('precious');
 });
