@@ -20,9 +20,11 @@ import { RateLimiter, type LimiterOptions } from '../virtio/rate-limiter.js';
 import { VirtioRunner } from '../virtio/runner.js';
 import { VsockDevice } from '../virtio/vsock.js';
 import { WatchdogDevice } from '../virtio/watchdog.js';
-import type { BackendSpec, IoCommand, IoMessage, IoWorkerData, ServedDevice } from '../vmm/device-specs.js';
+import type { BackendSpec, IoCommand, IoMessage, IoWorkerStart, ServedDevice } from '../vmm/device-specs.js';
+import { GuestLog } from '../vmm/guest-log.js';
 import { attachMemory } from '../vmm/memory-manager.js';
 import { attachSignals } from './backends.js';
+import { Outbox } from './outbox.js';
 
 /** Transfers under way for each disk. */
 const ENGINE_DEPTH = 128;
@@ -33,12 +35,10 @@ const ENGINE_DEPTH = 128;
  */
 const NICENESS = 1;
 const MAX_NICENESS = 19;
-/** Lines that a guest's mistakes may add to the log, for each worker. */
-const LOG_LIMIT = 200;
 
 /** Serves queues until main ends the worker. */
 export function runIoThread(kernel: HostKernel): void {
-  const data = workerData as IoWorkerData;
+  const data = workerData as IoWorkerStart;
   const thread = kernel.threadId();
   fs.writeFileSync(`/proc/self/task/${thread}/comm`, data.name);
   try {
@@ -52,11 +52,8 @@ export function runIoThread(kernel: HostKernel): void {
   const memory = attachMemory(data.memory, kernel);
   const command = new Int32Array(data.command);
 
-  let lines = 0;
-  function log(level: 'info' | 'warn', line: string): void {
-    if (++lines < LOG_LIMIT) post({ kind: 'log', level, line });
-    else if (lines === LOG_LIMIT) post({ kind: 'log', level, line: `${data.name}: no further lines of this kind` });
-  }
+  const guestLog = new GuestLog((level, line) => post({ kind: 'log', level, line }));
+  const outbox = new Outbox(data.mail, post);
 
   function limiter(options: LimiterOptions | undefined): RateLimiter | undefined {
     return options === undefined ? undefined : new RateLimiter(options, () => loop.now());
@@ -116,7 +113,8 @@ export function runIoThread(kernel: HostKernel): void {
   const signals = attachSignals(data.hypervisor, kernel, data.vm);
   const runners = new Map<string, VirtioRunner>();
   function add({ handle, queues, backend }: ServedDevice): void {
-    const emit = (device: string, message: unknown) => post({ kind: 'device', device, message });
+    const emit = (device: string, message: unknown) => outbox.send({ kind: 'device', device, message });
+    const log = (level: 'info' | 'warn', line: string) => guestLog.log(handle.id, level, line);
     const services = { kernel, loop, wake: data.wake, memory, signals, log, emit };
     runners.set(handle.id, new VirtioRunner(handle, queues, services, (context) => build(backend, context)));
   }
@@ -129,9 +127,11 @@ export function runIoThread(kernel: HostKernel): void {
       received = receiveMessageOnPort(parentPort!);
     }
     for (const runner of runners.values()) runner.update();
+    outbox.flush();
   });
   while (Atomics.load(command, 0) === 0) loop.turn(-1);
   for (const runner of runners.values()) runner.close();
+  guestLog.close();
   loop.unwatch(data.wake);
   loop.close();
 }

@@ -9,13 +9,20 @@ import { Pl011, pl011Layout } from '../devices/pl011.js';
 import { Pl031, pl031Layout } from '../devices/pl031.js';
 import { BUTTON_MILLISECONDS, Pl061, pl061Layout, POWER_BUTTON_LINE } from '../devices/pl061.js';
 import { PRIMECELL_SIZE } from '../devices/primecell.js';
-import { Pvpanic } from '../devices/pvpanic.js';
 import type { InterruptHandle, Vm, VmSignals } from '../hypervisor/hypervisor.js';
 import type { SegmentWindows } from '../pci/segments.js';
+import { budgetLayout } from '../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../virtio/pci-handle.js';
-import { attachSegments, interruptLine, type PciHandle, type Platform, type PlatformEvent } from './platform-parts.js';
+import {
+  attachSegments,
+  interruptLine,
+  type PciHandle,
+  type Platform,
+  type PlatformEvent,
+  pvpanic,
+} from './platform-parts.js';
 
 export interface Arm64PlatformOptions {
   readonly serial: boolean;
@@ -34,6 +41,7 @@ export interface Arm64PlatformHandle extends PciHandle {
   readonly gpioInterrupt: InterruptHandle;
   readonly ged: SharedArrayBuffer;
   readonly gedInterrupt: InterruptHandle;
+  readonly panics: SharedArrayBuffer;
 }
 
 /** The devices at power-on. */
@@ -57,6 +65,7 @@ export function createArm64Platform(
     gpioInterrupt: vm.createInterrupt(layout.SPI_GPIO),
     ged: blank(gedLayout),
     gedInterrupt: vm.createInterrupt(layout.SPI_GED),
+    panics: blank(budgetLayout),
     vm: vm.handle,
     virtio,
   };
@@ -84,9 +93,7 @@ export function attachArm64Platform(
   memory.insert(layout.GPIO, PRIMECELL_SIZE, gpio);
   const ged = new Ged(new StateBlock(gedLayout, handle.ged), line(handle.gedInterrupt));
   memory.insert(layout.GED, 1, ged);
-  if (options.pvpanic) {
-    memory.insert(layout.PVPANIC, 1, new Pvpanic((event) => emit({ kind: 'guest-panic', event })));
-  }
+  if (options.pvpanic) memory.insert(layout.PVPANIC, 1, pvpanic(handle.panics, emit));
   attachSegments(handle, kernel, signals, memory);
   // A guest of the devicetree hears of it by the GPIO, one of ACPI by the GED; neither knows the other's device.
   const powerButton = () => {

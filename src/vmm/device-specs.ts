@@ -54,6 +54,17 @@ export interface IoWorkerData {
   readonly affinity?: readonly number[] | undefined;
 }
 
+/** What IoManager adds. */
+export interface IoWorkerStart extends IoWorkerData {
+  /** Words of {@link Mail}. */
+  readonly mail: SharedArrayBuffer;
+}
+
+/** Words that count a worker's messages of devices to main: those that main has not read; whether the worker waits for room. */
+export const Mail = { inFlight: 0, waiting: 1, words: 2 } as const;
+/** Messages on their way at most. */
+export const IN_FLIGHT_LIMIT = 64;
+
 /** From main to a worker, beside `wake`. */
 export interface IoCommand {
   readonly device: string;

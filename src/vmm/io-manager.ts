@@ -1,7 +1,14 @@
 /** The I/O workers: which thread serves which queues; started, told things, and ended from main. */
 import { Worker } from 'node:worker_threads';
 import type { HostKernel } from '../sys/host-kernel.js';
-import type { IoCommand, IoMessage, IoWorkerData } from './device-specs.js';
+import {
+  IN_FLIGHT_LIMIT,
+  type IoCommand,
+  type IoMessage,
+  type IoWorkerData,
+  type IoWorkerStart,
+  Mail,
+} from './device-specs.js';
 
 export interface IoEvents {
   onLog(level: 'info' | 'warn', line: string): void;
@@ -36,11 +43,18 @@ export class IoManager {
   start(): void {
     for (const thread of this.#threads) {
       const { data } = thread;
-      const worker = new Worker(this.script, { name: data.name, workerData: data, resourceLimits: WORKER_HEAP });
+      const mail = new Int32Array(new SharedArrayBuffer(Mail.words * 4));
+      const workerData: IoWorkerStart = { ...data, mail: mail.buffer };
+      const worker = new Worker(this.script, { name: data.name, workerData, resourceLimits: WORKER_HEAP });
       thread.worker = worker;
       worker.on('message', (message: IoMessage) => {
-        if (message.kind === 'log') this.events.onLog(message.level, message.line);
-        else this.events.onDevice(message.device, message.message);
+        if (message.kind === 'log') {
+          this.events.onLog(message.level, message.line);
+          return;
+        }
+        this.events.onDevice(message.device, message.message);
+        const left = Atomics.sub(mail, Mail.inFlight, 1) - 1;
+        if (left <= IN_FLIGHT_LIMIT / 2 && Atomics.exchange(mail, Mail.waiting, 0) === 1) this.kernel.signal(data.wake);
       });
       worker.on('error', (error) => this.events.onCrash(data.name, error));
       thread.gone = new Promise((resolve) => worker.on('exit', () => resolve()));

@@ -8,6 +8,7 @@ import tty from 'node:tty';
 import type { PlatformEvent } from './platform-parts.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { CpuManagerEvents } from './cpu-manager.js';
+import { GuestLog } from './guest-log.js';
 import { type DiskResource, HostResources } from './host-resources.js';
 import { type Backends, Incarnation } from './incarnation.js';
 import { MachineError, RequestError } from './machine-error.js';
@@ -64,7 +65,12 @@ export class Machine {
   /** Bytes that the guest has put in its balloon. */
   #ballooned = 0;
 
-  constructor(private readonly parts: MachineParts) {}
+  /** Everything that a guest can make main say. */
+  readonly #guestLog: GuestLog;
+
+  constructor(private readonly parts: MachineParts) {
+    this.#guestLog = new GuestLog((level, line) => parts.logger[level](line));
+  }
 
   /**
    * Boots the machine; resolves when the guest has powered off or `stop` was called and nothing is left.
@@ -72,7 +78,7 @@ export class Machine {
    * @throws MachineError, BootError, HypervisorError or SystemError when it cannot be built or cannot go on
    */
   async run(): Promise<void> {
-    const { config, kernel, logger, openTaps } = this.parts;
+    const { config, kernel, openTaps } = this.parts;
     const resources = HostResources.open(kernel, config, openTaps);
     this.#resources = resources;
     const opened: SerialBackend[] = [];
@@ -80,7 +86,7 @@ export class Machine {
       const backend = await openSerialBackend(place, kernel, {
         option,
         quit: () => this.stop('the escape key'),
-        tell: (level, line) => logger[level](line),
+        tell: (level, line) => this.#guestLog.log(option, level, line),
       });
       if (backend !== undefined) opened.push(backend);
       return backend;
@@ -98,6 +104,7 @@ export class Machine {
     } finally {
       if (tty.isatty(1)) process.stdout.off('resize', onResize);
       for (const backend of opened) await backend.close();
+      this.#guestLog.close();
       resources.close();
     }
   }
@@ -238,6 +245,7 @@ export class Machine {
 
   #onDevice(device: string, message: DeviceMessage): void {
     const { logger } = this.parts;
+    const log = this.#guestLog;
     switch (message.kind) {
       case 'console-output':
         this.#current?.console?.output();
@@ -246,12 +254,12 @@ export class Machine {
         this.#current?.console?.input();
         break;
       case 'watchdog-expired':
-        logger.warn('The guest stopped feeding its watchdog: the machine resets');
+        log.log(device, 'warn', 'The guest stopped feeding its watchdog: the machine resets');
         this.#finish({ kind: 'reset' });
         break;
       case 'balloon-actual':
         this.#ballooned = message.size;
-        logger.info(`${device}: The guest has given back ${message.size} bytes`);
+        log.log(device, 'info', `${device}: The guest has given back ${message.size} bytes`);
         break;
       case 'resized':
         logger.info(`${device}: ${message.size} bytes from now on`);
@@ -265,7 +273,7 @@ export class Machine {
   }
 
   #onEvent(event: PlatformEvent): void {
-    const { logger } = this.parts;
+    const log = this.#guestLog;
     switch (event.kind) {
       case 'serial-output':
         this.#current?.serial?.output();
@@ -274,20 +282,27 @@ export class Machine {
         this.#current?.serial?.input();
         break;
       case 'reset':
-        logger.info('The guest resets the machine');
+        log.log('machine', 'info', 'The guest resets the machine');
         this.#finish({ kind: 'reset' });
         break;
       case 'power-off':
-        logger.info('The guest powers the machine off');
+        log.log('machine', 'info', 'The guest powers the machine off');
         this.#finish({ kind: 'power-off' });
         break;
       case 'guest-panic':
-        logger.warn(
+        log.leftOut('pvpanic', 'warn', event.untold);
+        log.log(
+          'pvpanic',
+          'warn',
           (event.event & PANICKED) !== 0 ? "The guest's kernel panicked" : "The guest's kernel loaded a crash kernel",
         );
         break;
       case 'boot-mark':
-        logger.info(`Debug port: 0x${event.value.toString(16)} after ${(event.microseconds / 1000).toFixed(1)} ms`);
+        log.log(
+          'debug port',
+          'info',
+          `Debug port: 0x${event.value.toString(16)} after ${(event.microseconds / 1000).toFixed(1)} ms`,
+        );
         break;
     }
   }
@@ -296,7 +311,7 @@ export class Machine {
     const where = `vCPU ${vcpu} at RIP 0x${rip.toString(16)}`;
     switch (end.kind) {
       case 'triple-fault':
-        this.parts.logger.warn(`Triple fault on ${where}: the machine resets`);
+        this.#guestLog.log('machine', 'warn', `Triple fault on ${where}: the machine resets`);
         this.#finish({ kind: 'reset' });
         break;
       case 'system-reset':

@@ -1,9 +1,12 @@
 /** What the platforms of all architectures share: the events that devices tell main, and the PCI segments. */
 import type { Bus, InterruptLine } from '../devices/bus.js';
+import { Pvpanic } from '../devices/pvpanic.js';
 import type { InterruptHandle, VmHandle, VmSignals } from '../hypervisor/hypervisor.js';
 import { ECAM_BUS_SIZE, HostBridge, PciEcam, PciSegment } from '../pci/config-space.js';
 import { type PciFunction, PciWindow } from '../pci/function.js';
 import type { SegmentWindows } from '../pci/segments.js';
+import { budgetLayout, MessageBudget } from '../state/message-budget.js';
+import { StateBlock } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import { VirtioPciDevice } from '../virtio/pci-transport.js';
@@ -15,8 +18,14 @@ export type PlatformEvent =
   | { readonly kind: 'serial-room' }
   | { readonly kind: 'reset' }
   | { readonly kind: 'power-off' }
-  | { readonly kind: 'guest-panic'; readonly event: number }
+  | { readonly kind: 'guest-panic'; readonly event: number; readonly untold: number }
   | { readonly kind: 'boot-mark'; readonly value: number; readonly microseconds: number };
+
+/** A guest's panic as told from one thread's view of its device. @param block of the device's budget */
+export function pvpanic(block: SharedArrayBuffer, emit: (event: PlatformEvent) => void): Pvpanic {
+  const budget = new MessageBudget(new StateBlock(budgetLayout, block), () => monotonicClock() / 1e6);
+  return new Pvpanic(budget, (event, untold) => emit({ kind: 'guest-panic', event, untold }));
+}
 
 /** Where the devices of the PCI segments are. Structured-cloneable. */
 export interface PciHandle {

@@ -9,12 +9,12 @@ import { DebugPort, debugPortLayout } from '../devices/debug-port.js';
 import { Ged, GedEvent, gedLayout } from '../devices/ged.js';
 import { I8042, I8042_PORTS } from '../devices/i8042.js';
 import { Ioapic, IOAPIC_SIZE, ioapicLayout } from '../devices/ioapic.js';
-import { Pvpanic } from '../devices/pvpanic.js';
 import { RtcCmos, rtcLayout } from '../devices/rtc-cmos.js';
 import { Serial16550, serialLayout } from '../devices/serial-16550.js';
 import type { InterruptHandle, Vm, VmSignals } from '../hypervisor/hypervisor.js';
 import { PCI_CONFIG_PORTS, PciConfigPorts, pciPortsLayout } from '../pci/config-space.js';
 import type { SegmentWindows } from '../pci/segments.js';
+import { budgetLayout } from '../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../virtio/pci-handle.js';
@@ -25,6 +25,7 @@ import {
   type PciHandle,
   type Platform,
   type PlatformEvent,
+  pvpanic,
 } from './platform-parts.js';
 
 export interface X86PlatformOptions {
@@ -51,6 +52,7 @@ export interface X86PlatformHandle extends PciHandle {
   readonly ged: SharedArrayBuffer;
   readonly gedInterrupt: InterruptHandle;
   readonly ioapic: SharedArrayBuffer;
+  readonly panics: SharedArrayBuffer;
   readonly pciPorts: SharedArrayBuffer;
   /** When the machine was switched on, nanoseconds of the monotonic clock. */
   readonly started: number;
@@ -78,6 +80,7 @@ export function createX86Platform(
     ged: blank(gedLayout),
     gedInterrupt: vm.createInterrupt(layout.IRQ_GED),
     ioapic: ioapic.buffer,
+    panics: blank(budgetLayout),
     pciPorts: blank(pciPortsLayout),
     vm: vm.handle,
     virtio,
@@ -113,9 +116,7 @@ export function attachX86Platform(
   ports.insert(layout.PORT_DEBUG, 1, debugPort);
   ports.insert(layout.PORT_ACPI_SLEEP, ACPI_SLEEP_PORTS, new AcpiSleep(reset, () => emit({ kind: 'power-off' })));
   ports.insert(layout.PORT_PM_TIMER, 4, new AcpiPmTimer(monotonicClock));
-  if (options.pvpanic) {
-    ports.insert(layout.PORT_PVPANIC, 1, new Pvpanic((event) => emit({ kind: 'guest-panic', event })));
-  }
+  if (options.pvpanic) ports.insert(layout.PORT_PVPANIC, 1, pvpanic(handle.panics, emit));
   const ged = new Ged(new StateBlock(gedLayout, handle.ged), line(handle.gedInterrupt));
   memory.insert(options.gedAddress, 1, ged);
   if (options.ioapic) {

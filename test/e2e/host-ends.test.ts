@@ -7,11 +7,13 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { testFolder, VMM } from '../support/guest.js';
+import { PORT_PVPANIC } from '../../src/arch/x86_64/layout.js';
 import { collect, type HostProcess, TestHost } from '../support/host.js';
 import { COM1, forever, out, TURN_OFF, repeat, runnable } from '../support/synthetic-kernel.js';
 
 const { folder, remove } = testFolder();
 const BYTES = 100_000;
+const PANICS = 20_000;
 const X = 'x'.charCodeAt(0);
 let host: TestHost;
 
@@ -21,6 +23,8 @@ const kernels = {
   /** Never stops writing. */
   endless: runnable(...forever(out(COM1, X))),
   off: runnable(...TURN_OFF),
+  /** Reports a panic 20,000 times and powers off. */
+  panics: runnable(...repeat(PANICS, out(PORT_PVPANIC, 1)), ...TURN_OFF),
 };
 
 beforeAll(async () => {
@@ -145,6 +149,19 @@ describe('sockets', () => {
     }
     expect(await host.check(`ls ${place}; rmdir ${place}`)).toBe('');
   });
+});
+
+test('a guest that reports panics in a loop fills no log, and how many they were is told', async () => {
+  const { status, stderr } = await host.run(argv('panics', '--pvpanic'));
+  const lines = stderr.split('\n').filter((line) => line.includes("The guest's kernel panicked"));
+  const untold = [...stderr.matchAll(/pvpanic: (\d+) lines like the last were left out/g)].map(([, count]) =>
+    Number(count),
+  );
+  expect(status).toBe(0);
+  expect(lines.length).toBeGreaterThanOrEqual(50);
+  expect(stderr.length).toBeLessThan(100_000);
+  // Those after the last that was told of are not: the guest is off.
+  expect(lines.length + untold.reduce((sum, count) => sum + count, 0)).toBeLessThanOrEqual(PANICS);
 });
 
 describe('a log that nobody takes', () => {

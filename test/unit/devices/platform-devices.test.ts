@@ -9,9 +9,11 @@ import { Pvpanic } from '../../../src/devices/pvpanic.js';
 import { RtcCmos, rtcLayout } from '../../../src/devices/rtc-cmos.js';
 import { Serial16550, serialLayout } from '../../../src/devices/serial-16550.js';
 import { HostBridge, PciConfigPorts, PciEcam, pciPortsLayout, PciSegment } from '../../../src/pci/config-space.js';
+import { BURST, budgetLayout, MessageBudget } from '../../../src/state/message-budget.js';
 import { StateBlock } from '../../../src/state/state-block.js';
 
 const nothing = () => undefined;
+const budget = () => new MessageBudget(new StateBlock(budgetLayout), () => 0);
 
 describe('the bus', () => {
   test('finds the device of an address, and gives ones where there is none', () => {
@@ -82,10 +84,24 @@ describe('events', () => {
 
   test('pvpanic tells the events that it knows', () => {
     const events: number[] = [];
-    const device = new Pvpanic((event) => events.push(event));
+    const device = new Pvpanic(budget(), (event) => events.push(event));
     expect(device.read(0, 1)).toBe(3);
     for (const value of [0, 4, 1, 2]) device.write(0, 1, value);
     expect(events).toEqual([1, 2]);
+  });
+
+  test('pvpanic in a loop on several vCPUs tells no more than its budget, and then how many it left out', () => {
+    const told: number[][] = [];
+    let now = 0;
+    const state = new StateBlock(budgetLayout);
+    const views = [0, 1].map(
+      () => new Pvpanic(new MessageBudget(state, () => now), (event, untold) => told.push([event, untold])),
+    );
+    for (let index = 0; index < 10_000; index++) views[index & 1].write(0, 1, 1);
+    expect(told).toHaveLength(BURST);
+    now = 1000;
+    views[0].write(0, 1, 2);
+    expect(told.slice(BURST)).toEqual([[2, 10_000 - BURST]]);
   });
 });
 
@@ -143,7 +159,7 @@ test('no access makes a device throw, or answer more than was asked', () => {
     new AcpiSleep(nothing, nothing),
     new AcpiPmTimer(() => performance.now() * 1e6),
     new Ged(new StateBlock(gedLayout), line),
-    new Pvpanic(nothing),
+    new Pvpanic(budget(), nothing),
     new PciConfigPorts(new StateBlock(pciPortsLayout), segment, nothing),
     new PciEcam(segment),
   ];
