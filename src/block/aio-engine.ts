@@ -12,7 +12,6 @@ export const AIO = {
 } as const;
 
 const EINTR = 4;
-const EAGAIN = 11;
 
 export class AioEngine implements IoEngine {
   readonly name = 'aio';
@@ -28,8 +27,8 @@ export class AioEngine implements IoEngine {
   #freeCount: number;
   #queued = 0;
   #underWay = 0;
-  /** What the kernel refused at submission: completed by `reap` with its error. */
-  readonly #refused: { token: number; result: number }[] = [];
+  /** What is done without an event: refused at submission, or nothing that AIO has. */
+  readonly #done: { token: number; result: number }[] = [];
 
   constructor(
     private readonly kernel: HostKernel,
@@ -59,6 +58,11 @@ export class AioEngine implements IoEngine {
     this.#queue(AIO.FDSYNC, fd, 0, 0, 0, token);
   }
 
+  allocate(fd: number, mode: number, offset: number, length: number, token: number): void {
+    // Linux AIO has no such operation.
+    this.#done.push({ token, result: this.kernel.allocateRaw(fd, mode, offset, length) });
+  }
+
   #queue(opcode: number, fd: number, address: number, length: number, offset: number, token: number): void {
     const words = this.#words;
     const block = this.#free[--this.#freeCount];
@@ -82,7 +86,7 @@ export class AioEngine implements IoEngine {
     this.#queued++;
   }
 
-  submit(): void {
+  submit(): boolean {
     let first = 0;
     while (first < this.#queued) {
       const pointers = this.#address + this.#pointers + first * 8;
@@ -90,20 +94,21 @@ export class AioEngine implements IoEngine {
       if (taken > 0) {
         first += taken;
         this.#underWay += taken;
-      } else if (taken !== -EINTR && taken !== -EAGAIN) {
+      } else if (taken !== -EINTR) {
+        // A bad request fails alone: the next ones are still to be tried. (-EAGAIN: the caller does.)
         this.#refuse(first, taken);
         first++;
       }
     }
     this.#queued = 0;
+    return true;
   }
 
-  /** A bad request fails alone: the next ones are still to be tried. */
   #refuse(index: number, result: number): void {
     const pointer = this.#pointers / 4 + index * 2;
     const host = (this.#words[pointer] >>> 0) + this.#words[pointer + 1] * 2 ** 32;
     const block = (host - this.#address) / AIO.IOCB_BYTES;
-    this.#refused.push({ token: this.#words[(block * AIO.IOCB_BYTES) / 4], result });
+    this.#done.push({ token: this.#words[(block * AIO.IOCB_BYTES) / 4], result });
     this.#free[this.#freeCount++] = block;
   }
 
@@ -113,8 +118,8 @@ export class AioEngine implements IoEngine {
   }
 
   #take(least: number, complete: Completion): void {
-    for (let refused = this.#refused.shift(); refused !== undefined; refused = this.#refused.shift()) {
-      complete(refused.token, refused.result);
+    for (let done = this.#done.shift(); done !== undefined; done = this.#done.shift()) {
+      complete(done.token, done.result);
     }
     if (this.#underWay === 0) return;
     const count = this.kernel.aioEventsRaw(this.#context, least, this.depth, this.#address + this.#events);
@@ -133,7 +138,7 @@ export class AioEngine implements IoEngine {
     do {
       this.submit();
       this.#take(this.#underWay > 0 ? 1 : 0, complete);
-    } while (this.#underWay > 0 || this.#queued > 0 || this.#refused.length > 0);
+    } while (this.#underWay > 0 || this.#queued > 0 || this.#done.length > 0);
   }
 
   close(): void {

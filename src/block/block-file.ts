@@ -1,7 +1,7 @@
 /** A host file or block device that holds an image. */
 import fs from 'node:fs';
 import { type HostKernel, SystemError } from '../sys/host-kernel.js';
-import type { BlockFile } from './disk-image.js';
+import { type BlockFile, ImageError } from './disk-image.js';
 
 /** linux/fs.h */
 const BLKGETSIZE64 = 0x8008_1272;
@@ -58,6 +58,7 @@ export class HostBlockFile implements BlockFile {
   }
 
   truncate(size: number): void {
+    if (this.#device) throw new ImageError(`${this.path}: The size of a block device is the host's to change`);
     this.kernel.truncate(this.fd, size);
   }
 

@@ -66,7 +66,8 @@ export class RawImage implements DiskImage {
   resize(size: number): void {
     if (size % SECTOR !== 0)
       throw new ImageError(`${this.file.path}: A size of ${size} bytes is no multiple of ${SECTOR}`);
-    this.file.truncate(size);
+    // A block device that has grown, or another worker of the disk was first.
+    if (size !== this.file.size()) this.file.truncate(size);
     this.#size = size;
   }
 

@@ -2,7 +2,7 @@
  * io_uring (linux/io_uring.h; io_uring(7)): requests go through a ring in memory, and one system call starts any number of
  * them. What the page cache has is complete when that call returns.
  */
-import type { HostKernel, HostMapping } from '../sys/host-kernel.js';
+import { type HostKernel, type HostMapping, SystemError } from '../sys/host-kernel.js';
 import type { Completion, IoEngine } from './io-engine.js';
 
 export const RING = {
@@ -16,12 +16,18 @@ export const RING = {
   OP_READV: 1,
   OP_WRITEV: 2,
   OP_FSYNC: 3,
+  OP_FALLOCATE: 17,
   FSYNC_DATASYNC: 1,
+  SETUP_COOP_TASKRUN: 1 << 8,
+  SETUP_SINGLE_ISSUER: 1 << 12,
+  FEAT_RW_CUR_POS: 1 << 3,
 } as const;
 
 /** Offsets in struct io_uring_params: sq_off and cq_off with their fields. */
 const SQ_ENTRIES = 0;
 const CQ_ENTRIES = 4;
+const FLAGS = 8;
+const FEATURES = 20;
 const SQ_OFF = 40;
 const CQ_OFF = 80;
 const Off = { head: 0, tail: 4, mask: 8, sqArray: 24, cqes: 20 } as const;
@@ -29,6 +35,7 @@ const Off = { head: 0, tail: 4, mask: 8, sqArray: 24, cqes: 20 } as const;
 const EINTR = 4;
 const EAGAIN = 11;
 const EBUSY = 16;
+const ENOSYS = 38;
 
 export class RingEngine implements IoEngine {
   readonly name = 'io_uring';
@@ -53,10 +60,14 @@ export class RingEngine implements IoEngine {
     readonly depth: number,
   ) {
     const bytes = new Uint8Array(RING.PARAMETERS_BYTES);
-    this.eventFd = kernel.ringSetup(depth, bytes);
+    const parameters = new DataView(bytes.buffer);
+    const word = (at: number) => parameters.getUint32(at, true);
+    this.eventFd = setUp(kernel, depth, parameters);
     try {
-      const parameters = new DataView(bytes.buffer);
-      const word = (at: number) => parameters.getUint32(at, true);
+      // Linux 5.6, which also has OP_FALLOCATE.
+      if ((word(FEATURES) & RING.FEAT_RW_CUR_POS) === 0) {
+        throw new SystemError('ENOSYS', ENOSYS, 'io_uring_setup', 'older than Linux 5.6');
+      }
       const entries = word(SQ_ENTRIES);
       const map = (offset: number, length: number) => {
         const mapping = kernel.map({ fd: this.eventFd, offset, length, shared: true, populate: true });
@@ -93,6 +104,11 @@ export class RingEngine implements IoEngine {
     this.#queue(RING.OP_FSYNC, fd, 0, 0, 0, RING.FSYNC_DATASYNC, token);
   }
 
+  allocate(fd: number, mode: number, offset: number, length: number, token: number): void {
+    // The length is where others have an address, the mode where they have a length.
+    this.#queue(RING.OP_FALLOCATE, fd, length, mode, offset, 0, token);
+  }
+
   /** The kernel takes entries as it is told of them, so with at most `depth` under way there is always a free one. */
   #queue(
     opcode: number,
@@ -120,17 +136,18 @@ export class RingEngine implements IoEngine {
     this.#unsubmitted++;
   }
 
-  submit(): void {
+  submit(): boolean {
     while (this.#unsubmitted > 0) {
       const taken = this.kernel.ringEnterRaw(this.eventFd, this.#unsubmitted, 0, 0);
       if (taken > 0) {
         this.#unsubmitted -= taken;
         this.#underWay += taken;
-      } else if (taken === -EINTR || taken === -EAGAIN || taken === -EBUSY) {
-        // Short of memory, or completions wait: take one in before going on.
-        if (this.#underWay > 0) this.kernel.ringEnterRaw(this.eventFd, 0, 1, RING.ENTER_GETEVENTS);
-      } else throw new Error(`io_uring_enter failed with errno ${-taken}`);
+      } else if (taken === -EAGAIN || taken === -EBUSY) {
+        // Short of memory, or the completion ring is full.
+        return false;
+      } else if (taken !== -EINTR) throw new Error(`io_uring_enter failed with errno ${-taken}`);
     }
+    return true;
   }
 
   reap(complete: Completion): void {
@@ -159,5 +176,22 @@ export class RingEngine implements IoEngine {
   close(): void {
     for (const mapping of this.#mappings) mapping.unmap();
     this.kernel.close(this.eventFd);
+  }
+}
+
+/**
+ * One thread submits and takes what is done, so the kernel need not interrupt it for each completion: it takes them in when
+ * it is in the kernel anyway (Linux 6.0; older ones refuse the flags). DEFER_TASKRUN goes further, but then a ring that is
+ * waited for with epoll does not always wake its thread.
+ */
+function setUp(kernel: HostKernel, depth: number, parameters: DataView): number {
+  const bytes = new Uint8Array(parameters.buffer);
+  try {
+    parameters.setUint32(FLAGS, RING.SETUP_SINGLE_ISSUER | RING.SETUP_COOP_TASKRUN, true);
+    return kernel.ringSetup(depth, bytes);
+  } catch (error) {
+    if (!(error instanceof SystemError) || error.code !== 'EINVAL') throw error;
+    bytes.fill(0);
+    return kernel.ringSetup(depth, bytes);
   }
 }

@@ -5,17 +5,18 @@ import type { Completion, IoEngine } from './io-engine.js';
 export class SyncEngine implements IoEngine {
   readonly name = 'sync';
   readonly eventFd = -1;
+  /** What is done and not told, as a ring: each transfer under way is in it once. */
   readonly #tokens: Int32Array;
   readonly #results: Float64Array;
-  #done = 0;
+  #first = 0;
+  #count = 0;
 
   constructor(
     private readonly kernel: HostKernel,
     readonly depth: number,
   ) {
-    // Twice, as each completion may start one more before they are all told.
-    this.#tokens = new Int32Array(2 * depth);
-    this.#results = new Float64Array(2 * depth);
+    this.#tokens = new Int32Array(depth);
+    this.#results = new Float64Array(depth);
   }
 
   read(fd: number, iovecs: number, count: number, offset: number, token: number): void {
@@ -30,20 +31,27 @@ export class SyncEngine implements IoEngine {
     this.#finish(token, this.kernel.dataSyncRaw(fd));
   }
 
-  #finish(token: number, result: number): void {
-    this.#tokens[this.#done] = token;
-    this.#results[this.#done] = result;
-    this.#done++;
+  allocate(fd: number, mode: number, offset: number, length: number, token: number): void {
+    this.#finish(token, this.kernel.allocateRaw(fd, mode, offset, length));
   }
 
-  submit(): void {
-    // Done already.
+  #finish(token: number, result: number): void {
+    const at = (this.#first + this.#count++) % this.depth;
+    this.#tokens[at] = token;
+    this.#results[at] = result;
+  }
+
+  submit(): boolean {
+    return true; // it is done already
   }
 
   reap(complete: Completion): void {
-    // A completion may start another transfer, which goes behind the last.
-    for (let index = 0; index < this.#done; index++) complete(this.#tokens[index], this.#results[index]);
-    this.#done = 0;
+    while (this.#count > 0) {
+      const at = this.#first;
+      this.#first = (at + 1) % this.depth;
+      this.#count--;
+      complete(this.#tokens[at], this.#results[at]);
+    }
   }
 
   drain(complete: Completion): void {

@@ -62,14 +62,12 @@ export function runIoThread(kernel: HostKernel): void {
   function build(spec: BackendSpec, context: DeviceContext): VirtioDevice {
     switch (spec.kind) {
       case 'block': {
+        const { readonly, serial, format, buffered, sparse } = spec;
         const image = openImage(kernel, spec);
-        const engine = openEngine(kernel, spec.direct, ENGINE_DEPTH, spec.engine);
-        const { readonly, serial, format } = spec;
+        const { engine } = openEngine(kernel, spec.direct, ENGINE_DEPTH, spec.engine);
+        if (engine.name !== spec.engine) context.log('warn', `${spec.engine} failed here, so ${engine.name} it is`);
         return new BlockDevice(context, {
-          readonly,
-          serial,
-          image,
-          engine,
+          ...{ readonly, serial, image, engine, buffered, sparse },
           raw: format === 'raw',
           limiter: limiter(spec.limits),
         });

@@ -62,6 +62,26 @@ export class IovecArray {
     return at - first;
   }
 
+  /** Takes `bytes` off the front of what begins at `first`. @returns the element at which it goes on */
+  skip(first: number, bytes: number): number {
+    let left = bytes;
+    let at = first;
+    while (left > 0 && left >= this.length(at)) left -= this.length(at++);
+    if (left > 0) this.set(at, this.host(at) + left, this.length(at) - left);
+    return at;
+  }
+
+  /** Whether addresses and lengths of the first `bytes` from `first` on have none of these bits. */
+  aligned(first: number, bytes: number, mask: number): boolean {
+    let left = bytes;
+    for (let at = first; left > 0; at++) {
+      const length = Math.min(this.length(at), left);
+      if (((this.#words[at * 4] | length) & mask) !== 0) return false;
+      left -= length;
+    }
+    return true;
+  }
+
   close(): void {
     this.#mapping.unmap();
   }

@@ -4,7 +4,8 @@
  */
 import fs from 'node:fs';
 import { availableParallelism } from 'node:os';
-import { blockDescription } from '../block/block-device.js';
+import { blockDescription, SECTOR } from '../block/block-description.js';
+import { probeEngine } from '../block/engine.js';
 import type { PciPlacement } from '../config/device-config.js';
 import type { VmConfig } from '../config/vm-config.js';
 import { HypervisorError, type HypervisorName, type Vm } from '../hypervisor/hypervisor.js';
@@ -30,6 +31,7 @@ import { watchdogDescription } from '../virtio/watchdog.js';
 import type { BackendSpec, IoWorkerData, ServedDevice } from './device-specs.js';
 import type { HostResources } from './host-resources.js';
 import { type PlannedDevice, planWorkers, type QueueAffinity } from './io-planner.js';
+import type { Logger } from './logger.js';
 import { MachineError } from './machine-error.js';
 import type { MemoryHandle, MemoryPart } from './memory-manager.js';
 
@@ -49,6 +51,8 @@ interface Device {
   readonly featureLimit?: readonly [number, number] | undefined;
   readonly busy: boolean;
   readonly blocking: boolean;
+  /** For the log: what moves its data, then what would do so better and why it cannot. */
+  readonly path: readonly string[];
   /** The BAR is below 4 GiB, where firmware reaches it. */
   readonly lowBar: boolean;
 }
@@ -75,6 +79,7 @@ export interface DeviceManagerOptions {
   readonly memory: MemoryHandle;
   /** First memory slot that is free. */
   readonly memorySlot: number;
+  readonly logger: Logger;
 }
 
 export class DeviceManager {
@@ -134,7 +139,7 @@ export class DeviceManager {
       more: Partial<Device> = {},
     ) => {
       const id = placement.id ?? fallbackId;
-      const usual = { division: 'together', busy: false, blocking: false, lowBar: false } as const;
+      const usual = { division: 'together', busy: false, blocking: false, lowBar: false, path: [] } as const;
       devices.push({ id, placement, description, backend, ...usual, ...more });
     };
     const onSegment0 = { pci_segment: 0 };
@@ -146,9 +151,12 @@ export class DeviceManager {
         wake,
       });
     }
-    resources.disks.forEach(({ id, config: disk, format, files, buffered, size, blockSize }) => {
-      const { num_queues: queues, queue_size: queueSize, readonly } = disk;
+    for (const resource of resources.disks) {
+      const { id, config: disk, format, files, buffered, size, alignment, logicalBlock, physicalBlock } = resource;
+      const { num_queues: queues, queue_size: queueSize, readonly, direct } = disk;
       const limits = limiterOptions(disk.rate_limiter_config);
+      const best = !disk._disable_io_uring ? 'io_uring' : disk._disable_aio ? 'sync' : 'aio';
+      const engine = probeEngine(this.kernel, direct, best);
       const backend: BackendSpec = {
         kind: 'block',
         path: disk.path,
@@ -156,22 +164,26 @@ export class DeviceManager {
         files,
         buffered,
         readonly,
-        direct: disk.direct,
+        direct,
         backingFiles: disk.backing_files,
         sparse: disk.sparse,
         serial: disk.serial ?? id,
-        engine: disk._disable_io_uring ? (disk._disable_aio ? 'sync' : 'aio') : undefined,
+        engine: engine.name,
         limits,
       };
-      add(id, disk, blockDescription(size, queues, queueSize, readonly, blockSize), backend, {
+      const setup = { size, queues, queueSize, readonly, logicalBlock, physicalBlock };
+      // Several sectors in one block of the host: writes to it must not cross.
+      const shares = alignment > SECTOR;
+      add(id, disk, blockDescription(setup), backend, {
         affinity: disk.queue_affinity,
-        division: format === 'raw' && limits === undefined ? 'single' : 'together',
+        division: format === 'raw' && limits === undefined && !shares ? 'single' : 'together',
         busy: true,
-        // A format's metadata is read and written synchronously.
-        blocking: format !== 'raw',
+        // A format's metadata is read and written synchronously; so is what no engine but io_uring has, and a shared block.
+        blocking: format !== 'raw' || engine.name !== 'io_uring' || shares,
         lowBar: disk.pci_segment === 0,
+        path: [`${format} by ${engine.name}`, ...engine.missing],
       });
-    });
+    }
     resources.net.forEach(({ config: net, taps, mac }, index) => {
       const description = netDescription({
         mac,
@@ -193,6 +205,7 @@ export class DeviceManager {
         busy: true,
         kernelCalls: calls,
         featureLimit,
+        path: [net.vhost ? "by the host's kernel (vhost)" : 'by its tap'],
       });
     });
     const source = fs.fstatSync(resources.rng);
@@ -247,6 +260,8 @@ export class DeviceManager {
         slot,
         serving.map(({ wake }) => wake),
       );
+      const names = serving.map((worker) => `io${workers.indexOf(worker)}`).join(', ');
+      this.options.logger.info([`${device.id}: served by ${names}`, ...device.path].join('; '));
       VirtioPciDevice.powerOn(handle, address, this.kernel, this.vm.signals);
       this.handles.push(handle);
       for (const { serves, devices: list } of serving) {

@@ -18,7 +18,8 @@ export type BackendSpec =
       readonly backingFiles: boolean;
       readonly sparse: boolean;
       readonly serial: string;
-      readonly engine?: EngineName | undefined;
+      /** The best that this host seems to have. */
+      readonly engine: EngineName;
       readonly limits?: LimiterOptions | undefined;
     }
   | { readonly kind: 'net'; readonly taps: readonly number[]; readonly limits?: LimiterOptions | undefined }

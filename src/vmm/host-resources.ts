@@ -25,8 +25,11 @@ export interface DiskResource {
   readonly buffered: number | undefined;
   /** Bytes that the guest sees. A live resize changes it. */
   size: number;
-  /** Physical block, bytes. */
-  readonly blockSize: number;
+  /** Bytes that can be moved at the least, and what is moved without reading first. */
+  readonly logicalBlock: number;
+  readonly physicalBlock: number;
+  /** Of its image: what transfers have to be multiples of. */
+  readonly alignment: number;
 }
 
 export interface NetResource {
@@ -128,6 +131,7 @@ export class HostResources {
           backingFiles,
           sparse,
           files: lazy,
+          buffered,
         });
       } catch (error) {
         if (error instanceof ImageError || error instanceof SystemError) {
@@ -136,11 +140,14 @@ export class HostResources {
         throw error;
       }
     })();
-    const { size } = image;
+    const { size, alignment } = image;
     image.close();
     if (size === 0) throw new MachineError(`${option}: an empty image; accepted is one of at least 512 bytes`);
     const id = config.id ?? `_disk${this.disks.length}`;
-    this.disks.push({ id, config, format, files, buffered, size, blockSize: blockSize(fd) });
+    // A file's contents were made for blocks of 512 bytes, as partition tables tell; a device's for its own.
+    const logicalBlock = config.direct && fs.fstatSync(fd).isBlockDevice() ? alignment : 512;
+    const blocks = { logicalBlock, physicalBlock: Math.max(physicalBlock(fd), alignment) };
+    this.disks.push({ id, config, format, files, buffered, size, alignment, ...blocks });
   }
 
   #probe(option: string, fd: number): 'raw' | 'qcow2' {
@@ -265,7 +272,7 @@ function deviceSize(kernel: HostKernel, fd: number): number {
 }
 
 /** Bytes: what the host moves at the least without reading first, within what a guest expects. */
-function blockSize(fd: number): number {
+function physicalBlock(fd: number): number {
   const { blksize } = fs.fstatSync(fd);
   return blksize >= 512 && blksize <= 4096 && (blksize & (blksize - 1)) === 0 ? blksize : 4096;
 }

@@ -58,6 +58,7 @@ export class Incarnation {
         segments,
         memory: this.#memory.handle(),
         memorySlot: this.#memory.slots,
+        logger: parts.logger,
       });
       undo.push(() => this.#devices.close());
       this.#io = new IoManager(kernel, this.#devices.plan, parts.ioWorker, io);

@@ -137,6 +137,19 @@ export class TestQueue {
     this.queue = { index, ring, signal, place: { size, descriptors: 0, available: 0, used: 0, kick: -1, base: 0 } };
   }
 
+  /** Descriptors that are free. */
+  get room(): number {
+    return this.#packed
+      ? this.size - [...this.#chains.values()].reduce((sum, { length }) => sum + length, 0)
+      : this.#free.length;
+  }
+
+  /** The device has asked not to be kicked (2.7.10, 2.8.10), by flag alone. */
+  get kicksSuppressed(): boolean {
+    const { memory } = this.guest;
+    return this.#packed ? memory.u16(this.deviceArea + 2) === 1 : (memory.u16(this.deviceArea) & 1) !== 0;
+  }
+
   /** Offers a chain. @returns its id */
   add(buffers: readonly TestBuffer[], indirect = false): number {
     return this.#packed ? this.#addPacked(buffers, indirect) : this.#addSplit(buffers, indirect);

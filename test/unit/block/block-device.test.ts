@@ -5,11 +5,15 @@ import path from 'node:path';
 import { afterAll, describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import { HostBlockFile } from '../../../src/block/block-file.js';
-import { BlockDevice, blockDescription, type BlockOptions } from '../../../src/block/block-device.js';
+import { blockDescription } from '../../../src/block/block-description.js';
+import { BlockDevice, type BlockOptions } from '../../../src/block/block-device.js';
 import { openEngine } from '../../../src/block/engine.js';
 import { type EngineName, ENGINES } from '../../../src/block/io-engine.js';
 import { RawImage } from '../../../src/block/raw-image.js';
+import { SyncEngine } from '../../../src/block/sync-engine.js';
+import type { HostKernel } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
+import { MAX_CHAIN } from '../../../src/virtio/queue.js';
 import { RateLimiter } from '../../../src/virtio/rate-limiter.js';
 import { testContext, testDriver, TestGuest, TestQueue, type TestBuffer } from '../../support/virtio-driver.js';
 
@@ -24,6 +28,18 @@ const OUT = 1;
 const OK = 0;
 const IO_ERROR = 1;
 const UNSUPPORTED = 2;
+
+const description = blockDescription({
+  ...{ size: SIZE, queues: 1, queueSize: 16, readonly: false },
+  ...{ logicalBlock: 512, physicalBlock: 4096 },
+});
+
+/** The host's kernel, but for some calls. */
+function hostWith(calls: Partial<HostKernel>): HostKernel {
+  return new Proxy<HostKernel>(kernel, {
+    get: (target, name: keyof HostKernel) => calls[name] ?? target[name].bind(target),
+  });
+}
 
 let files = 0;
 function disk(
@@ -42,11 +58,11 @@ function disk(
     readonly: false,
     serial: 'serial-0',
     image,
-    engine: openEngine(kernel, false, 8, engine),
+    engine: openEngine(kernel, false, 8, engine).engine,
     raw: true,
     ...options,
   });
-  context.config.set(blockDescription(SIZE, 1, 16, false, 4096).config);
+  context.config.set(description.config);
   device.activate(testDriver(guest, [queue], features));
   const buffers = guest.alloc(0x4_0000, 4096);
 
@@ -87,7 +103,7 @@ function disk(
 
 describe.each(ENGINES)('with %s', (engine) => {
   test('is the engine asked for', () => {
-    const opened = openEngine(kernel, true, 8, engine);
+    const { engine: opened } = openEngine(kernel, true, 8, engine);
     expect(opened.name).toBe(engine);
     opened.close();
   });
@@ -209,6 +225,134 @@ test('a limit makes requests wait', () => {
   d.close();
 });
 
+test.each(ENGINES)('one kick is enough for more requests than there is room for at once, with %s', (engine) => {
+  const d = disk(engine);
+  const count = 16;
+  const statuses = Array.from({ length: count }, (_, index) => {
+    return d.submit(IN, index, [{ address: d.buffers + index * 512, length: 512, write: true }], true);
+  });
+  d.device.kick(d.queue.queue);
+  let back = 0;
+  for (let turns = 0; back < count && turns < 1000; turns++) {
+    while (d.queue.used() !== undefined) back++;
+    if (back < count) d.context.loop.turn(20);
+  }
+  expect(back).toBe(count);
+  expect(statuses.map((at) => d.guest.memory.u8(at))).toEqual(new Array(count).fill(OK));
+  d.close();
+});
+
+test('the longest chain that is promised is taken, of any size of queue', () => {
+  for (const queueSize of [4, 128, 1024, 2048, 32768]) {
+    const setup = { size: SIZE, queues: 1, queueSize, readonly: false, logicalBlock: 512, physicalBlock: 4096 };
+    const segments = new DataView(blockDescription(setup).config.buffer).getUint32(12, true);
+    expect(segments).toBe(Math.min(queueSize, MAX_CHAIN) - 2);
+  }
+  const d = disk('sync');
+  const pieces = Array.from({ length: MAX_CHAIN - 2 }, (_, index) => {
+    return { address: d.buffers + (index % 256) * 1024, length: 512, write: true };
+  });
+  expect(d.request(IN, 0, pieces, true)).toEqual({ status: OK, length: (MAX_CHAIN - 2) * 512 + 1 });
+  expect(d.context.resets).toEqual([]);
+  d.close();
+});
+
+test.each([
+  ['EAGAIN', 11],
+  ['EINTR', 4],
+])('a transfer that the host answers with %s is submitted again', (_name, errno) => {
+  let refusals = 3;
+  const host = hostWith({
+    readvAtRaw: (...args) => (refusals-- > 0 ? -errno : kernel.readvAtRaw(...args)),
+  });
+  const d = disk('sync', { engine: new SyncEngine(host, 8) });
+  expect(d.request(IN, 0, [{ address: d.buffers, length: 512, write: true }])).toEqual({ status: OK, length: 513 });
+  expect(d.context.lines).toEqual([]);
+  d.close();
+});
+
+describe('where the host has no holes', () => {
+  const EOPNOTSUPP = 95;
+  const KEEP_SIZE = 1;
+  const PUNCH_HOLE = 2 | KEEP_SIZE;
+  const ZERO_RANGE = 0x10 | KEEP_SIZE;
+  /** @param modes of fallocate that it has */
+  const without = (...modes: readonly number[]) => {
+    const asked: number[] = [];
+    let writes = 0;
+    const host = hostWith({
+      allocateRaw: (_fd, mode) => {
+        asked.push(mode);
+        return modes.includes(mode) ? 0 : -EOPNOTSUPP;
+      },
+      writevAtRaw: (...args) => {
+        writes++;
+        return kernel.writevAtRaw(...args);
+      },
+    });
+    const d = disk('sync', { engine: new SyncEngine(host, 8) });
+    const range = (type: number, flags: number) => {
+      [0, 0, SIZE / 512, flags].forEach((word, index) => d.guest.memory.setU32(d.buffers + index * 4, word));
+      return d.request(type, 0, [{ address: d.buffers, length: 16, write: false }]).status;
+    };
+    return { d, range, asked, writes: () => writes };
+  };
+
+  test('a discard writes nothing, and is not tried again', () => {
+    const { d, range, asked, writes } = without();
+    expect([range(11, 0), range(11, 0)]).toEqual([OK, OK]);
+    expect(asked).toEqual([PUNCH_HOLE]);
+    expect(writes()).toBe(0);
+    d.close();
+  });
+
+  test('zeroes are a range of zeros if the host has them, else few writes', () => {
+    const ranges = without(ZERO_RANGE);
+    expect(ranges.range(13, 1)).toBe(OK);
+    expect(ranges.asked).toEqual([PUNCH_HOLE, ZERO_RANGE]);
+    expect(ranges.writes()).toBe(0);
+    ranges.d.close();
+    const neither = without();
+    expect([neither.range(13, 1), neither.range(13, 1)]).toEqual([OK, OK]);
+    expect(neither.asked).toEqual([PUNCH_HOLE, ZERO_RANGE]);
+    expect(neither.writes()).toBe(2);
+    expect(fs.readFileSync(neither.d.file).every((byte) => byte === 0)).toBe(true);
+    neither.d.close();
+  });
+});
+
+test('the cache mode that the driver writes counts for each worker, from the next request on', () => {
+  let syncs = 0;
+  const host = hostWith({
+    dataSyncRaw: () => {
+      syncs++;
+      return 0;
+    },
+  });
+  const CONFIG_WCE = 11;
+  const d = disk('sync', { engine: new SyncEngine(host, 8) }, [FLUSH, CONFIG_WCE]);
+  const write = () => d.request(OUT, 0, [{ address: d.buffers, length: 512, write: false }]).status;
+  expect([write(), syncs]).toEqual([OK, 0]);
+  // The configuration is in memory that all workers share; none of them is told.
+  d.context.config[32] = 0;
+  expect([write(), syncs]).toEqual([OK, 1]);
+  d.context.config[32] = 1;
+  expect([write(), syncs]).toEqual([OK, 1]);
+  d.close();
+});
+
+test('a request may go beyond the old end as soon as another worker has told the new size', () => {
+  const d = disk('sync');
+  fs.truncateSync(d.file, 2 * SIZE);
+  new DataView(d.context.config.buffer).setUint32(0, (2 * SIZE) / 512, true);
+  expect(d.request(IN, SIZE / 512, [{ address: d.buffers, length: 512, write: true }]).status).toBe(OK);
+  // This worker comes to hear of it later, and does not tell the driver again.
+  d.device.control({ size: 2 * SIZE });
+  expect(d.context.configChanges).toBe(0);
+  expect(d.context.messages).toEqual([{ kind: 'resized', size: 2 * SIZE }]);
+  d.close();
+});
+
 test('a new size is told to the driver', () => {
   const d = disk('sync');
   d.device.control({ size: 2 * SIZE });
@@ -247,7 +391,8 @@ test.each([
     const file = path.join(folder, `hostile-${packed}`);
     fs.writeFileSync(file, Buffer.alloc(SIZE));
     const image = new RawImage(new HostBlockFile(kernel, file, kernel.open(file)), true);
-    const engine = openEngine(kernel, false, 8, 'sync');
+    const { engine } = openEngine(kernel, false, 8, 'sync');
+    context.config.set(description.config);
     const device = new BlockDevice(context, { readonly: false, serial: '', image, engine, raw: true });
     const place = new TestQueue(guest, 0, { size: 16, packed });
     const header = guest.alloc(16);
