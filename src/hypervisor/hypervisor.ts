@@ -34,6 +34,8 @@ export const ExitKind = {
   SystemPowerOff: 9,
   /** The vCPU cannot go on; `exit.detail` says why. */
   Failed: 10,
+  /** A level-triggered interrupt has ended; `exit.address` is its vector. For a machine that has an IOAPIC of its own. */
+  InterruptEnd: 11,
 } as const;
 export type ExitKind = (typeof ExitKind)[keyof typeof ExitKind];
 export const EXIT_KINDS = Object.keys(ExitKind) as readonly (keyof typeof ExitKind)[];
@@ -122,6 +124,8 @@ export interface MemorySlot {
 export interface X86VmOptions {
   readonly tssAddress: number;
   readonly identityMapAddress: number;
+  /** GSIs that are level-triggered at the PICs, where the hypervisor has them: what firmware writes to the ELCR. */
+  readonly levelPins?: readonly number[];
 }
 
 export interface Arm64VmOptions {
@@ -145,8 +149,16 @@ export interface VmHandle {
   readonly slots?: MappingHandle | undefined;
 }
 
+/** Inputs of an interrupt controller that are held high and low. */
+export interface LevelInputs {
+  /** @param pin the IOAPIC's, or the number of the GIC's SPI. Any thread; allocates nothing and never throws. */
+  setLevel(pin: number, high: boolean): void;
+}
+
 /** The VM as the threads that serve its devices use it. */
 export interface VmSignals {
+  /** Those of the hypervisor's interrupt controller; undefined: it has none with inputs (see `X86Vm.ioapic`). */
+  readonly inputs?: LevelInputs | undefined;
   /**
    * Delivers a message-signalled interrupt; allocates nothing and never throws.
    *

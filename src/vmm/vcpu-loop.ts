@@ -41,8 +41,18 @@ export function awaitCommand({ words }: VcpuControl, ready: () => void): void {
   while (Atomics.load(words, command) === VcpuCommand.Hold) Atomics.wait(words, command, VcpuCommand.Hold);
 }
 
-/** Runs until the command is Stop or the guest ends by itself. Never throws for anything that a guest does. */
-export function runVcpu(vcpu: Vcpu, control: VcpuControl, ports: Bus, memory: Bus): VcpuEnd {
+/**
+ * Runs until the command is Stop or the guest ends by itself. Never throws for anything that a guest does.
+ *
+ * @param endOfInterrupt called with the vector of a level-triggered interrupt that has ended
+ */
+export function runVcpu(
+  vcpu: Vcpu,
+  control: VcpuControl,
+  ports: Bus,
+  memory: Bus,
+  endOfInterrupt: (vector: number) => void = () => undefined,
+): VcpuEnd {
   const { words } = control;
   const { command, exits } = vcpuControlLayout.at;
   for (;;) {
@@ -64,6 +74,9 @@ export function runVcpu(vcpu: Vcpu, control: VcpuControl, ports: Bus, memory: Bu
         break;
       case ExitKind.Interrupted:
         vcpu.acknowledgeKick();
+        break;
+      case ExitKind.InterruptEnd:
+        endOfInterrupt(vcpu.exit.address);
         break;
       case ExitKind.Handled:
         break;

@@ -17,6 +17,7 @@ export const KVM_SET_USER_MEMORY_REGION = 0x4020ae46;
 export const KVM_SET_TSS_ADDR = 0xae47;
 export const KVM_SET_IDENTITY_MAP_ADDR = 0x4008ae48;
 export const KVM_CREATE_IRQCHIP = 0xae60;
+export const KVM_IRQ_LINE = 0x4008ae61;
 export const KVM_GET_IRQCHIP = 0xc208ae62;
 export const KVM_SET_IRQCHIP = 0x8208ae63;
 export const KVM_SET_GSI_ROUTING = 0x4008ae6a;
@@ -137,9 +138,12 @@ export const PIT_CONFIG_SIZE = 64;
 /** struct kvm_irq_routing's header, and struct kvm_irq_routing_entry. */
 export const IRQ_ROUTING_HEADER_SIZE = 8;
 export const IRQ_ROUTING_ENTRY_SIZE = 48;
-/** struct kvm_irqchip, and in it the mask register of struct kvm_pic_state. */
+/** struct kvm_irq_level: irq at 0, level at 4. */
+export const IRQ_LEVEL_SIZE = 8;
+/** struct kvm_irqchip, and in it the mask and the edge/level control register of struct kvm_pic_state. */
 export const IRQCHIP_SIZE = 520;
 export const PIC_IMR_OFFSET = 10;
+export const PIC_ELCR_OFFSET = 22;
 export const KVM_IRQ_ROUTING_IRQCHIP = 1;
 export const KVM_IRQCHIP_PIC_MASTER = 0;
 export const KVM_IRQCHIP_PIC_SLAVE = 1;

@@ -101,19 +101,20 @@ class KvmVm extends KvmVmBase implements X86Vm {
     this.kernel.ioctlBuffer(this.fd, abi.KVM_CREATE_PIT2, pit);
     wirePins(this.routes);
     setRouting(this.kernel, this.fd, this.routes);
-    this.#maskPics();
+    this.#initializePics(options.levelPins ?? []);
   }
 
   /**
-   * As firmware leaves them. A guest on hardware-reduced ACPI never looks at the PICs, but its first local APIC still takes
-   * their interrupts, with whatever vector they have.
+   * As firmware leaves them: masked, as a guest on hardware-reduced ACPI never looks at the PICs, but its first local APIC still
+   * takes their interrupts, with whatever vector they have; and the lines of PCI level-triggered.
    */
-  #maskPics(): void {
+  #initializePics(levelPins: readonly number[]): void {
     for (const chip of [abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE]) {
       const state = new Uint8Array(abi.IRQCHIP_SIZE);
       new DataView(state.buffer).setUint32(0, chip, true);
       this.kernel.ioctlBuffer(this.fd, abi.KVM_GET_IRQCHIP, state);
       state[abi.PIC_IMR_OFFSET] = 0xff;
+      for (const pin of levelPins) if (pin >> 3 === chip) state[abi.PIC_ELCR_OFFSET] |= 1 << (pin & 7);
       this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_IRQCHIP, state);
     }
   }

@@ -37,6 +37,13 @@ export function wireSpis(routes: Routes, spis: number): void {
   for (let gsi = 0; gsi < spis; gsi++) addPin(routes, gsi, 0, gsi);
 }
 
+/** KVM_IRQ_LINE's name for a pin: on Arm an SPI is of type 1, by its identifier in the GIC (api.rst, 4.25). */
+export function lineOf(pin: number): number {
+  const SPI_TYPE = 1 << 24;
+  const FIRST_SPI = 32;
+  return process.arch === 'arm64' ? SPI_TYPE | (FIRST_SPI + pin) : pin;
+}
+
 function addPin(routes: Routes, gsi: number, chip: number, pin: number): void {
   const entry = appendEntry(routes, gsi);
   routes.words[entry + 1] = abi.KVM_IRQ_ROUTING_IRQCHIP;

@@ -1,19 +1,22 @@
 /** Interrupts and doorbells of a KVM VM, on any thread. */
 import { StateBlock } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
-import type { VmHandle, VmSignals } from '../hypervisor.js';
+import type { LevelInputs, VmHandle, VmSignals } from '../hypervisor.js';
 import * as abi from './abi.js';
-import { kvmRoutesLayout, MSI_FLAGS, msiDeviceId, routeMsi, setRouting, unroute } from './routes.js';
+import { kvmRoutesLayout, lineOf, MSI_FLAGS, msiDeviceId, routeMsi, setRouting, unroute } from './routes.js';
 
 export function attachKvmSignals(kernel: HostKernel, handle: VmHandle): VmSignals {
   return new KvmSignals(kernel, handle);
 }
 
-class KvmSignals implements VmSignals {
+class KvmSignals implements VmSignals, LevelInputs {
+  readonly inputs = this;
   readonly #fd: number;
   readonly #routes;
   readonly #msi: Uint32Array;
   readonly #msiBytes: Uint8Array;
+  readonly #level = new Uint32Array(2);
+  readonly #levelBytes = new Uint8Array(this.#level.buffer);
 
   constructor(
     private readonly kernel: HostKernel,
@@ -34,6 +37,12 @@ class KvmSignals implements VmSignals {
     if (MSI_FLAGS !== 0) message[4] = msiDeviceId(requester);
     // 0: the guest has the interrupt blocked; negative: it wrote an address that is no interrupt controller's.
     this.kernel.ioctlBufferRaw(this.#fd, abi.KVM_SIGNAL_MSI, this.#msiBytes);
+  }
+
+  setLevel(pin: number, high: boolean): void {
+    this.#level[0] = lineOf(pin);
+    this.#level[1] = Number(high);
+    this.kernel.ioctlBufferRaw(this.#fd, abi.KVM_IRQ_LINE, this.#levelBytes);
   }
 
   addDoorbell(address: number, eventfd: number): void {

@@ -149,8 +149,8 @@ export class MshvVcpu implements X86Vcpu {
         this.#cpu.finishMsr(message);
         return ExitKind.Handled;
       case abi.HVMSG.X64_APIC_EOI:
-        // Interrupt lines are edges here: nothing waits for the end of one.
-        return ExitKind.Handled;
+        this.exit.address = message.getUint32(abi.APIC_EOI_MESSAGE.vector, true);
+        return ExitKind.InterruptEnd;
       case abi.HVMSG.X64_HALT:
         return ExitKind.Halt;
       case abi.HVMSG.UNRECOVERABLE_EXCEPTION:

@@ -11,7 +11,9 @@ interface Message {
 /** An IOAPIC at power-on, and the messages that its pins send. */
 function powerOn() {
   const routes = new Map<number, Message>();
+  const messages: Message[] = [];
   const signals = {
+    signalMsi: (address: number, _high: number, data: number) => void messages.push({ address, data }),
     setMsiRoute: (pin: number, address: number, _high: number, data: number) => void routes.set(pin, { address, data }),
     clearMsiRoute: (pin: number) => void routes.delete(pin),
   };
@@ -26,7 +28,7 @@ function powerOn() {
     ioapic.write(0, 4, register);
     return ioapic.read(0x10, 4);
   };
-  return { ioapic, state, signals, routes, read, write };
+  return { ioapic, state, signals, routes, messages, read, write };
 }
 
 describe('the IOAPIC', () => {
@@ -67,6 +69,98 @@ describe('the IOAPIC', () => {
     expect(read(0x10)).toBe(0x1_afff);
     write(0x11, 0xffff_ffff);
     expect(read(0x11)).toBe(0xff00_0000);
+  });
+
+  describe('a pin that is held', () => {
+    const VECTOR = 0x51;
+    const LEVEL = 0x8000;
+    const MASKED = 0x1_0000;
+    const REMOTE_IRR = 0x4000;
+    /** The message of a level-triggered entry (Intel SDM volume 3, 11.11.2). */
+    const message = { address: 0xfee0_2000, data: VECTOR | 0xc000 };
+    const pin = 9;
+    const entry = 0x10 + pin * 2;
+    const held = (low: number) => {
+      const parts = powerOn();
+      parts.write(entry + 1, 0x0200_0000);
+      parts.write(entry, low);
+      return parts;
+    };
+
+    test('sends once while it is high, again at the end of the interrupt, and no more once it is low', () => {
+      const { ioapic, messages, read } = held(VECTOR | LEVEL);
+      ioapic.setLevel(pin, true);
+      ioapic.setLevel(pin, true);
+      expect(messages).toEqual([message]);
+      expect(read(entry) & REMOTE_IRR).toBe(REMOTE_IRR);
+      ioapic.endOfInterrupt(VECTOR);
+      expect(messages).toEqual([message, message]);
+      ioapic.setLevel(pin, false);
+      ioapic.endOfInterrupt(VECTOR);
+      expect(messages).toHaveLength(2);
+      expect(read(entry) & REMOTE_IRR).toBe(0);
+      ioapic.setLevel(pin, true);
+      expect(messages).toHaveLength(3);
+    });
+
+    test('that falls and rises before the end of its interrupt sends when that comes', () => {
+      const { ioapic, messages } = held(VECTOR | LEVEL);
+      ioapic.setLevel(pin, true);
+      ioapic.setLevel(pin, false);
+      ioapic.setLevel(pin, true);
+      expect(messages).toHaveLength(1);
+      ioapic.endOfInterrupt(VECTOR - 1);
+      expect(messages).toHaveLength(1);
+      ioapic.endOfInterrupt(VECTOR);
+      expect(messages).toHaveLength(2);
+    });
+
+    test('sends what it holds when it is unmasked, and nothing before', () => {
+      const { ioapic, messages, write } = held(VECTOR | LEVEL | MASKED);
+      ioapic.setLevel(pin, true);
+      expect(messages).toEqual([]);
+      write(entry, VECTOR | LEVEL);
+      expect(messages).toEqual([message]);
+      // Masked and unmasked while it is served: remote IRR stays.
+      write(entry, VECTOR | LEVEL | MASKED);
+      write(entry, VECTOR | LEVEL);
+      expect(messages).toHaveLength(1);
+      ioapic.endOfInterrupt(VECTOR);
+      expect(messages).toHaveLength(2);
+    });
+
+    test('forgets remote IRR when the entry becomes edge-triggered, by which guests clear it', () => {
+      const { ioapic, messages, read, write } = held(VECTOR | LEVEL);
+      ioapic.setLevel(pin, true);
+      write(entry, VECTOR | MASKED);
+      expect(read(entry)).toBe(VECTOR | MASKED);
+      write(entry, VECTOR | LEVEL);
+      expect(messages).toHaveLength(2);
+      expect(read(entry)).toBe(VECTOR | LEVEL | REMOTE_IRR);
+    });
+
+    test('of an edge-triggered entry sends at each rise that is not masked', () => {
+      const { ioapic, messages, write } = held(VECTOR);
+      for (const high of [true, true, false, true]) ioapic.setLevel(pin, high);
+      const edge = { address: 0xfee0_2000, data: VECTOR };
+      expect(messages).toEqual([edge, edge]);
+      ioapic.endOfInterrupt(VECTOR);
+      ioapic.setLevel(pin, false);
+      write(entry, VECTOR | MASKED);
+      ioapic.setLevel(pin, true);
+      write(entry, VECTOR);
+      expect(messages).toHaveLength(2);
+    });
+
+    test('of several with one vector all are served at its end', () => {
+      const { ioapic, messages, write } = held(VECTOR | LEVEL);
+      write(entry + 2, VECTOR | LEVEL);
+      ioapic.setLevel(pin, true);
+      ioapic.setLevel(pin + 1, true);
+      ioapic.setLevel(pin, false);
+      ioapic.endOfInterrupt(VECTOR);
+      expect(messages.map(({ address }) => address)).toEqual([0xfee0_2000, 0xfee0_0000, 0xfee0_0000]);
+    });
   });
 
   test('another view of the same state goes on where the first one was', () => {

@@ -24,8 +24,10 @@ const STRUCTURES: Readonly<Record<string, string>> = {
   IOEVENTFD_SIZE: 'sizeof(struct kvm_ioeventfd)',
   MSI_SIZE: 'sizeof(struct kvm_msi)',
   PIT_CONFIG_SIZE: 'sizeof(struct kvm_pit_config)',
+  IRQ_LEVEL_SIZE: 'sizeof(struct kvm_irq_level)',
   IRQCHIP_SIZE: 'sizeof(struct kvm_irqchip)',
   PIC_IMR_OFFSET: 'offsetof(struct kvm_irqchip, chip.pic.imr)',
+  PIC_ELCR_OFFSET: 'offsetof(struct kvm_irqchip, chip.pic.elcr)',
   IRQ_ROUTING_HEADER_SIZE: 'sizeof(struct kvm_irq_routing)',
   IRQ_ROUTING_ENTRY_SIZE: 'sizeof(struct kvm_irq_routing_entry)',
 };

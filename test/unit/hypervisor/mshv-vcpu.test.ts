@@ -189,7 +189,7 @@ describe.each([true, false])('a VP whose registers are shared in a page: %s', (s
   });
 
   test.each([
-    ['X64_APIC_EOI', ExitKind.Handled],
+    ['X64_APIC_EOI', ExitKind.InterruptEnd],
     ['X64_HALT', ExitKind.Halt],
     ['UNRECOVERABLE_EXCEPTION', ExitKind.TripleFault],
   ] as const)('%s', (name, kind) => {
