@@ -1,6 +1,6 @@
 /**
  * A PCI function: its type 0 header, its BARs, which the guest may move, and its capabilities (PCI Local Bus 3.0, 6.1, 6.2.5
- * and 6.7). Modelled: memory BARs, single functions. Not modelled: I/O BARs, expansion ROMs, INTx.
+ * and 6.7). Modelled: memory BARs, single functions, interrupt pin A. Not modelled: I/O BARs, expansion ROMs.
  */
 import type { AccessSize, BusDevice } from '../devices/bus.js';
 import { filler } from '../devices/bus.js';
@@ -9,9 +9,12 @@ import type { PciDevice } from './config-space.js';
 
 const COMMAND_MEMORY = 0x2;
 const COMMAND_MASTER = 0x4;
+export const COMMAND_INTX_DISABLE = 0x400;
 /** Memory decoding, bus mastering, INTx disable. */
-const COMMAND_WRITABLE = 0x406;
+const COMMAND_WRITABLE = 0x4 | COMMAND_MEMORY | COMMAND_INTX_DISABLE;
 const STATUS_CAPABILITIES = 0x0010_0000;
+const STATUS_INTERRUPT = 0x0008_0000;
+const INTERRUPT_PIN_A = 0x0100;
 const CAPABILITIES_START = 0x40;
 const BAR_REGISTERS = 6;
 const BAR_64_BIT = 0x4;
@@ -47,6 +50,10 @@ export interface FunctionDevice {
   /** A capability register, on top of its description. @returns undefined where the description says it all */
   readCapability?(register: number): number | undefined;
   writeCapability?(register: number, value: number, mask: number): void;
+  /** The interrupt status bit: whether an interrupt by the pin is due, masked or not (6.2.3). */
+  readonly interruptStatus: boolean;
+  /** The pin has been masked or unmasked. */
+  interruptMaskChanged(): void;
   /** The addresses to which the device answers have changed. */
   decodingChanged?(): void;
   /** Bus mastering was switched: whether the function may access memory. */
@@ -85,6 +92,11 @@ export class PciFunction implements PciDevice {
     if (bar.wide) words[at + FunctionWord.bars + bar.index + 1] = Math.floor(address / 2 ** 32);
   }
 
+  /** What firmware writes to the interrupt line register: the input that the pin is wired to. */
+  static setInterruptLine(words: Int32Array, at: number, line: number): void {
+    words[at + FunctionWord.interruptLine] = line;
+  }
+
   get decoding(): boolean {
     return (this.#words[this.at + FunctionWord.command] & COMMAND_MEMORY) !== 0;
   }
@@ -103,7 +115,7 @@ export class PciFunction implements PciDevice {
       case 0x00:
         return ((description.device << 16) | description.vendor) >>> 0;
       case 0x04:
-        return (STATUS_CAPABILITIES | words[at + FunctionWord.command]) >>> 0;
+        return this.#status() | words[at + FunctionWord.command];
       case 0x08:
         return ((description.classCode << 8) | description.revision) >>> 0;
       case 0x2c:
@@ -111,11 +123,15 @@ export class PciFunction implements PciDevice {
       case 0x34:
         return description.capabilities.length > 0 ? CAPABILITIES_START : 0;
       case 0x3c:
-        return words[at + FunctionWord.interruptLine] & 0xff;
+        return INTERRUPT_PIN_A | (words[at + FunctionWord.interruptLine] & 0xff);
     }
     if (register >= 0x10 && register < 0x28) return this.#readBarRegister((register - 0x10) >> 2);
     if (register < CAPABILITIES_START || register >= 0x100) return 0;
     return this.device.readCapability?.(register) ?? this.#capabilities[(register - CAPABILITIES_START) >> 2];
+  }
+
+  #status(): number {
+    return STATUS_CAPABILITIES | (this.device.interruptStatus ? STATUS_INTERRUPT : 0);
   }
 
   writeConfig(register: number, value: number, mask: number): void {
@@ -138,6 +154,7 @@ export class PciFunction implements PciDevice {
       const changed = before ^ words[command];
       if ((changed & COMMAND_MEMORY) !== 0) this.device.decodingChanged?.();
       if ((changed & COMMAND_MASTER) !== 0) this.device.masteringChanged?.((words[command] & COMMAND_MASTER) !== 0);
+      if ((changed & COMMAND_INTX_DISABLE) !== 0) this.device.interruptMaskChanged();
     } else if (register === 0x3c) {
       words[at + FunctionWord.interruptLine] = merge(words[at + FunctionWord.interruptLine], value, mask & 0xff);
     } else if (register >= 0x10 && register < 0x28) {

@@ -66,7 +66,7 @@ export class StateBlock<F extends string = string> {
   }
 
   /**
-   * Takes the block's lock; not recursive. The lock is a leaf: its holder takes no other block's lock.
+   * Takes the block's lock; not recursive. Locks are taken in one order (docs/architecture.md), most of them alone.
    * The three-state futex mutex of Drepper, "Futexes Are Tricky", section 5.
    */
   lock(): void {

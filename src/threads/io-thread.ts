@@ -7,6 +7,7 @@ import { openEngine } from '../block/engine.js';
 import { openImage } from '../block/open-image.js';
 import { EPOLL, type HostKernel } from '../sys/host-kernel.js';
 import { tapControl } from '../net/tap.js';
+import { IntxLines } from '../pci/intx.js';
 import { VhostNetDevice } from '../net/vhost-device.js';
 import { BalloonDevice } from '../virtio/balloon.js';
 import { BytePipe } from '../virtio/byte-pipe.js';
@@ -109,11 +110,12 @@ export function runIoThread(kernel: HostKernel): void {
   }
 
   const signals = attachSignals(data.hypervisor, kernel, data.vm);
+  const intx = IntxLines.attach(data.intx, signals);
   const runners = new Map<string, VirtioRunner>();
   function add({ handle, queues, backend }: ServedDevice): void {
     const emit = (device: string, message: unknown) => outbox.send({ kind: 'device', device, message });
     const log = (level: 'info' | 'warn', line: string) => guestLog.log(handle.id, level, line);
-    const services = { kernel, loop, wake: data.wake, memory, signals, log, emit };
+    const services = { kernel, loop, wake: data.wake, memory, signals, intx, log, emit };
     runners.set(handle.id, new VirtioRunner(handle, queues, services, (context) => build(backend, context)));
   }
 

@@ -16,7 +16,7 @@ export function runVcpuThread(kernel: HostKernel): void {
 
   const control = new StateBlock(vcpuControlLayout, data.control);
   const { command, threadId } = vcpuControlLayout.at;
-  const { ports, memory } = attachPlatform(
+  const { ports, memory, endOfInterrupt } = attachPlatform(
     data.platform,
     kernel,
     attachSignals(data.hypervisor, kernel, data.platform.vm),
@@ -33,7 +33,7 @@ export function runVcpuThread(kernel: HostKernel): void {
   const vcpu = attachVcpu(data.hypervisor, kernel, data.vcpu, () => attachMemory(data.memory, kernel));
   Atomics.store(control.words, threadId, vcpu.enterThread());
   awaitCommand(control, () => post({ kind: 'ready' }));
-  const end = runVcpu(vcpu, control, ports, memory);
+  const end = runVcpu(vcpu, control, ports, memory, endOfInterrupt);
   // The thread's id may be used again once it is gone.
   Atomics.store(control.words, threadId, 0);
   if (end.kind !== 'stopped') post({ kind: 'ended', end, instructionPointer: vcpu.instructionPointer() });

@@ -1,18 +1,17 @@
 /** How a virtio function behind PCI notifies its driver (virtio 1.3, 4.1.5.3 and 4.1.5.4). Any thread. */
 import type { VmSignals } from '../hypervisor/hypervisor.js';
 import { Msix, NO_VECTOR } from '../pci/msix.js';
+import type { IntxLines } from '../pci/intx.js';
 import type { StateBlock } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
+import { ISR_CONFIG, ISR_QUEUE, VirtioIntx } from './intx.js';
 import { KernelVectors } from './kernel-vectors.js';
 import { requester, type VirtioPciHandle } from './pci-handle.js';
 import { msixPlace, type TransportLayout } from './transport-state.js';
 
-/** 4.1.4.5: bits of the ISR status. */
-const ISR_QUEUE = 1;
-const ISR_CONFIG = 2;
-
 export class Interrupts {
   readonly msix: Msix;
+  readonly intx: VirtioIntx;
   readonly #state: StateBlock;
   readonly #words: Int32Array;
   readonly #at: TransportLayout['at'];
@@ -24,12 +23,14 @@ export class Interrupts {
     layout: TransportLayout,
     kernel: HostKernel,
     signals: VmSignals,
+    lines: IntxLines,
   ) {
     this.#state = state;
     this.#words = state.words;
     this.#at = layout.at;
     const queues = handle.description.queueSizes.length;
     this.msix = new Msix(state, msixPlace(layout, queues), signals, requester(handle));
+    this.intx = new VirtioIntx(this.#words, this.#at, lines, handle.segment, handle.slot);
     if (handle.kernelInterrupts.length > 0) {
       this.#kernelVectors = new KernelVectors(handle, this.#words, this.#at, this.msix, kernel, signals);
       this.msix.listener = this.#kernelVectors;
@@ -39,12 +40,13 @@ export class Interrupts {
   /** Buffers were used. @param vector the queue's */
   queue(vector: number): void {
     if (vector !== NO_VECTOR) this.msix.raise(vector);
-    if (!this.msix.enabled) Atomics.or(this.#words, this.#at.isr, ISR_QUEUE);
+    if (!this.msix.enabled) this.intx.raise(ISR_QUEUE);
   }
 
   /** The configuration changed, or the status shows that something is wrong. */
   config(): void {
-    if (!this.msix.enabled) Atomics.or(this.#words, this.#at.isr, ISR_CONFIG);
+    // Also with MSI-X: 4.1.4.5.1.
+    this.intx.raise(ISR_CONFIG);
     this.msix.raise(this.#words[this.#at.configVector]);
   }
 
@@ -70,11 +72,6 @@ export class Interrupts {
     return generation;
   }
 
-  /** The driver's read, which clears it. */
-  readIsr(): number {
-    return Atomics.exchange(this.#words, this.#at.isr, 0);
-  }
-
   // The calls below hold the block's lock.
 
   /** Queues have other vectors. */
@@ -85,6 +82,7 @@ export class Interrupts {
   /** The device was reset: nothing of before is notified. */
   reset(): void {
     this.msix.clearPending();
+    this.intx.update();
     this.#kernelVectors?.reset();
   }
 }

@@ -15,6 +15,8 @@ export interface VirtioPciHandle {
   /** Wake-up events of the workers that serve its queues. */
   readonly workers: readonly number[];
   readonly wideBar: boolean;
+  /** What the interrupt line register says at power-on: the input that pin A is wired to. */
+  readonly interruptLine: number;
   /** For queues whose interrupts the host's kernel raises. */
   readonly kernelInterrupts: readonly KernelInterrupt[];
 }

@@ -7,6 +7,7 @@
 import { type AccessSize, filler } from '../devices/bus.js';
 import type { VmSignals } from '../hypervisor/hypervisor.js';
 import { type BarDescription, type FunctionDescription, type FunctionDevice, PciFunction } from '../pci/function.js';
+import type { IntxLines } from '../pci/intx.js';
 import { MSIX_ENTRY_BYTES, type Msix } from '../pci/msix.js';
 import { StateBlock } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
@@ -66,6 +67,7 @@ export class VirtioPciDevice implements FunctionDevice {
     readonly handle: VirtioPciHandle,
     private readonly kernel: HostKernel,
     private readonly signals: VmSignals,
+    lines: IntxLines,
   ) {
     const { description } = handle;
     this.#queues = description.queueSizes.length;
@@ -75,7 +77,7 @@ export class VirtioPciDevice implements FunctionDevice {
     this.#at = layout.at;
     this.#config = configBytes(this.#state, description.config.length);
     this.#bar = virtioBar(handle.wideBar);
-    this.#interrupts = new Interrupts(handle, this.#state, layout, kernel, signals);
+    this.#interrupts = new Interrupts(handle, this.#state, layout, kernel, signals, lines);
     this.msix = this.#interrupts.msix;
     this.#counters = description.queueSizes.map((_, queue) =>
       queueCounters(this.#words, this.#at.queues + queue * QUEUE_WORDS),
@@ -99,12 +101,28 @@ export class VirtioPciDevice implements FunctionDevice {
   }
 
   /** Power-on: what is not zero. @param barAddress where BAR 0 is to be found at first */
-  static powerOn(handle: VirtioPciHandle, barAddress: number, kernel: HostKernel, signals: VmSignals): void {
-    const device = new VirtioPciDevice(handle, kernel, signals);
+  static powerOn(
+    handle: VirtioPciHandle,
+    barAddress: number,
+    kernel: HostKernel,
+    signals: VmSignals,
+    lines: IntxLines,
+  ): void {
+    const device = new VirtioPciDevice(handle, kernel, signals, lines);
     PciFunction.placeBar(device.#words, device.#at.function, device.#bar, barAddress);
+    PciFunction.setInterruptLine(device.#words, device.#at.function, handle.interruptLine);
     device.msix.powerOn();
     device.#config.set(handle.description.config);
     resetTransport(device.#words, device.#at, handle.description);
+  }
+
+  get interruptStatus(): boolean {
+    return this.#interrupts.intx.pending;
+  }
+
+  /** Under the block's lock. */
+  interruptMaskChanged(): void {
+    this.#interrupts.intx.update();
   }
 
   /** Under the block's lock. */
@@ -222,7 +240,12 @@ export class VirtioPciDevice implements FunctionDevice {
   writeCapability(register: number, value: number, mask: number): void {
     if (register === MSIX_CAP_AT) {
       const control = (this.msix.readControl() << 16) >>> 0;
+      const before = this.msix.enabled;
       this.msix.writeControl(((control & ~mask) | (value & mask)) >>> 16);
+      if (this.msix.enabled === before) return;
+      this.#interrupts.intx.update();
+      // Interrupts that the host's kernel raises go another way now.
+      this.#wake();
       return;
     }
     const access = this.#at.configAccess;
@@ -263,7 +286,7 @@ export class VirtioPciDevice implements FunctionDevice {
       case COMMON_AT:
         return this.#common.read(within, size);
       case ISR_AT:
-        return within === 0 ? this.#interrupts.readIsr() & filler(size) : 0;
+        return within === 0 ? this.#interrupts.intx.acknowledge() : 0;
       case DEVICE_AT:
         return this.#readDevice(within, size);
       case NOTIFY_AT:

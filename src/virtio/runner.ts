@@ -1,6 +1,8 @@
 /** One virtio device on an I/O worker: it gives the device its queues when the driver is ready and takes them back on reset. */
 import type { VmSignals } from '../hypervisor/hypervisor.js';
 import type { GuestMemory } from '../memory/guest-memory.js';
+import type { IntxLines } from '../pci/intx.js';
+import { NO_VECTOR } from '../pci/msix.js';
 import { StateBlock } from '../state/state-block.js';
 import { EPOLL, type HostKernel } from '../sys/host-kernel.js';
 import {
@@ -35,6 +37,7 @@ export interface WorkerServices {
   readonly wake: number;
   readonly memory: GuestMemory;
   readonly signals: VmSignals;
+  readonly intx: IntxLines;
   log(level: 'info' | 'warn', line: string): void;
   emit(device: string, message: unknown): void;
 }
@@ -53,6 +56,10 @@ export class VirtioRunner {
   readonly #protocol: ResetProtocol;
   /** This worker among those of the device. */
   readonly #worker: number;
+  /** Events by which the host's kernel interrupts the driver. */
+  readonly #calls: readonly number[];
+  /** Whether this worker passes them on: they raise vectors by themselves, but the kernel knows nothing of ISR status. */
+  #relaying = false;
   #broken = false;
   /** What the driver did before the worker's thread was up is new to it. */
   #configWrites = 0;
@@ -73,7 +80,7 @@ export class VirtioRunner {
     this.#state = new StateBlock(layout, handle.state);
     this.#words = this.#state.words;
     this.#at = layout.at;
-    this.#interrupts = new Interrupts(handle, this.#state, layout, services.kernel, services.signals);
+    this.#interrupts = new Interrupts(handle, this.#state, layout, services.kernel, services.signals, services.intx);
     this.#counters = description.queueSizes.map((_, queue) =>
       queueCounters(this.#words, this.#at.queues + queue * QUEUE_WORDS),
     );
@@ -96,6 +103,7 @@ export class VirtioRunner {
     });
     // What the host's kernel serves, it hears of by itself.
     const elsewhere = new Set(handle.kernelInterrupts.map(({ queue }) => queue));
+    this.#calls = handle.kernelInterrupts.filter(({ queue }) => served.includes(queue)).map(({ eventfd }) => eventfd);
     this.#listening = served.filter((queue) => !elsewhere.has(queue));
     for (const queue of this.#listening) {
       // Edge-triggered, so that the event is never read: each kick is an edge.
@@ -124,10 +132,22 @@ export class VirtioRunner {
       if (turn === Turn.take) this.#activate();
       else if (turn === Turn.letGo) this.#letGo();
     }
+    this.#relay((Atomics.load(words, session) & 1) !== 0 && !this.#interrupts.msix.enabled);
     const writes = Atomics.load(words, configWrites);
     if (writes !== this.#configWrites) {
       this.#configWrites = writes;
       this.#device.configWritten?.();
+    }
+  }
+
+  #relay(wanted: boolean): void {
+    if (wanted === this.#relaying) return;
+    this.#relaying = wanted;
+    const { loop } = this.services;
+    for (const call of this.#calls) {
+      // Never read, as doorbells are not: what has not been passed on is the vector's pending bit.
+      if (wanted) loop.watch(call, EPOLL.IN | EPOLL.EDGE, () => this.#interrupts.queue(NO_VECTOR));
+      else loop.unwatch(call);
     }
   }
 
@@ -242,6 +262,7 @@ export class VirtioRunner {
   /** The machine ends: nothing of the device is left on this worker. */
   close(): void {
     this.#deactivate();
+    this.#relay(false);
     for (const queue of this.#listening) this.services.loop.unwatch(this.handle.doorbells[queue]);
     this.#device.close();
   }

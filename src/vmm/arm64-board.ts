@@ -8,8 +8,9 @@ import * as layout from '../arch/aarch64/layout.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { Arm64Hypervisor, Arm64Vcpu, Arm64Vm } from '../hypervisor/hypervisor.js';
 import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
-import { undoAll } from '../sys/close-all.js';
+import { type IntxHandle, IntxLines } from '../pci/intx.js';
 import { divideSegments, type SegmentWindows } from '../pci/segments.js';
+import { undoAll } from '../sys/close-all.js';
 import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
 import { type Board, configuredTopology } from './board.js';
@@ -27,6 +28,7 @@ export class Arm64Board implements Board {
   readonly vm: Arm64Vm;
   readonly ram: readonly MemoryRange[];
   readonly segments: readonly SegmentWindows[];
+  readonly intx: IntxHandle;
   #vcpus: Arm64Vcpu[] = [];
 
   /** @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError */
@@ -59,6 +61,7 @@ export class Arm64Board implements Board {
     this.segments = divideSegments(count, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, mmio64);
     const { distributor, redistributors, its } = layout.gicLayout(cpus.boot_vcpus);
     this.vm = hypervisor.createVm({ ipaBits, gic: { distributor, redistributors, its, spis: layout.SPIS } });
+    this.intx = IntxLines.powerOn(layout.SPI_INTX, this.vm.signals);
   }
 
   createVcpus(): Arm64Vcpu[] {
@@ -76,7 +79,11 @@ export class Arm64Board implements Board {
 
   createPlatform(virtio: readonly VirtioPciHandle[]): Arm64PlatformHandle {
     const { serial, pvpanic } = this.config;
-    return createArm64Platform(this.vm, virtio, { segments: this.segments, serial: serial.mode !== 'Off', pvpanic });
+    return createArm64Platform(this.vm, virtio, this.intx, {
+      segments: this.segments,
+      serial: serial.mode !== 'Off',
+      pvpanic,
+    });
   }
 
   boot(memory: GuestMemory): boolean {

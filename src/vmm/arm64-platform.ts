@@ -10,6 +10,7 @@ import { Pl031, pl031Layout } from '../devices/pl031.js';
 import { BUTTON_MILLISECONDS, Pl061, pl061Layout, POWER_BUTTON_LINE } from '../devices/pl061.js';
 import { PRIMECELL_SIZE } from '../devices/primecell.js';
 import type { InterruptHandle, Vm, VmSignals } from '../hypervisor/hypervisor.js';
+import type { IntxHandle } from '../pci/intx.js';
 import type { SegmentWindows } from '../pci/segments.js';
 import { budgetLayout } from '../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../state/state-block.js';
@@ -48,6 +49,7 @@ export interface Arm64PlatformHandle extends PciHandle {
 export function createArm64Platform(
   vm: Vm,
   virtio: readonly VirtioPciHandle[],
+  intx: IntxHandle,
   options: Arm64PlatformOptions,
 ): Arm64PlatformHandle {
   const blank = (blockLayout: StateLayout) => new StateBlock(blockLayout).buffer;
@@ -68,6 +70,7 @@ export function createArm64Platform(
     panics: blank(budgetLayout),
     vm: vm.handle,
     virtio,
+    intx,
   };
 }
 
@@ -101,5 +104,5 @@ export function attachArm64Platform(
     gpio.setInput(POWER_BUTTON_LINE, true);
     setTimeout(() => gpio.setInput(POWER_BUTTON_LINE, false), BUTTON_MILLISECONDS).unref();
   };
-  return { ports: new Bus(), memory, serial, powerButton };
+  return { ports: new Bus(), memory, serial, powerButton, endOfInterrupt: () => undefined };
 }

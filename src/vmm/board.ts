@@ -3,6 +3,7 @@ import { defaultTopology, type Topology } from '../arch/topology.js';
 import type { CpusConfig } from '../config/vm-config.js';
 import type { Vcpu, Vm } from '../hypervisor/hypervisor.js';
 import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
+import type { IntxHandle } from '../pci/intx.js';
 import type { SegmentWindows } from '../pci/segments.js';
 import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import type { PlatformHandle } from './platform.js';
@@ -14,6 +15,8 @@ export interface Board {
   readonly ram: readonly MemoryRange[];
   /** By segment number. */
   readonly segments: readonly SegmentWindows[];
+  /** The lines of PCI functions without MSI-X, at power-on. */
+  readonly intx: IntxHandle;
   /** The vCPUs, by number, not running yet. Their caller closes them. @throws HypervisorError, SystemError */
   createVcpus(): Vcpu[];
   /** The devices at power-on; after `createVcpus`. */

@@ -4,11 +4,13 @@
  */
 import fs from 'node:fs';
 import { availableParallelism } from 'node:os';
+import { intxLine } from '../arch/pci-intx.js';
 import { blockDescription, SECTOR } from '../block/block-description.js';
 import { probeEngine } from '../block/engine.js';
 import type { PciPlacement } from '../config/device-config.js';
 import type { VmConfig } from '../config/vm-config.js';
 import { HypervisorError, type HypervisorName, type Vm } from '../hypervisor/hypervisor.js';
+import { type IntxHandle, IntxLines } from '../pci/intx.js';
 import { type SegmentWindows, SlotAllocator, WindowAllocator } from '../pci/segments.js';
 import { closeAll } from '../sys/close-all.js';
 import type { HostKernel } from '../sys/host-kernel.js';
@@ -75,6 +77,7 @@ export interface DeviceManagerOptions {
   readonly config: VmConfig;
   readonly resources: HostResources;
   readonly segments: readonly SegmentWindows[];
+  readonly intx: IntxHandle;
   /** RAM. */
   readonly memory: MemoryHandle;
   /** First memory slot that is free. */
@@ -239,7 +242,8 @@ export class DeviceManager {
   }
 
   #place(devices: readonly Device[]): void {
-    const { hypervisor, config } = this.options;
+    const { hypervisor, config, intx } = this.options;
+    const lines = IntxLines.attach(intx, this.vm.signals);
     const planned = planWorkers(
       devices.map(({ description, ...device }) => ({ ...device, queues: description.queueSizes.length })),
       availableParallelism(),
@@ -262,7 +266,7 @@ export class DeviceManager {
       );
       const names = serving.map((worker) => `io${workers.indexOf(worker)}`).join(', ');
       this.options.logger.info([`${device.id}: served by ${names}`, ...device.path].join('; '));
-      VirtioPciDevice.powerOn(handle, address, this.kernel, this.vm.signals);
+      VirtioPciDevice.powerOn(handle, address, this.kernel, this.vm.signals, lines);
       this.handles.push(handle);
       for (const { serves, devices: list } of serving) {
         list.push({ handle, queues: serves.get(index)!, backend: device.backend });
@@ -274,6 +278,7 @@ export class DeviceManager {
         hypervisor,
         vm: this.vm.handle,
         memory: this.memory,
+        intx,
         sharedMemory: config.memory.shared,
         wake,
         command: new SharedArrayBuffer(4),
@@ -302,6 +307,7 @@ export class DeviceManager {
       doorbells: description.queueSizes.map(() => this.#eventfd()),
       workers,
       wideBar: !device.lowBar,
+      interruptLine: this.options.intx.pins[intxLine(segment, slot)],
       kernelInterrupts,
     };
   }

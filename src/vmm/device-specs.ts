@@ -1,6 +1,7 @@
 /** What main tells an I/O worker about the devices that it serves. Everything here can be cloned to another thread. */
 import type { EngineName } from '../block/io-engine.js';
 import type { HypervisorName, VmHandle } from '../hypervisor/hypervisor.js';
+import type { IntxHandle } from '../pci/intx.js';
 import type { VirtioPciHandle } from '../virtio/pci-handle.js';
 import type { LimiterOptions } from '../virtio/rate-limiter.js';
 import type { MemoryHandle } from './memory-manager.js';
@@ -45,6 +46,7 @@ export interface IoWorkerData {
   readonly hypervisor: HypervisorName;
   readonly vm: VmHandle;
   readonly memory: MemoryHandle;
+  readonly intx: IntxHandle;
   /** Memory that is shared with other processes cannot be discarded page by page in this process alone. */
   readonly sharedMemory: boolean;
   /** Signalled when there is something to look at. */

@@ -43,7 +43,7 @@ export class Incarnation {
     try {
       checkVcpuCount(config, hypervisor.maxVcpus);
       this.#board = createBoard(hypervisor, config);
-      const { vm, segments } = this.#board;
+      const { vm, segments, intx } = this.#board;
       undo.push(() => vm.close());
       this.#memory = new MemoryManager(kernel, config.memory, this.#board.ram);
       undo.push(() => this.#memory.close());
@@ -56,6 +56,7 @@ export class Incarnation {
         config,
         resources,
         segments,
+        intx,
         memory: this.#memory.handle(),
         memorySlot: this.#memory.slots,
         logger: parts.logger,

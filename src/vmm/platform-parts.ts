@@ -4,6 +4,7 @@ import { Pvpanic } from '../devices/pvpanic.js';
 import type { InterruptHandle, VmHandle, VmSignals } from '../hypervisor/hypervisor.js';
 import { ECAM_BUS_SIZE, HostBridge, PciEcam, PciSegment } from '../pci/config-space.js';
 import { type PciFunction, PciWindow } from '../pci/function.js';
+import { type IntxHandle, IntxLines } from '../pci/intx.js';
 import type { SegmentWindows } from '../pci/segments.js';
 import { budgetLayout, MessageBudget } from '../state/message-budget.js';
 import { StateBlock } from '../state/state-block.js';
@@ -32,6 +33,7 @@ export interface PciHandle {
   readonly vm: VmHandle;
   readonly segments: readonly SegmentWindows[];
   readonly virtio: readonly VirtioPciHandle[];
+  readonly intx: IntxHandle;
 }
 
 /** One thread's view of the platform's devices. */
@@ -40,6 +42,8 @@ export interface Platform {
   readonly memory: Bus;
   readonly serial?: BytePort | undefined;
   powerButton(): void;
+  /** A level-triggered interrupt of this vector has ended: the hypervisor tells it where the IOAPIC is the machine's own. */
+  readonly endOfInterrupt: (vector: number) => void;
 }
 
 /** Puts the segments' configuration spaces and windows on the bus. @returns the segments, by number */
@@ -47,8 +51,9 @@ export function attachSegments(handle: PciHandle, kernel: HostKernel, signals: V
   const segments = handle.segments.map(() => new PciSegment());
   segments[0].insert(0, new HostBridge());
   const functions: PciFunction[][] = segments.map(() => []);
+  const intx = IntxLines.attach(handle.intx, signals);
   for (const device of handle.virtio) {
-    const { pci } = new VirtioPciDevice(device, kernel, signals);
+    const { pci } = new VirtioPciDevice(device, kernel, signals, intx);
     segments[device.segment].insert(device.slot, pci);
     functions[device.segment].push(pci);
   }

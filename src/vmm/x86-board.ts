@@ -14,6 +14,7 @@ import type { VmConfig } from '../config/vm-config.js';
 import type { X86Hypervisor, X86Vcpu, X86Vm } from '../hypervisor/hypervisor.js';
 import type { CpuidEntry } from '../hypervisor/x86-state.js';
 import type { GuestMemory, MemoryRange } from '../memory/guest-memory.js';
+import { type IntxHandle, IntxLines } from '../pci/intx.js';
 import { divideSegments, type SegmentWindows } from '../pci/segments.js';
 import { undoAll } from '../sys/close-all.js';
 import type { VirtioPciHandle } from '../virtio/pci-handle.js';
@@ -28,6 +29,7 @@ export class X86Board implements Board {
   readonly vm: X86Vm;
   readonly ram: readonly MemoryRange[];
   readonly segments: readonly SegmentWindows[];
+  readonly intx: IntxHandle;
   readonly #physicalBits: number;
   readonly #supported: readonly CpuidEntry[];
   readonly #topology: Topology;
@@ -39,12 +41,17 @@ export class X86Board implements Board {
     private readonly config: VmConfig,
   ) {
     this.#topology = vcpuTopology(config);
-    this.vm = hypervisor.createVm({ tssAddress: layout.KVM_TSS, identityMapAddress: layout.KVM_IDENTITY_MAP });
+    this.vm = hypervisor.createVm({
+      tssAddress: layout.KVM_TSS,
+      identityMapAddress: layout.KVM_IDENTITY_MAP,
+      levelPins: layout.IRQ_INTX,
+    });
     try {
       this.#supported = this.vm.supportedCpuid();
       this.#physicalBits = Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits);
       this.ram = this.#ramRanges();
       this.segments = this.#segments();
+      this.intx = IntxLines.powerOn(layout.IRQ_INTX, this.vm.signals);
     } catch (error) {
       this.vm.close();
       throw error;
@@ -101,7 +108,7 @@ export class X86Board implements Board {
 
   createPlatform(virtio: readonly VirtioPciHandle[]): X86PlatformHandle {
     const { serial, pvpanic } = this.config;
-    return createX86Platform(this.vm, virtio, {
+    return createX86Platform(this.vm, virtio, this.intx, {
       segments: this.segments,
       serial: serial.mode !== 'Off',
       pvpanic,

@@ -13,6 +13,7 @@ import { RtcCmos, rtcLayout } from '../devices/rtc-cmos.js';
 import { Serial16550, serialLayout } from '../devices/serial-16550.js';
 import type { InterruptHandle, Vm, VmSignals } from '../hypervisor/hypervisor.js';
 import { PCI_CONFIG_PORTS, PciConfigPorts, pciPortsLayout } from '../pci/config-space.js';
+import type { IntxHandle } from '../pci/intx.js';
 import type { SegmentWindows } from '../pci/segments.js';
 import { budgetLayout } from '../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../state/state-block.js';
@@ -51,7 +52,6 @@ export interface X86PlatformHandle extends PciHandle {
   readonly debugPort: SharedArrayBuffer;
   readonly ged: SharedArrayBuffer;
   readonly gedInterrupt: InterruptHandle;
-  readonly ioapic: SharedArrayBuffer;
   readonly panics: SharedArrayBuffer;
   readonly pciPorts: SharedArrayBuffer;
   /** When the machine was switched on, nanoseconds of the monotonic clock. */
@@ -62,13 +62,12 @@ export interface X86PlatformHandle extends PciHandle {
 export function createX86Platform(
   vm: Vm,
   virtio: readonly VirtioPciHandle[],
+  intx: IntxHandle,
   options: X86PlatformOptions,
 ): X86PlatformHandle {
   const blank = (blockLayout: StateLayout) => new StateBlock(blockLayout).buffer;
   const rtc = new StateBlock(rtcLayout);
   new RtcCmos(rtc, Date.now).powerOn(options.lowRam, options.highRam);
-  const ioapic = new StateBlock(ioapicLayout);
-  new Ioapic(ioapic, vm.signals).powerOn();
   return {
     architecture: 'x86_64',
     options,
@@ -79,11 +78,11 @@ export function createX86Platform(
     debugPort: blank(debugPortLayout),
     ged: blank(gedLayout),
     gedInterrupt: vm.createInterrupt(layout.IRQ_GED),
-    ioapic: ioapic.buffer,
     panics: blank(budgetLayout),
     pciPorts: blank(pciPortsLayout),
     vm: vm.handle,
     virtio,
+    intx,
     started: monotonicClock(),
   };
 }
@@ -119,9 +118,8 @@ export function attachX86Platform(
   if (options.pvpanic) ports.insert(layout.PORT_PVPANIC, 1, pvpanic(handle.panics, emit));
   const ged = new Ged(new StateBlock(gedLayout, handle.ged), line(handle.gedInterrupt));
   memory.insert(options.gedAddress, 1, ged);
-  if (options.ioapic) {
-    memory.insert(layout.IOAPIC, IOAPIC_SIZE, new Ioapic(new StateBlock(ioapicLayout, handle.ioapic), signals));
-  }
+  const ioapic = options.ioapic ? new Ioapic(new StateBlock(ioapicLayout, handle.intx.ioapic), signals) : undefined;
+  if (ioapic !== undefined) memory.insert(layout.IOAPIC, IOAPIC_SIZE, ioapic);
 
   const segments = attachSegments(handle, kernel, signals, memory);
   ports.insert(
@@ -129,5 +127,11 @@ export function attachX86Platform(
     PCI_CONFIG_PORTS,
     new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), segments[0], reset),
   );
-  return { ports, memory, serial, powerButton: () => ged.notify(GedEvent.PowerButton) };
+  return {
+    ports,
+    memory,
+    serial,
+    powerButton: () => ged.notify(GedEvent.PowerButton),
+    endOfInterrupt: (vector) => ioapic?.endOfInterrupt(vector),
+  };
 }

@@ -181,7 +181,7 @@ function dsdtTerms({ mpidrs, serial, pvpanic, segments }: Arm64AcpiConfig): Aml 
   return scope(
     '\\_SB',
     ...mpidrs.map((_, id) => processor(id)),
-    ...segments.map((windows, segment) => hostBridge(windows, segment, [], coherent)),
+    ...segments.map((windows, segment) => hostBridge(windows, segment, layout.SPI_INTX.map(gsi), [], coherent)),
     // Reserves the configuration spaces, without which Linux does not use them.
     device(
       'MBRD',

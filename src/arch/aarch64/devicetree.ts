@@ -1,11 +1,10 @@
 /**
  * The devicetree that tells the guest its machine. Bindings: Documentation/devicetree/bindings/ of Linux, by the names in
  * `compatible`; Devicetree Specification v0.4, chapters 2 and 3.
- *
- * PCI functions here have no legacy interrupts, so the host bridges have no interrupt maps: messages go to the ITS.
  */
 import type { MemoryRange } from '../../memory/guest-memory.js';
 import type { PciSegmentWindows, Window } from '../acpi/config.js';
+import { INTX_LINES, intxLine } from '../pci-intx.js';
 import type { Topology } from '../topology.js';
 import { type Cell, FdtWriter } from './fdt-writer.js';
 import * as layout from './layout.js';
@@ -55,6 +54,9 @@ const LEVEL_HIGH = 4;
 /** ieee1275: pci-bus binding, 2.2.1.1: the space code of a range. */
 const PCI_MEMORY_32 = 0x0200_0000;
 const PCI_MEMORY_64 = 0x0300_0000;
+/** Where a function's address has its slot, and the number of interrupt pin A: the same, 2.2.1.1 and 2.2.1.2. */
+const PCI_SLOT_SHIFT = 11;
+const PCI_PIN_A = 1;
 
 /** The clock of the primecells; nothing here runs at a speed, but drivers want to know one. Hz. */
 const CLOCK = 24_000_000;
@@ -256,7 +258,19 @@ function writeHostBridge(fdt: FdtWriter, { segments }: DevicetreeConfig, segment
     fdt.property('dma-coherent', true);
     fdt.property('reg', pair(ecam, layout.ECAM_SEGMENT_SIZE));
     fdt.property('ranges', [...range(PCI_MEMORY_32, mmio32), ...range(PCI_MEMORY_64, mmio64)]);
+    writeInterruptMap(fdt, segment);
     // A function's name to the ITS: segment, slot, function (src/hypervisor/kvm/routes.ts).
     fdt.property('msi-map', [0, PHANDLE_ITS, segment << 8, 0x100]);
   });
+}
+
+/** Pin A of each slot, for functions without MSI-X. The mask leaves of the slot what says its line. */
+function writeInterruptMap(fdt: FdtWriter, segment: number): void {
+  const entries = Array.from({ length: INTX_LINES }, (_, slot) => {
+    const spi = layout.SPI_INTX[intxLine(segment, slot)];
+    return [slot << PCI_SLOT_SHIFT, 0, 0, PCI_PIN_A, PHANDLE_GIC, 0, 0, SPI, spi, LEVEL_HIGH];
+  });
+  fdt.property('#interrupt-cells', [1]);
+  fdt.property('interrupt-map-mask', [(INTX_LINES - 1) << PCI_SLOT_SHIFT, 0, 0, 7]);
+  fdt.property('interrupt-map', entries.flat());
 }

@@ -62,6 +62,8 @@ export const KERNEL_ALIGNMENT = 0x20_0000;
 /** Numbers of shared peripheral interrupts: the interrupt's identifier is 32 more. */
 export const SPIS = 256;
 export const FIRST_SPI_INTID = 32;
+/** The lines of interrupt pin A of the PCI functions. */
+export const SPI_INTX = [0, 1, 2, 3] as const;
 export const SPI_GPIO = 9;
 export const SPI_GED = 10;
 export const SPI_SERIAL = 11;

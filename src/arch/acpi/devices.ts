@@ -15,6 +15,7 @@ import {
   method,
   name,
   notify,
+  packageOf,
   qwordMemory,
   reference,
   resourceTemplate,
@@ -23,12 +24,20 @@ import {
   string,
   wordBusNumber,
 } from './aml.js';
+import { intxLine } from '../pci-intx.js';
 import { GED_EVENT_POWER_BUTTON, type PciSegmentWindows } from './config.js';
 
-/** A PCI Express host bridge with one bus. @param ports resources beyond its windows @param more terms beyond these */
+/**
+ * A PCI Express host bridge with one bus.
+ *
+ * @param lines interrupts of the lines that pin A is wired to
+ * @param ports resources beyond its windows
+ * @param more terms beyond these
+ */
 export function hostBridge(
   { mmio32, mmio64 }: PciSegmentWindows,
   segment: number,
+  lines: readonly number[],
   ports: readonly Aml[] = [],
   more: readonly Aml[] = [],
 ): Aml {
@@ -44,6 +53,20 @@ export function hostBridge(
     // The guest gets every control that it asks for: there is no firmware that would keep one (PCI Firmware 3.3, 4.5).
     method('_OSC', 4, returnValue(ARG3)),
     name('_CRS', resourceTemplate(wordBusNumber(0, 0), ...ports, ...windows)),
+    name('_PRT', interruptRouting(segment, lines)),
+  );
+}
+
+/** 6.2.13: for each slot pin A, and the interrupt that it raises, level-triggered as PCI has it. */
+function interruptRouting(segment: number, lines: readonly number[]): Aml {
+  const SLOTS = 32;
+  const ALL_FUNCTIONS = 0xffff;
+  const PIN_A = 0;
+  return packageOf(
+    ...Array.from({ length: SLOTS }, (_, slot) => {
+      const line = lines[intxLine(segment, slot)];
+      return packageOf(integer(slot * 0x1_0000 + ALL_FUNCTIONS), integer(PIN_A), integer(0), integer(line));
+    }),
   );
 }
 

@@ -55,6 +55,8 @@ export const PORT_PCI_CONFIG = 0xcf8;
 
 export const IRQ_COM1 = 4;
 export const IRQ_GED = 13;
+/** The lines of interrupt pin A of the PCI functions: among those that the PICs can take level-triggered (ELCR), 3 to 15 but 8 and 13. */
+export const IRQ_INTX = [5, 9, 10, 11] as const;
 
 /** Where RAM of this size lies: below the 32-bit hole and, when there is more, from 4 GiB on. */
 export function ramRanges(size: number): MemoryRange[] {

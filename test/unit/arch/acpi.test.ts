@@ -212,6 +212,17 @@ describe('the DSDT', () => {
     expect(bridge).not.toMatch(/\b(Word)?IO \(/);
   });
 
+  test('routes pin A of every slot to the lines that PCI has, each segment a step further', () => {
+    const routes = (name: string) =>
+      [...deviceOf(dsdt, name).matchAll(/Package \(0x04\) \{ (\w+), (\w+), (\w+), (\w+) \}/g)].map((match) =>
+        match.slice(1, 5).map((value) => Number(value.replace('Zero', '0'))),
+      );
+    const slots = Array.from({ length: 32 }, (_, slot) => slot);
+    const lines = [5, 9, 10, 11];
+    expect(routes('PC00')).toEqual(slots.map((slot) => [slot * 0x1_0000 + 0xffff, 0, 0, lines[slot % 4]]));
+    expect(routes('PC0F')).toEqual(slots.map((slot) => [slot * 0x1_0000 + 0xffff, 0, 0, lines[(slot + 15) % 4]]));
+  });
+
   test('leaves the guest every PCI Express control that it asks for', () => {
     expect(deviceOf(dsdt, 'PC0F')).toContain('Method (_OSC, 4, Serialized) { Return (Arg3) }');
   });

@@ -93,6 +93,21 @@ describe('the devicetree of a machine', () => {
     expect(last).toContain('msi-map = <0x00 0x02 0xf00 0x100>');
   });
 
+  test('wires pin A of each slot to a level-triggered SPI, each segment a step further', () => {
+    const { source } = decompile(buildDevicetree(configOf({}, 2)));
+    const map = (node: string) =>
+      /interrupt-map = <([^>]*)>/
+        .exec(nodeOf(source, node))![1]
+        .split(' ')
+        .map((cell) => Number(cell));
+    expect(nodeOf(source, 'pcie@30000000')).toContain('interrupt-map-mask = <0x1800 0x00 0x00 0x07>');
+    // Slot, pin A; the GIC with an address of two cells; SPI, number, level high.
+    expect(map('pcie@30000000')).toEqual([0, 1, 2, 3].flatMap((slot) => [slot << 11, 0, 0, 1, 1, 0, 0, 0, slot, 4]));
+    expect(map('pcie@30100000')).toEqual(
+      [0, 1, 2, 3].flatMap((slot) => [slot << 11, 0, 0, 1, 1, 0, 0, 0, (slot + 1) % 4, 4]),
+    );
+  });
+
   test('is complete and without complaint for whatever machine', () => {
     const machine = fc.record({
       vcpus: fc.integer({ min: 1, max: 40 }),

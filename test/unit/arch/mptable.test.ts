@@ -49,7 +49,7 @@ describe('the MP table', () => {
     expect(sum(table)).toBe(0);
     expect(table.readUInt16LE(34)).toBe(entries.length);
     expect(table.readUInt32LE(36)).toBe(LOCAL_APIC);
-    expect(entries).toHaveLength(count + 1 + 1 + 15 + 2);
+    expect(entries).toHaveLength(count + 2 + 1 + 32 + 11 + 2);
     const types = entries.map((entry) => entry[0]);
     expect(types).toEqual([...types].sort((a, b) => a - b)); // 4.3: in ascending order of type
   });
@@ -66,20 +66,31 @@ describe('the MP table', () => {
 
   test('wires the ISA interrupts to the enabled IOAPIC, the timer to pin 2, the cascade not at all', () => {
     const { ofType } = parse(buildMpTable({ apicIds: [0], address: ADDRESS }));
-    const [bus] = ofType(BUS);
+    const bus = ofType(BUS)[1];
     expect(bus.toString('latin1', 2)).toBe('ISA   ');
     const [ioapic] = ofType(IO_APIC);
     expect(ioapic[3] & 1).toBe(1);
     expect(ioapic.readUInt32LE(4)).toBe(IOAPIC);
-    const interrupts = ofType(IO_INTERRUPT);
+    const interrupts = ofType(IO_INTERRUPT).filter((entry) => entry[4] === bus[1]);
     expect(interrupts.map((entry) => [entry[5], entry[7]])).toEqual([
       [0, 2],
-      ...[1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15].map((irq) => [irq, irq]),
+      ...[1, 3, 4, 6, 7, 8, 12, 13, 14, 15].map((irq) => [irq, irq]), // the others are PCI's
     ]);
     for (const entry of interrupts) {
       expect([entry[1], entry.readUInt16LE(2)]).toEqual([0, 0]); // vectored, as the bus has it
       expect([entry[4], entry[6]]).toEqual([bus[1], ioapic[1]]);
     }
+  });
+
+  test('wires pin A of each slot of PCI bus 0 to the lines that PCI has, in turn', () => {
+    const { ofType } = parse(buildMpTable({ apicIds: [0], address: ADDRESS }));
+    const [bus] = ofType(BUS);
+    expect([bus[1], bus.toString('latin1', 2)]).toEqual([0, 'PCI   ']);
+    const interrupts = ofType(IO_INTERRUPT).filter((entry) => entry[4] === bus[1]);
+    // 4.3.4 and appendix D: the slot in bits 6 to 2, pin A is 0; flags as the bus has it.
+    expect(interrupts.map((entry) => [entry[1], entry.readUInt16LE(2), entry[5], entry[7]])).toEqual(
+      ids(32).map((slot) => [0, 0, slot << 2, [5, 9, 10, 11][slot % 4]]),
+    );
   });
 
   test('wires ExtINT to LINT0 and the NMI to LINT1 of all processors', () => {

@@ -2,6 +2,7 @@
 import { describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import type { VmSignals } from '../../../src/hypervisor/hypervisor.js';
+import { intxLayout, IntxLines } from '../../../src/pci/intx.js';
 import { StateBlock } from '../../../src/state/state-block.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import type { DeviceQueue, Driver, VirtioDescription, VirtioDevice } from '../../../src/virtio/device.js';
@@ -85,6 +86,7 @@ function machine(kernelServed = false) {
     doorbells: [kernel.eventfd(), kernel.eventfd()],
     workers: [wake],
     wideBar: true,
+    interruptLine: 0,
     kernelInterrupts: kernelServed ? [{ queue: 0, route: 1, eventfd: kernel.eventfd() }] : [],
   };
   const messages: number[][] = [];
@@ -105,8 +107,9 @@ function machine(kernelServed = false) {
     setMsiRoute: () => undefined,
     clearMsiRoute: () => undefined,
   };
-  VirtioPciDevice.powerOn(handle, BAR, kernel, signals);
-  const pci = new WaitingDevice(handle, kernel, signals);
+  const intx = new IntxLines(new StateBlock(intxLayout), [0, 1, 2, 3], { setLevel: () => undefined });
+  VirtioPciDevice.powerOn(handle, BAR, kernel, signals, intx);
+  const pci = new WaitingDevice(handle, kernel, signals, intx);
   const device = new EchoDevice();
   const lines: string[] = [];
   const services = {
@@ -115,6 +118,7 @@ function machine(kernelServed = false) {
     wake,
     memory: guest.memory,
     signals,
+    intx,
     log: (_level: string, line: string) => lines.push(line),
     emit: () => undefined,
   };

@@ -9,6 +9,7 @@ import { createHash } from 'node:crypto';
 import { expect, test } from '@jest/globals';
 import type { HostKernel } from '../../../src/sys/host-kernel.js';
 import type { VmSignals } from '../../../src/hypervisor/hypervisor.js';
+import { intxLayout, IntxLines } from '../../../src/pci/intx.js';
 import { StateBlock } from '../../../src/state/state-block.js';
 import { CommonConfig } from '../../../src/virtio/common-config.js';
 import type { VirtioDescription } from '../../../src/virtio/device.js';
@@ -47,10 +48,12 @@ const handle: VirtioPciHandle = {
   doorbells: [1, 2],
   workers: [3, 4],
   wideBar: true,
+  interruptLine: 0,
   kernelInterrupts: [],
 };
 // Nobody has a vector here, so nothing is signalled.
-const interrupts = new Interrupts(handle, block, layout, {} as HostKernel, {} as VmSignals);
+const lines = new IntxLines(new StateBlock(intxLayout), [0, 1, 2, 3], { setLevel: () => undefined });
+const interrupts = new Interrupts(handle, block, layout, {} as HostKernel, {} as VmSignals, lines);
 const wipe = () => {
   resetTransport(words, at, description);
   interrupts.reset();

@@ -1,6 +1,7 @@
 import { afterEach, expect, jest, test } from '@jest/globals';
 import * as layout from '../../../src/arch/x86_64/layout.js';
 import type { Vm } from '../../../src/hypervisor/hypervisor.js';
+import { IntxLines } from '../../../src/pci/intx.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { attachX86Platform, createX86Platform } from '../../../src/vmm/x86-platform.js';
 
@@ -17,7 +18,8 @@ test('the PM timer of a thread that is held up while it builds its devices is th
   const range = { start: 0x1_0000_0000, end: 0x2_0000_0000 };
   const segments = [{ ecam: layout.ECAM_START, mmio32: { start: 0xc000_0000, end: 0xd000_0000 }, mmio64: range }];
   const options = { serial: false, pvpanic: false, ioapic: false, gedAddress: 0x2_0000_0000, lowRam: 0, highRam: 0 };
-  const handle = createX86Platform(vm, [], { ...options, segments });
+  const intx = IntxLines.powerOn(layout.IRQ_INTX, vm.signals);
+  const handle = createX86Platform(vm, [], intx, { ...options, segments });
   const clock = process.hrtime.bigint.bind(process.hrtime);
   const hold = () => {
     for (const until = clock() + 50_000_000n; clock() < until;);

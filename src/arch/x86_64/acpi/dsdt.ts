@@ -27,7 +27,9 @@ export function dsdtTerms(config: AcpiConfig): Aml {
   return [
     ...scope(
       '\\_SB',
-      ...config.pciSegments.map((windows, segment) => hostBridge(windows, segment, segment === 0 ? ports : [])),
+      ...config.pciSegments.map((windows, segment) =>
+        hostBridge(windows, segment, layout.IRQ_INTX, segment === 0 ? ports : []),
+      ),
       motherboard(config),
       ...(config.serial ? [serialPort()] : []),
       clock(),
