@@ -40,6 +40,22 @@ interface Boot {
 
 export const PLAIN: Boot = { name: '', cmdline: '', flavours: ['cloud', 'generic'], clock: true };
 
+/** Kernels whose devices interrupt by lines, told so, or having nothing that would lead a message to its processor. */
+function withoutMsi({ hypervisor, architecture }: Backend): { cmdline: string; flavour: Flavour }[] {
+  const nomsi = { cmdline: 'pci=nomsi', flavour: 'cloud' } as const;
+  if (architecture === 'aarch64') return [nomsi, { cmdline: 'pci=nomsi acpi=force', flavour: 'cloud' }];
+  const mpTable = { cmdline: 'acpi=off pci=nomsi', flavour: 'generic' } as const;
+  // The Microsoft hypervisor has no PICs.
+  if (hypervisor === 'mshv') return [nomsi, mpTable];
+  return [
+    nomsi,
+    mpTable,
+    { cmdline: 'acpi=off noapic', flavour: 'generic' },
+    // It does not know the MP table.
+    { cmdline: 'acpi=off', flavour: 'cloud' },
+  ];
+}
+
 /** @returns the host that they run on, once tests run: a lab has one connection */
 export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): () => TestHost {
   const { folder, remove } = testFolder();
@@ -207,6 +223,46 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     guest.type('\n');
     await guest.waitFor('sent');
     expect(guest.console).toContain(sum);
+    expect(await server).toMatchObject({ status: 0, stdout: `${sum}\n` });
+    expect(await guest.end()).toMatchObject({ status: 0 });
+  });
+
+  // Slots 1 to 6: the first and the fifth disk share a line, and so do the second one and the network.
+  test.each(withoutMsi(backend))('without MSI-X: $cmdline, $flavour kernel', async ({ cmdline, flavour }) => {
+    await host.loadModules(kernels.generic, ['tun']);
+    const disks = ['a', 'b', 'c', 'd', 'e'].map((name) => `${scratch}/legacy-${name}`);
+    await host.check(`truncate -s 8M ${disks.join(' ')}; head -c ${MIB} /dev/urandom >${scratch}/small`);
+    const sum = (await host.check(`sha256sum <${scratch}/small`)).slice(0, 64);
+    const fio = [
+      ...['fio', '--rw=randrw', '--bsrange=512-16k', '--verify=crc32c', '--verify_fatal=1', '--do_verify=1'],
+      ...['--ioengine=libaio', '--iodepth=8', '--direct=1', '--size=1M', '--output-format=terse'],
+      ...['--name=a', '--filename=/dev/vda', '--name=b', '--filename=/dev/vdb', '--name=e', '--filename=/dev/vde'],
+    ].join(' ');
+    const guest = await start({
+      kernel: kernels[flavour],
+      cmdline,
+      task: {
+        command: [
+          'ip addr add 10.95.2.2/24 dev eth0; ip link set eth0 up; echo guest-ready; read line',
+          'until ping -c 1 -W 1 10.95.2.1 >/dev/null; do :; done',
+          `${fio} >/tmp/fio & until nc 10.95.2.1 9000 </dev/null >/tmp/data; do :; done; wait $!; echo "fio $?"`,
+          'sha256sum </tmp/data; nc 10.95.2.1 9001 </tmp/data; grep virtio /proc/interrupts; echo sent',
+        ].join('; '),
+        modules: { kernel: kernels[flavour], names: ['virtio_pci', 'virtio_blk', 'virtio_net'] },
+        archives: [await guestTools('fio', backend.architecture)],
+      },
+      vmm: [
+        ...['--memory', 'size=1G', '--disk', ...disks.map((file) => `path=${file}`)],
+        ...['--net', 'tap=vmmscn2,ip=10.95.2.1,mask=255.255.255.0'],
+      ],
+    });
+    await guest.waitFor('guest-ready');
+    const server = host.run([process.execPath, '-e', transferServer(`${scratch}/small`, '10.95.2.1')]);
+    guest.type('\n');
+    await guest.waitFor('sent');
+    expect(guest.console).toContain('fio 0');
+    expect(guest.console).toContain(sum);
+    expect(guest.console).not.toContain('MSI');
     expect(await server).toMatchObject({ status: 0, stdout: `${sum}\n` });
     expect(await guest.end()).toMatchObject({ status: 0 });
   });

@@ -80,9 +80,9 @@ function machine(call?: number) {
     context = given;
     return {
       activate: () => undefined,
-      kick: ({ ring, signal }: DeviceQueue) => {
-        while (ring.pop() === Pop.Taken) ring.push(ring.chain.id, 0);
-        signal();
+      kick: (queue: DeviceQueue) => {
+        while (queue.ring.pop() === Pop.Taken) queue.ring.push(queue.ring.chain.id, 0);
+        queue.signal();
       },
       deactivate: () => undefined,
       close: () => undefined,
