@@ -8,6 +8,7 @@ import tty from 'node:tty';
 import type { PlatformEvent } from './platform-parts.js';
 import type { VmConfig } from '../config/vm-config.js';
 import type { CpuManagerEvents } from './cpu-manager.js';
+import { FalseStarts } from './false-starts.js';
 import { GuestLog } from './guest-log.js';
 import { type DiskResource, HostResources } from './host-resources.js';
 import { type Backends, Incarnation } from './incarnation.js';
@@ -62,6 +63,7 @@ export class Machine {
   #resources: HostResources | undefined;
   /** By disk. */
   readonly #resizing = new Map<string, Resizing>();
+  readonly #falseStarts = new FalseStarts();
   /** Bytes that the guest has put in its balloon. */
   #ballooned = 0;
 
@@ -307,12 +309,22 @@ export class Machine {
     }
   }
 
+  #onTripleFault(where: string): void {
+    const { config } = this.parts;
+    if (this.#falseStarts.count(this.#current!.exits())) {
+      const line = `--kernel ${config.payload.kernel}: accepted is a kernel; this one never gets as far as a device, and ends in a triple fault: ${where}`;
+      this.#finish({ kind: 'failed', error: new MachineError(line) });
+      return;
+    }
+    this.#guestLog.log('machine', 'warn', `Triple fault on ${where}: the machine resets`);
+    this.#finish({ kind: 'reset' });
+  }
+
   #onVcpuEnd(vcpu: number, end: VcpuEnd, rip: bigint): void {
     const where = `vCPU ${vcpu} at RIP 0x${rip.toString(16)}`;
     switch (end.kind) {
       case 'triple-fault':
-        this.#guestLog.log('machine', 'warn', `Triple fault on ${where}: the machine resets`);
-        this.#finish({ kind: 'reset' });
+        this.#onTripleFault(where);
         break;
       case 'system-reset':
         this.#finish({ kind: 'reset' });

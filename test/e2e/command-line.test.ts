@@ -6,6 +6,7 @@ import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { type Kernel, kernel } from '../lab/kernels.js';
 import { testFolder, VMM } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
+import { elf, text } from '../support/synthetic-kernel.js';
 
 const { folder, remove } = testFolder();
 let host: TestHost;
@@ -90,6 +91,17 @@ describe('a mistake ends in one line that names the option', () => {
     expect(result.stdout).toBe('status 1\ndoctor 1\n');
     expect(result.stderr).toMatch(/^vmm: No \/dev\/kvm on this host: [^\n]*\n$/);
   });
+});
+
+test('an ELF file that is no kernel is not reset for ever', async () => {
+  const file = path.join(folder, 'no-kernel');
+  const UD2 = Buffer.from([0x0f, 0x0b]);
+  fs.writeFileSync(file, elf({ e_entry: 0x10_0000n, segments: [text({ data: UD2 })] }));
+  const { status, stdout, stderr } = await host.run([...VMM, '--kernel', file]);
+  expect({ status, stdout }).toEqual({ status: 1, stdout: '' });
+  const line = 'Triple fault on vCPU 0 at RIP 0x100000: the machine resets';
+  expect(stderr.match(new RegExp(line, 'g'))).toHaveLength(2);
+  expect(stderr).toMatch(/\nvmm: --kernel [^\n]*no-kernel: accepted is a kernel; [^\n]*RIP 0x100000\n$/);
 });
 
 test('vmm doctor says that stock guests run here, and says it to programs too', async () => {
