@@ -1,9 +1,7 @@
-/**
- * KVM's table of interrupt routes, which it takes only as a whole: it is kept in shared memory, in KVM's own format
- * (struct kvm_irq_routing), and whoever changes a route gives all of it to KVM again.
- */
+/** KVM's table of interrupt routes: struct kvm_irq_routing with its entries. */
 import { type StateBlock, stateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
+import { addRoute, findRoute, removeRoute, type RouteTable, routeTableBytes } from '../route-table.js';
 import * as abi from './abi.js';
 
 const PIC_PINS = 16;
@@ -20,6 +18,12 @@ export const kvmRoutesLayout = stateLayout('kvm-routes', 1, {
   table: HEADER_WORDS + MAX_ENTRIES * ENTRY_WORDS,
 });
 type Routes = StateBlock<keyof typeof kvmRoutesLayout.at>;
+const TABLE: RouteTable = {
+  at: kvmRoutesLayout.at.table,
+  headerWords: HEADER_WORDS,
+  entryWords: ENTRY_WORDS,
+  maxEntries: MAX_ENTRIES,
+};
 
 /** A PC's wiring: GSIs 0 to 15 reach the PICs; all reach the IOAPIC's pin of their number, but timer GSI 0 pin 2. */
 export function wirePins(routes: Routes): void {
@@ -45,21 +49,10 @@ export function lineOf(pin: number): number {
 }
 
 function addPin(routes: Routes, gsi: number, chip: number, pin: number): void {
-  const entry = appendEntry(routes, gsi);
+  const entry = addRoute(routes.words, TABLE, gsi);
   routes.words[entry + 1] = abi.KVM_IRQ_ROUTING_IRQCHIP;
   routes.words[entry + 4] = chip;
   routes.words[entry + 5] = pin;
-}
-
-/** @returns the entry's first word */
-function appendEntry({ words }: Routes, gsi: number): number {
-  const { table } = kvmRoutesLayout.at;
-  const count = words[table];
-  if (count === MAX_ENTRIES) throw new RangeError(`More than ${MAX_ENTRIES} interrupt routes`);
-  words[table] = count + 1;
-  const entry = table + HEADER_WORDS + count * ENTRY_WORDS;
-  words[entry] = gsi;
-  return entry;
 }
 
 /** Whether this host's interrupt controller asks who sends a message: an Arm ITS does. */
@@ -83,8 +76,8 @@ export function routeMsi(
   requester: number,
 ): void {
   const { words } = routes;
-  let entry = findEntry(routes, gsi);
-  if (entry < 0) entry = appendEntry(routes, gsi);
+  let entry = findRoute(words, TABLE, gsi);
+  if (entry < 0) entry = addRoute(words, TABLE, gsi);
   words[entry + 1] = abi.KVM_IRQ_ROUTING_MSI;
   words[entry + 2] = MSI_FLAGS;
   words[entry + 4] = low;
@@ -93,34 +86,12 @@ export function routeMsi(
   if (MSI_FLAGS !== 0) words[entry + 7] = msiDeviceId(requester);
 }
 
-/** Takes a GSI's route away; the last entry takes its place. The caller holds the block's lock. */
-export function unroute(routes: Routes, gsi: number): void {
-  const entry = findEntry(routes, gsi);
-  if (entry < 0) return;
-  const { words } = routes;
-  const { table } = kvmRoutesLayout.at;
-  words[table]--;
-  const last = table + HEADER_WORDS + words[table] * ENTRY_WORDS;
-  words.copyWithin(entry, last, last + ENTRY_WORDS);
-  words.fill(0, last, last + ENTRY_WORDS);
-}
-
-/** @returns the entry's first word; negative: none */
-function findEntry({ words }: Routes, gsi: number): number {
-  const { table } = kvmRoutesLayout.at;
-  for (let index = 0; index < words[table]; index++) {
-    const at = table + HEADER_WORDS + index * ENTRY_WORDS;
-    if (words[at] === gsi) return at;
-  }
-  return -1;
+/** Takes a GSI's route away. The caller holds the block's lock. */
+export function unroute({ words }: Routes, gsi: number): void {
+  removeRoute(words, TABLE, gsi);
 }
 
 /** Gives the table to KVM. */
 export function setRouting(kernel: HostKernel, vm: number, { words }: Routes): void {
-  const { table } = kvmRoutesLayout.at;
-  const length = (HEADER_WORDS + words[table] * ENTRY_WORDS) * 4;
-  // A copy: koffi does not pass shared memory.
-  const copy = new Uint8Array(length);
-  copy.set(new Uint8Array(words.buffer, table * 4, length));
-  kernel.ioctlBuffer(vm, abi.KVM_SET_GSI_ROUTING, copy);
+  kernel.ioctlBuffer(vm, abi.KVM_SET_GSI_ROUTING, routeTableBytes(words, TABLE));
 }

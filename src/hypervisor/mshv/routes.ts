@@ -1,7 +1,7 @@
-/** The table of the messages that GSIs send, which the driver takes only as a whole: kept in shared memory, in its format. */
+/** The table of the messages that GSIs send: struct mshv_user_irq_table with its entries. */
 import { type StateBlock, stateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
-import { HypervisorError } from '../hypervisor.js';
+import { addRoute, findRoute, removeRoute, type RouteTable, routeTableBytes } from '../route-table.js';
 import * as abi from './abi.js';
 
 const HEADER_WORDS = abi.IRQ_TABLE_HEADER_SIZE / 4;
@@ -17,46 +17,28 @@ export const mshvRoutesLayout = stateLayout('mshv-routes', 1, {
 const at = mshvRoutesLayout.at;
 type Routes = StateBlock<keyof typeof at>;
 
-/** @returns the first word of the GSI's entry; negative: it has none */
-function find({ words }: Routes, gsi: number): number {
-  for (let index = 0; index < words[at.table]; index++) {
-    const entry = at.table + HEADER_WORDS + index * ENTRY_WORDS;
-    if (words[entry] === gsi) return entry;
-  }
-  return -1;
-}
+const TABLE: RouteTable = {
+  at: at.table,
+  headerWords: HEADER_WORDS,
+  entryWords: ENTRY_WORDS,
+  maxEntries: MAX_ENTRIES,
+};
 
 /** Makes a GSI send a message. The caller holds the block's lock. */
-export function route(routes: Routes, gsi: number, low: number, high: number, data: number): void {
-  const { words } = routes;
-  let entry = find(routes, gsi);
-  if (entry < 0) {
-    const count = words[at.table];
-    if (count === MAX_ENTRIES) throw new HypervisorError(`More than ${MAX_ENTRIES} interrupt routes`);
-    words[at.table] = count + 1;
-    entry = at.table + HEADER_WORDS + count * ENTRY_WORDS;
-  }
-  words[entry] = gsi;
+export function route({ words }: Routes, gsi: number, low: number, high: number, data: number): void {
+  let entry = findRoute(words, TABLE, gsi);
+  if (entry < 0) entry = addRoute(words, TABLE, gsi);
   words[entry + 1] = low;
   words[entry + 2] = high;
   words[entry + 3] = data;
 }
 
-/** Takes a GSI's message away; the last entry takes its place. The caller holds the block's lock. */
-export function unroute(routes: Routes, gsi: number): void {
-  const entry = find(routes, gsi);
-  if (entry < 0) return;
-  const { words } = routes;
-  words[at.table]--;
-  const last = at.table + HEADER_WORDS + words[at.table] * ENTRY_WORDS;
-  words.copyWithin(entry, last, last + ENTRY_WORDS);
+/** Takes a GSI's message away. The caller holds the block's lock. */
+export function unroute({ words }: Routes, gsi: number): void {
+  removeRoute(words, TABLE, gsi);
 }
 
 /** Gives the table to the driver. @returns 0 or the negated errno */
 export function setRouting(kernel: HostKernel, partition: number, { words }: Routes): number {
-  const length = (HEADER_WORDS + words[at.table] * ENTRY_WORDS) * 4;
-  // A copy: koffi does not pass shared memory.
-  const copy = new Uint8Array(length);
-  copy.set(new Uint8Array(words.buffer, at.table * 4, length));
-  return kernel.ioctlBufferRaw(partition, abi.MSHV_SET_MSI_ROUTING, copy);
+  return kernel.ioctlBufferRaw(partition, abi.MSHV_SET_MSI_ROUTING, routeTableBytes(words, TABLE));
 }
