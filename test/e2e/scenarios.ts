@@ -227,25 +227,27 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect(await guest.end()).toMatchObject({ status: 0 });
   });
 
-  // Slots 1 to 6: the first and the fifth disk share a line, and so do the second one and the network.
+  // Slots 1 to 7: the first and the fifth disk share a line, the second one and a network, the third one and the network that
+  // the host's kernel serves.
   test.each(withoutMsi(backend))('without MSI-X: $cmdline, $flavour kernel', async ({ cmdline, flavour }) => {
-    await host.loadModules(kernels.generic, ['tun']);
+    await host.loadModules(kernels.generic, ['tun', 'vhost_net']);
     const disks = ['a', 'b', 'c', 'd', 'e'].map((name) => `${scratch}/legacy-${name}`);
     await host.check(`truncate -s 8M ${disks.join(' ')}; head -c ${MIB} /dev/urandom >${scratch}/small`);
     const sum = (await host.check(`sha256sum <${scratch}/small`)).slice(0, 64);
     const fio = [
       ...['fio', '--rw=randrw', '--bsrange=512-16k', '--verify=crc32c', '--verify_fatal=1', '--do_verify=1'],
       ...['--ioengine=libaio', '--iodepth=8', '--direct=1', '--size=1M', '--output-format=terse'],
-      ...['--name=a', '--filename=/dev/vda', '--name=b', '--filename=/dev/vdb', '--name=e', '--filename=/dev/vde'],
+      ...['--name=a', '--filename=/dev/vda', '--name=b', '--filename=/dev/vdb'],
+      ...['--name=c', '--filename=/dev/vdc', '--name=e', '--filename=/dev/vde'],
     ].join(' ');
     const guest = await start({
       kernel: kernels[flavour],
       cmdline,
       task: {
         command: [
-          'ip addr add 10.95.2.2/24 dev eth0; ip link set eth0 up; echo guest-ready; read line',
-          'until ping -c 1 -W 1 10.95.2.1 >/dev/null; do :; done',
-          `${fio} >/tmp/fio & until nc 10.95.2.1 9000 </dev/null >/tmp/data; do :; done; wait $!; echo "fio $?"`,
+          'for n in 0 1; do ip addr add 10.95.$((n+2)).2/24 dev eth$n; ip link set eth$n up; done; echo guest-ready; read line',
+          'for n in 2 3; do until ping -c 1 -W 1 10.95.$n.1 >/dev/null; do :; done; done',
+          `${fio} >/tmp/fio & until nc 10.95.3.1 9000 </dev/null >/tmp/data; do :; done; wait $!; echo "fio $?"`,
           'sha256sum </tmp/data; nc 10.95.2.1 9001 </tmp/data; grep virtio /proc/interrupts; echo sent',
         ].join('; '),
         modules: { kernel: kernels[flavour], names: ['virtio_pci', 'virtio_blk', 'virtio_net'] },
@@ -254,10 +256,11 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
       vmm: [
         ...['--memory', 'size=1G', '--disk', ...disks.map((file) => `path=${file}`)],
         ...['--net', 'tap=vmmscn2,ip=10.95.2.1,mask=255.255.255.0'],
+        'tap=vmmscn3,ip=10.95.3.1,mask=255.255.255.0,vhost=on',
       ],
     });
     await guest.waitFor('guest-ready');
-    const server = host.run([process.execPath, '-e', transferServer(`${scratch}/small`, '10.95.2.1')]);
+    const server = host.run([process.execPath, '-e', transferServer(`${scratch}/small`, '0.0.0.0')]);
     guest.type('\n');
     await guest.waitFor('sent');
     expect(guest.console).toContain('fio 0');
