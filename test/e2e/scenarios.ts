@@ -44,12 +44,11 @@ export const PLAIN: Boot = { name: '', cmdline: '', flavours: ['cloud', 'generic
 function withoutMsi({ hypervisor, architecture }: Backend): { cmdline: string; flavour: Flavour }[] {
   const nomsi = { cmdline: 'pci=nomsi', flavour: 'cloud' } as const;
   if (architecture === 'aarch64') return [nomsi, { cmdline: 'pci=nomsi acpi=force', flavour: 'cloud' }];
-  const mpTable = { cmdline: 'acpi=off pci=nomsi', flavour: 'generic' } as const;
-  // The Microsoft hypervisor has no PICs.
-  if (hypervisor === 'mshv') return [nomsi, mpTable];
+  // The Microsoft hypervisor has neither PICs nor a PIT.
+  if (hypervisor === 'mshv') return [nomsi];
   return [
     nomsi,
-    mpTable,
+    { cmdline: 'acpi=off pci=nomsi', flavour: 'generic' },
     { cmdline: 'acpi=off noapic', flavour: 'generic' },
     // It does not know the MP table.
     { cmdline: 'acpi=off', flavour: 'cloud' },
