@@ -13,6 +13,8 @@ export class FaultyEngine implements IoEngine {
   readonly eventFd: number;
   /** Completions go through as they are. */
   faithful = false;
+  /** Bytes: the host has blocks of this size, and the device is to know better than to move less. */
+  blocks = 1;
   readonly #held: { token: number; result: number }[] = [];
   readonly #hold = (token: number, result: number) => this.#held.push({ token, result: this.#alter(result) });
 
@@ -35,15 +37,23 @@ export class FaultyEngine implements IoEngine {
     if (dice < 0.1) return -EINTR;
     if (dice < 0.13) return -EIO;
     // All of it was moved, so that what is done once more changes nothing.
-    if (dice < 0.3 && result > 1) return 1 + Math.floor(this.random() * (result - 1));
+    const short = Math.ceil((this.random() * result) / this.blocks) * this.blocks;
+    if (dice < 0.3 && short > 0 && short < result) return short;
     return result;
   }
 
+  #check(offset: number): void {
+    if (offset % this.blocks !== 0)
+      throw new Error(`A transfer at ${offset}, where the host has blocks of ${this.blocks}`);
+  }
+
   read(fd: number, iovecs: number, count: number, offset: number, token: number): void {
+    this.#check(offset);
     this.inner.read(fd, iovecs, count, offset, token);
   }
 
   write(fd: number, iovecs: number, count: number, offset: number, token: number): void {
+    this.#check(offset);
     this.inner.write(fd, iovecs, count, offset, token);
   }
 

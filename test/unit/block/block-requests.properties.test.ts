@@ -23,7 +23,8 @@ import { testContext, testDriver, TestGuest, TestQueue, type TestBuffer } from '
 
 const kernel = new LinuxKernel();
 const folder = fs.mkdtempSync(path.join(fs.existsSync('/dev/shm') ? '/dev/shm' : os.tmpdir(), 'vmm-requests-'));
-afterAll(() => fs.rmSync(folder, { recursive: true }));
+const onDisk = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-requests-'));
+afterAll(() => [folder, onDisk].forEach((name) => fs.rmSync(name, { recursive: true })));
 
 /** Not a package's. */
 const QEMU_IMG = 'qemu-img';
@@ -48,7 +49,12 @@ beforeAll(() => {
   execFileSync(QEMU_IMG, ['create', '-f', 'qcow2', '-o', 'cluster_size=4k', ...backing, 'qcow2'], { cwd: folder });
 });
 
-const FORMATS = ['raw', 'qcow2', 'awkward'] as const;
+/** `direct`: past the page cache, where there is that, on storage with large blocks, of which the driver knows nothing. */
+const FORMATS = ['raw', 'direct', 'qcow2', 'awkward'] as const;
+
+class CoarseImage extends RawImage {
+  override readonly alignment = 4096;
+}
 
 /** xorshift32 */
 function randomFrom(seed: number): () => number {
@@ -61,11 +67,23 @@ function randomFrom(seed: number): () => number {
   };
 }
 
+function openDirect(file: string): number {
+  try {
+    return kernel.open(file, { direct: true });
+  } catch {
+    return kernel.open(file); // tmpfs has no O_DIRECT
+  }
+}
+
 function openFormat(format: (typeof FORMATS)[number], random: () => number) {
-  const file = path.join(folder, 'disk');
+  const file = path.join(format === 'direct' ? onDisk : folder, 'disk');
   if (format === 'awkward') {
     fs.writeFileSync(file, '');
     return new AwkwardImage(fs.openSync(file, 'r+'), template, random);
+  }
+  if (format === 'direct') {
+    fs.copyFileSync(path.join(folder, 'raw'), file);
+    return new CoarseImage(new HostBlockFile(kernel, file, openDirect(file)), true);
   }
   fs.copyFileSync(path.join(folder, format), file);
   const fd = kernel.open(file);
@@ -121,6 +139,7 @@ class Driver {
   readonly #device: BlockDevice;
   readonly #engine: FaultyEngine;
   readonly #image;
+  readonly #buffered: number | undefined;
   #queues: TestQueue[] = [];
   /** By queue and id. */
   readonly #pending: Map<number, Pending>[] = [];
@@ -139,8 +158,11 @@ class Driver {
     const { engine: inner } = openEngine(kernel, true, DEPTH, engine);
     this.#engine = new FaultyEngine(kernel, this.#context.loop, inner, this.#random);
     this.#engine.faithful = plan.faithful;
+    if (format === 'direct') this.#engine.blocks = 4096;
+    this.#buffered = format === 'direct' ? kernel.open(path.join(onDisk, 'disk')) : undefined;
     this.#device = new BlockDevice(this.#context, {
-      ...{ readonly: false, serial: 'a', image: this.#image, engine: this.#engine, raw: format === 'raw' },
+      ...{ readonly: false, serial: 'a', image: this.#image, engine: this.#engine, buffered: this.#buffered },
+      raw: format === 'raw' || format === 'direct',
     });
     const setup = { size: SIZE, queues: plan.queues, queueSize: plan.size, readonly: false };
     this.#context.config.set(blockDescription({ ...setup, logicalBlock: 512, physicalBlock: 4096 }).config);
@@ -288,6 +310,7 @@ class Driver {
     this.#device.deactivate();
     this.#device.close();
     this.#context.loop.close();
+    if (this.#buffered !== undefined) kernel.close(this.#buffered);
   }
 }
 
