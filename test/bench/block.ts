@@ -200,12 +200,21 @@ const JOBS: readonly Job[] = (['read', 'write'] as const).flatMap((kind) => [
   },
 ]);
 
+/** A process each for the queues of two vCPUs. */
+const QUEUE_JOBS: readonly Job[] = (['read', 'write'] as const).map((kind) => ({
+  name: `two${kind}`,
+  figure: `random ${kind}, 4 KiB, two processes of depth 16, two queues`,
+  options: `rw=rand${kind} bs=4k iodepth=16 numjobs=2 group_reporting=1`,
+  kind,
+  unit: 'IOPS',
+}));
+
 /** fio spends the guest's time on the I/O rather than on statistics and buffers. */
 const FIO_JOBS = [
   '[global]',
   ...['filename=/dev/vda', 'direct=1', 'ioengine=libaio', 'thread=1', 'time_based=1', 'norandommap=1'],
   ...[`runtime=${SECONDS}`, `ramp_time=${RAMP_SECONDS}`, 'gtod_reduce=1', 'scramble_buffers=0'],
-  ...JOBS.flatMap(({ name, options }) => [`[${name}]`, ...options.split(' ')]),
+  ...[...JOBS, ...QUEUE_JOBS].flatMap(({ name, options }) => [`[${name}]`, ...options.split(' ')]),
   ...['[warm-up]', 'rw=randrw', 'bs=4k', 'iodepth=1', `runtime=${WARM_UP_SECONDS}`],
 ].join('\n');
 
@@ -232,14 +241,15 @@ async function runJob(guest: BenchGuest, name: string, seconds: number): Promise
   return result;
 }
 
-const MEASURES = JOBS.map(({ name, figure, kind, unit }): Measure<BenchGuest> => ({
-  figure,
-  unit,
-  async run(guest) {
-    const result = await runJob(guest, name, SECONDS);
-    return unit === 'IOPS' ? result[kind].iops : result[kind].bw_bytes / MIB;
-  },
-}));
+const measures = (jobs: readonly Job[]) =>
+  jobs.map(({ name, figure, kind, unit }): Measure<BenchGuest> => ({
+    figure,
+    unit,
+    async run(guest) {
+      const result = await runJob(guest, name, SECONDS);
+      return unit === 'IOPS' ? result[kind].iops : result[kind].bw_bytes / MIB;
+    },
+  }));
 
 type BlockCommand = (files: GuestFiles, disk: string) => string[];
 
@@ -276,27 +286,57 @@ export async function prepareBlock(): Promise<void> {
   await kernel('cloud');
 }
 
-export async function benchBlock(note: (line: string) => void, vmm: BlockCommand = ours): Promise<Row[]> {
+/** As QEMU, beside us where VMM_BENCH_CH names a binary. */
+function cloudHypervisorBlock(binary: string): BlockCommand {
+  return ({ kernel: image, initramfs }, disk) => [
+    ...[binary, '--kernel', image, '--initramfs', initramfs, '--cpus', 'boot=1', '--memory', `size=${RAM_MIB}M`],
+    ...['--serial', 'tty', '--console', 'off', '--cmdline', CMDLINE, '--disk', `path=${disk},image_type=raw`],
+  ];
+}
+
+export function benchBlock(note: (line: string) => void, vmm: BlockCommand = ours): Promise<Row[]> {
+  const peers: [string, BlockCommand][] = [['QEMU q35, io_uring', qemuBlock]];
+  const binary = process.env['VMM_BENCH_CH'];
+  if (binary !== undefined) peers.push(['Cloud Hypervisor', cloudHypervisorBlock(binary)]);
+  return compare(note, vmm, peers, JOBS);
+}
+
+/** Two queues, each of which has a worker, beside one. */
+export function benchBlockQueues(note: (line: string) => void): Promise<Row[]> {
+  const queues = (count: number) => (files: GuestFiles, disk: string) =>
+    oursCommand(files, ['--disk', `path=${disk},num_queues=${count}`], 2);
+  return compare(note, queues(2), [['one queue', queues(1)]], QUEUE_JOBS);
+}
+
+async function compare(
+  note: (line: string) => void,
+  vmm: BlockCommand,
+  peers: readonly (readonly [string, BlockCommand])[],
+  jobs: readonly Job[],
+): Promise<Row[]> {
   await prepareBlock();
   const folder = fs.mkdtempSync(path.join(diskFolder(), 'vmm-bench-'));
   const guests: BenchGuest[] = [];
+  const setup = { tool: 'fio', modules: ['virtio_pci', 'virtio_blk'], setup: SETUP } as const;
+  const files = await writeBenchGuest(folder, await kernel('cloud'), setup);
   const start = async (name: string, command: BlockCommand) => {
-    const disk = path.join(folder, name);
+    const disk = path.join(folder, `disk${guests.length}`);
     writeDisk(disk);
     const guest = await BenchGuest.start(command(files, disk));
     guests.push(guest);
+    const { read, write } = await runJob(guest, 'warm-up', WARM_UP_SECONDS);
+    note(`Warming up, ${name}, IOPS: ${(read.iops + write.iops).toPrecision(4)}`);
     return guest;
   };
-  const setup = { tool: 'fio', modules: ['virtio_pci', 'virtio_blk'], setup: SETUP } as const;
-  const files = await writeBenchGuest(folder, await kernel('cloud'), setup);
   try {
     note(`Raw disks of ${DISK_MIB} MiB in ${folder}, cached by the host (QEMU: cache=writeback), ${TURNS} turns each`);
-    const machines = { ours: await start('ours', vmm), peer: await start('peer', qemuBlock) };
-    for (const [name, guest] of Object.entries(machines)) {
-      const { read, write } = await runJob(guest, 'warm-up', WARM_UP_SECONDS);
-      note(`Warming up, ${name}, IOPS: ${(read.iops + write.iops).toPrecision(4)}`);
+    const first = await start('ours', vmm);
+    const rows: Row[] = [];
+    for (const [name, command] of peers) {
+      const peer = await start(name, command);
+      rows.push(...(await takeTurns(note, measures(jobs), { ours: first, peer }, name)));
     }
-    return await takeTurns(note, MEASURES, machines, 'QEMU q35, io_uring');
+    return rows;
   } finally {
     await Promise.all(guests.map((guest) => guest.kill()));
     fs.rmSync(folder, { recursive: true });

@@ -4,7 +4,7 @@
  */
 import { spawnSync } from 'node:child_process';
 import { parseArgs } from 'node:util';
-import { benchBlock, prepareBlock } from './block.js';
+import { benchBlock, benchBlockQueues, prepareBlock } from './block.js';
 import { benchBoot } from './boot.js';
 import { benchFreestanding } from './freestanding.js';
 import { benchNet, benchNetQueues, prepareNet } from './net.js';
@@ -26,7 +26,7 @@ const BENCHMARKS: Readonly<Partial<Record<string, Benchmark>>> = {
   exits: { stock: false, run: benchExits },
   emulator: { stock: false, run: benchEmulator },
   boot: { stock: true, run: benchBoot },
-  block: { stock: true, prepare: prepareBlock, run: benchBlock },
+  block: { stock: true, prepare: prepareBlock, run: benchBlock, queues: benchBlockQueues },
   net: { stock: true, prepare: prepareNet, run: benchNet, queues: benchNetQueues },
   freestanding: { stock: false, run: benchFreestanding },
 };
