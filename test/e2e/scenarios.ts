@@ -42,17 +42,11 @@ export const PLAIN: Boot = { name: '', cmdline: '', flavours: ['cloud', 'generic
 
 /** Kernels whose devices interrupt by lines, told so, or having nothing that would lead a message to its processor. */
 function withoutMsi({ hypervisor, architecture }: Backend): { cmdline: string; flavour: Flavour }[] {
+  if (hypervisor === 'mshv') return [];
   const nomsi = { cmdline: 'pci=nomsi', flavour: 'cloud' } as const;
-  if (architecture === 'aarch64') return [nomsi, { cmdline: 'pci=nomsi acpi=force', flavour: 'cloud' }];
-  // The Microsoft hypervisor has neither PICs nor a PIT.
-  if (hypervisor === 'mshv') return [nomsi];
-  return [
-    nomsi,
-    { cmdline: 'acpi=off pci=nomsi', flavour: 'generic' },
-    { cmdline: 'acpi=off noapic', flavour: 'generic' },
-    // It does not know the MP table.
-    { cmdline: 'acpi=off', flavour: 'cloud' },
-  ];
+  if (architecture === 'aarch64') return [nomsi];
+  // It does not know the MP table.
+  return [nomsi, { cmdline: 'acpi=off', flavour: 'cloud' }];
 }
 
 /** @returns the host that they run on, once tests run: a lab has one connection */
