@@ -175,9 +175,11 @@ export class BalloonDevice implements VirtioDevice {
 
   configWritten(): void {
     if (this.#driver === undefined) return;
-    const size = this.#config[CONFIG.actual] * PAGE;
+    const { pages, actual } = CONFIG;
+    const size = this.#config[actual] * PAGE;
+    const reached = this.#config[actual] === this.#config[pages];
     // The driver can write any number; a balloon larger than RAM would upset who subtracts it.
-    this.context.emit({ kind: 'balloon-actual', size: Math.min(size, this.#driver.memory.size) });
+    this.context.emit({ kind: 'balloon-actual', size: Math.min(size, this.#driver.memory.size), reached });
   }
 
   /** `{ kind: 'resize', size }`: bytes that the balloon should hold. */

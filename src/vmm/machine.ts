@@ -27,7 +27,9 @@ type End =
 /** What devices tell main. */
 type DeviceMessage =
   | { readonly kind: 'console-output' | 'console-room' | 'watchdog-expired' }
-  | { readonly kind: 'balloon-actual' | 'resized'; readonly size: number }
+  | { readonly kind: 'resized'; readonly size: number }
+  /** Whether that is the size that was asked for: a driver tells of each step on its way. */
+  | { readonly kind: 'balloon-actual'; readonly size: number; readonly reached: boolean }
   | { readonly kind: 'resize-failed'; readonly reason: string };
 
 /** What the API tells of a machine, in Cloud Hypervisor's terms (VmInfo). */
@@ -261,7 +263,7 @@ export class Machine {
         break;
       case 'balloon-actual':
         this.#ballooned = message.size;
-        log.log(device, 'info', `${device}: The guest has given back ${message.size} bytes`);
+        if (message.reached) log.log(device, 'info', `${device}: The guest has given back ${message.size} bytes`);
         break;
       case 'resized':
         logger.info(`${device}: ${message.size} bytes from now on`);

@@ -209,15 +209,18 @@ describe.each(FORMATS)('balloon %o', ({ packed }) => {
     expect([config.getUint32(0, true), context.configChanges]).toEqual([0x3000, 1]);
     config.setUint32(4, 0x123, true);
     device.configWritten();
+    config.setUint32(4, 0x3000, true);
+    device.configWritten();
     config.setUint32(4, 0xffff_ffff, true);
     device.configWritten();
     expect(context.messages).toEqual([
-      { kind: 'balloon-actual', size: 0x12_3000 },
-      { kind: 'balloon-actual', size: RAM_SIZE + HIGH_RAM_SIZE },
+      { kind: 'balloon-actual', size: 0x12_3000, reached: false },
+      { kind: 'balloon-actual', size: Math.min(0x300_0000, RAM_SIZE + HIGH_RAM_SIZE), reached: true },
+      { kind: 'balloon-actual', size: RAM_SIZE + HIGH_RAM_SIZE, reached: false },
     ]);
     device.deactivate();
     device.configWritten();
-    expect(context.messages).toHaveLength(2);
+    expect(context.messages).toHaveLength(3);
   });
 
   test('any 10,000 chains come back, or the device asks for a reset; only RAM is discarded', () => {
