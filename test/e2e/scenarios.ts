@@ -42,10 +42,9 @@ export const PLAIN: Boot = { name: '', cmdline: '', flavours: ['cloud', 'generic
 
 /** Kernels whose devices interrupt by lines, told so, or having nothing that would lead a message to its processor. */
 function withoutMsi({ hypervisor, architecture }: Backend): { cmdline: string; flavour: Flavour }[] {
-  if (hypervisor === 'mshv') return [];
   const nomsi = { cmdline: 'pci=nomsi', flavour: 'cloud' } as const;
-  if (architecture === 'aarch64') return [nomsi];
-  // It does not know the MP table.
+  // A guest of the Microsoft hypervisor has no timer without ACPI's tables.
+  if (hypervisor === 'mshv' || architecture === 'aarch64') return [nomsi];
   return [nomsi, { cmdline: 'acpi=off', flavour: 'cloud' }];
 }
 
