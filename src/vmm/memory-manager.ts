@@ -96,11 +96,22 @@ export class MemoryManager {
     }
   }
 
-  /** Gives all RAM to the VM, slots from 0 on. */
+  /**
+   * Gives all RAM to the VM, slots from 0 on.
+   *
+   * @throws MachineError when the hypervisor refuses it: a slot of KVM's holds less than 8 TiB
+   */
   attach(vm: Vm): void {
-    this.#mappings.forEach(({ range, mapping }, slot) => {
-      vm.addMemory({ slot, guestAddress: range.address, mapping: mapping.handle });
-    });
+    try {
+      this.#mappings.forEach(({ range, mapping }, slot) => {
+        vm.addMemory({ slot, guestAddress: range.address, mapping: mapping.handle });
+      });
+    } catch (error) {
+      if (!(error instanceof SystemError)) throw error;
+      throw new MachineError(`--memory size=${this.config.size}: the hypervisor does not take that much`, {
+        cause: error,
+      });
+    }
   }
 
   /** Slots that RAM takes. */
