@@ -11,6 +11,7 @@ import path from 'node:path';
 import { cached } from '../lab/cache.js';
 import { cpio, file, folder, link } from '../lab/cpio.js';
 import { aptOf, type Architecture, type Kernel, moduleBytes, moduleFiles, unpack } from '../lab/kernels.js';
+import { isNeverCalled, writeStub } from './stub-library.js';
 
 const SYSTEM_PATH = ['/usr/local/sbin', '/usr/local/bin', '/usr/sbin', '/usr/bin', '/sbin', '/bin'];
 const ENVIRONMENT = { ...process.env, PATH: `${process.env['PATH'] ?? ''}:${SYSTEM_PATH.join(':')}` };
@@ -67,15 +68,44 @@ export function needCommands(commands: readonly Command[]): void {
 
 export type Tool = 'fio' | 'iperf3';
 
-/** A program and the libraries it needs: path in the guest, and file here. */
-type Closure = ReadonlyMap<string, string>;
+/** What a program needs, by its path in the guest. */
+interface Closure {
+  readonly program: string;
+  /** The program, its dynamic linker and libraries: files here. */
+  readonly files: ReadonlyMap<string, string>;
+  /** Libraries that it never calls: their names. */
+  readonly stubs: ReadonlyMap<string, string>;
+}
 
-/** A tool of this host, with its dynamic linker and libraries. */
+/** Where a library or the dynamic linker is: its path in the guest, and a file here. */
+type Find = (name: string) => readonly [place: string, source: string];
+
+function closure(place: string, program: string, find: Find): Closure {
+  const files = new Map([[place, program]]);
+  const stubs = new Map<string, string>();
+  // A map goes on with what is added while it is walked.
+  for (const source of files.values()) {
+    const needed = run('readelf', ['-d', '-l', source]).matchAll(/\(NEEDED\).*\[(.*)\]|interpreter: \/(.*)\]/g);
+    for (const [, ...names] of needed) {
+      const name = names.join('');
+      const [library, file] = find(name);
+      if (isNeverCalled(name)) stubs.set(library, name);
+      else if (!files.has(library)) files.set(library, file);
+    }
+  }
+  return { program, files, stubs };
+}
+
+/** A tool of this host. */
 function hostClosure(tool: Tool): Closure {
   needCommands([tool]);
   const program = fs.realpathSync(commandPath(tool)!);
   const libraries = [...run('ldd', [program]).matchAll(/(?:^|=>)\s*(\/\S+)/gm)].map(([, name]) => name);
-  return new Map([[`/usr/bin/${tool}`, program], ...libraries.map((name): [string, string] => [name, name])]);
+  return closure(`/usr/bin/${tool}`, program, (name) => {
+    const library = libraries.find((candidate) => path.basename(candidate) === path.basename(name));
+    if (library === undefined) throw new Error(`No ${name} for ${tool}`);
+    return [library, library];
+  });
 }
 
 /** The same out of the packages of another architecture. */
@@ -96,23 +126,15 @@ async function foreignClosure(tool: Tool, architecture: Architecture): Promise<C
     unpack(archives, target);
     fs.rmdirSync(archives);
   });
-  const found = new Map<string, string>([[`/usr/bin/${tool}`, path.join(root, 'usr', 'bin', tool)]]);
   // Some libraries lie in folders of their package's own, where its other libraries look for them.
   const libraries = fs
     .readdirSync(root, { recursive: true, encoding: 'utf8' })
     .filter((name) => /\.so[.\d]*$/.test(name));
-  // A map goes on with what is added while it is walked.
-  for (const source of found.values()) {
-    const dynamic = run('readelf', ['-d', '-l', source]);
-    const needed = dynamic.matchAll(/\(NEEDED\).*\[(.*)\]|interpreter: \/(.*)\]/g);
-    for (const [, ...names] of needed) {
-      const name = names.join('');
-      const place = libraries.find((candidate) => candidate === name || path.basename(candidate) === name);
-      if (place === undefined) throw new Error(`No ${name} in the packages of ${tool} for ${architecture}`);
-      if (!found.has(`/${place}`)) found.set(`/${place}`, fs.realpathSync(path.join(root, place)));
-    }
-  }
-  return found;
+  return closure(`/usr/bin/${tool}`, path.join(root, 'usr', 'bin', tool), (name) => {
+    const place = libraries.find((candidate) => candidate === name || path.basename(candidate) === name);
+    if (place === undefined) throw new Error(`No ${name} in the packages of ${tool} for ${architecture}`);
+    return [`/${place}`, fs.realpathSync(path.join(root, place))];
+  });
 }
 
 /**
@@ -121,7 +143,8 @@ async function foreignClosure(tool: Tool, architecture: Architecture): Promise<C
  * @returns a cpio archive; the tool is /usr/bin/NAME in it
  */
 export async function guestTools(tool: Tool, architecture: Architecture = 'x86_64'): Promise<string> {
-  const files = architecture === hostArchitecture() ? hostClosure(tool) : await foreignClosure(tool, architecture);
+  const own = architecture === hostArchitecture();
+  const { program, files, stubs } = own ? hostClosure(tool) : await foreignClosure(tool, architecture);
   // Another version of any of them makes another archive.
   const identity = createHash('sha256');
   for (const [name, source] of files) {
@@ -129,14 +152,20 @@ export async function guestTools(tool: Tool, architecture: Architecture = 'x86_6
     identity.update(`${name} ${size} ${Math.floor(mtimeMs)}\n`);
   }
   const key = identity.digest('hex').slice(0, 16);
-  const entry = await cached(`guest-tools/${tool}-1-${key}`, [], (target) => {
-    const names = [...files.keys()].map((name) => name.slice(1));
+  const entry = await cached(`guest-tools/${tool}-2-${key}`, [], (target) => {
+    const made = [...stubs].map(([place, library]): [string, string] => {
+      const stub = path.join(target, library);
+      writeStub(program, library, own ? 'gcc' : `${architecture}-linux-gnu-gcc`, stub);
+      return [place, stub];
+    });
+    const all = [...files, ...made];
+    const names = all.map(([name]) => name.slice(1));
     const folders = new Set<string>();
     for (const name of names)
       for (let parent = path.dirname(name); parent !== '.'; parent = path.dirname(parent)) folders.add(parent);
     const entries = [
       ...[...folders].sort().map(folder),
-      ...[...files].map(([name, source]) => file(name.slice(1), fs.readFileSync(source), 0o100755)),
+      ...all.map(([name, source]) => file(name.slice(1), fs.readFileSync(source), 0o100755)),
     ];
     fs.writeFileSync(path.join(target, 'tools.cpio'), cpio(entries));
   });
