@@ -10,10 +10,13 @@ import { elf, text } from '../support/synthetic-kernel.js';
 
 const { folder, remove } = testFolder();
 let host: TestHost;
+/** Where no machine gets so far as to run. */
+let simple: TestHost;
 let cloud: Kernel;
 
 beforeAll(async () => {
   host = await TestHost.open();
+  simple = await TestHost.simple();
   cloud = await kernel('cloud');
   fs.writeFileSync(path.join(folder, 'empty'), '');
   fs.writeFileSync(path.join(folder, 'random'), randomBytes(100_000));
@@ -23,6 +26,7 @@ beforeAll(async () => {
 
 afterAll(() => {
   host.close();
+  simple.close();
   remove();
 });
 
@@ -66,7 +70,7 @@ describe('a mistake ends in one line that names the option', () => {
     '$line',
     async ({ options, status, says }) => {
       const words = options.map((word) => word.replace('KERNEL', cloud.vmlinuz).replace('FOLDER', folder));
-      const result = await host.run([...VMM, ...words]);
+      const result = await simple.run([...VMM, ...words]);
       expect(result.stderr).toMatch(says);
       expect(result.stderr).toMatch(/^vmm: [^\n]*\n$/);
       expect({ status: result.status, stdout: result.stdout }).toEqual({ status, stdout: '' });
