@@ -72,7 +72,8 @@ async function jest(options: readonly string[], env: Readonly<Record<string, str
  * What the latter need is fetched and built while the former run.
  */
 async function runAll(): Promise<readonly JestResults[]> {
-  const unit = jest([...args, '--selectProjects', 'unit']);
+  // Jest leaves a processor to itself unless told otherwise; it needs little of it.
+  const unit = jest([...args, '--maxWorkers=100%', '--selectProjects', 'unit']);
   const endToEnd = await prepare();
   return [await unit, await endToEnd()];
 }
