@@ -31,9 +31,10 @@ const product = {
   'dist/vcpu-worker.js': 'src/threads/vcpu-worker.ts',
   'dist/io-worker.js': 'src/threads/io-worker.ts',
 };
-// The same command on a simulated /dev/mshv, for tests: never in the package.
+// The same command on a simulated /dev/mshv, for tests: never in the package. It has a launcher as well.
+const SIMULATED_LAUNCHER = 'dist/tools/simulated/vmm.js';
 const simulated = {
-  'dist/tools/simulated/vmm.js': 'test/support/simulated/main.ts',
+  'dist/tools/simulated/main.js': 'test/support/simulated/main.ts',
   'dist/tools/simulated/vcpu-worker.js': 'test/support/simulated/vcpu-worker.ts',
   'dist/tools/simulated/io-worker.js': 'test/support/simulated/io-worker.ts',
 };
@@ -69,12 +70,33 @@ const script = (output) => ({
   charset: 'ascii',
   alias: { 'string-width': './src/cli/string-width.ts' },
   // yargs, an ES module, asks where it is.
-  banner: { js: output === LAUNCHER ? '#!/usr/bin/env node' : "const bundleUrl = 'file://' + __filename;" },
+  banner: {
+    js: path.basename(output) === 'vmm.js' ? '#!/usr/bin/env node' : "const bundleUrl = 'file://' + __filename;",
+  },
   define: { 'import.meta.url': 'bundleUrl' },
 });
 
-const minified = (output, options = {}) =>
-  bundle(output, product[output], { ...script(output), minifySyntax: true, minifyWhitespace: true, ...options });
+const minified = (output, entry, options = {}) =>
+  bundle(output, entry, { ...script(output), minifySyntax: true, minifyWhitespace: true, ...options });
+
+/** What starts a bundle with a code cache. @returns the bundle's hash, and the launcher's sources */
+async function launcher(output, { bytes }) {
+  const hash = createHash('sha256').update(bytes).digest('hex').slice(0, 16);
+  const { define } = script(output);
+  const { inputs } = await minified(output, product[LAUNCHER], {
+    define: { ...define, BUNDLE_HASH: JSON.stringify(hash) },
+  });
+  return { hash, inputs };
+}
+
+/** Makes the code cache, which labs find then, by a start that goes as far as the first thing that cannot be there. */
+function makeCache(output, hash, options = []) {
+  const folder = path.join(root, path.dirname(output));
+  for (const file of fs.readdirSync(folder).filter((name) => name.endsWith('.cache')))
+    if (!file.includes(hash)) fs.rmSync(path.join(folder, file), { force: true });
+  const machine = ['--kernel', '/nonexistent', '--memory', 'size=2M', '--serial', 'null'];
+  spawnSync(process.execPath, [output, ...machine, ...options], { cwd: root, stdio: 'ignore' });
+}
 
 const LICENCE_FILE = /^(licen[cs]e|copying|notice|copyrightnotice)/i;
 
@@ -93,30 +115,24 @@ function licences(inputs) {
   return [...new Set(texts)].sort().join(`\n${'-'.repeat(80)}\n\n`);
 }
 
-const [, ...built] = await Promise.all([
+const [[simulatedMain], ...built] = await Promise.all([
   Promise.all([
     ...Object.entries(simulated).map(([output, entry]) => bundle(output, entry, script(output))),
     ...Object.entries(tools).map(([output, entry]) => bundle(output, entry, { format: 'esm', banner: { js: banner } })),
   ]),
   ...Object.keys(product)
     .filter((output) => output !== LAUNCHER)
-    .map((output) => minified(output)),
+    .map((output) => minified(output, product[output])),
 ]);
 const [main] = built;
-const hash = createHash('sha256').update(main.bytes).digest('hex').slice(0, 16);
-const { define } = script(LAUNCHER);
-const launcher = await minified(LAUNCHER, { define: { ...define, BUNDLE_HASH: JSON.stringify(hash) } });
-const inputs = [launcher, ...built].flatMap((each) => each.inputs);
+const start = await launcher(LAUNCHER, main);
+const simulatedStart = await launcher(SIMULATED_LAUNCHER, simulatedMain);
+const inputs = [start, ...built].flatMap((each) => each.inputs);
 writeWhole(path.join(root, 'dist/THIRD-PARTY-LICENSES'), licences(inputs), 0o644);
 writeWhole(path.join(root, 'dist/package.json'), '{ "type": "commonjs" }\n', 0o644);
 writeWhole(path.join(root, 'dist/tools/package.json'), '{ "type": "module" }\n', 0o644);
 writeWhole(path.join(root, 'dist/tools/simulated/package.json'), '{ "type": "commonjs" }\n', 0o644);
 
-// A start that goes as far as the first thing that cannot be there makes the code cache, which labs find here.
-for (const file of fs.readdirSync(path.join(root, 'dist')).filter((name) => name.endsWith('.cache')))
-  if (!file.includes(hash)) fs.rmSync(path.join(root, 'dist', file), { force: true });
-spawnSync(process.execPath, [LAUNCHER, '--kernel', '/nonexistent', '--memory', 'size=2M', '--serial', 'null'], {
-  cwd: root,
-  stdio: 'ignore',
-});
+makeCache(LAUNCHER, start.hash);
+makeCache(SIMULATED_LAUNCHER, simulatedStart.hash, ['--hypervisor', 'mshv']);
 writeWhole(path.join(root, 'dist/.built'), '', 0o644);

@@ -74,7 +74,7 @@ async function execute(kernel: HostKernel, scripts: WorkerScripts, onMachine: ()
  * @param scripts the scripts that threads run
  * @param onMachine called before a machine is made
  */
-export function runVmm(kernel: HostKernel, scripts: WorkerScripts, onMachine: () => void = () => undefined): void {
+export function runVmm(kernel: HostKernel, scripts: WorkerScripts, onMachine: () => void): void {
   const verbose = process.argv.some((argument) => /^-[Vh]*v/.test(argument) || argument === '--verbose');
   execute(kernel, scripts, onMachine).catch(async (error: unknown) => {
     let said = '';
