@@ -89,7 +89,7 @@ async function launcher(output, { bytes }) {
   return { hash, inputs };
 }
 
-/** Makes the code cache, which labs find then, by a start that goes as far as the first thing that cannot be there. */
+/** Makes the code cache of this machine (labs make their own) by a start that goes as far as the first thing that cannot be there. */
 function makeCache(output, hash, options = []) {
   const folder = path.join(root, path.dirname(output));
   for (const file of fs.readdirSync(folder).filter((name) => name.endsWith('.cache')))
