@@ -1,7 +1,7 @@
 /**
  * The control queue of a network device (virtio 1.3, 5.1.6.5), and what it controls: which offloads the driver takes, and how
  * many pairs of queues it uses. The tap spreads flows over the queues that are attached to it, so it has as many as the driver
- * uses: one until the driver asks for more, and one again after a reset.
+ * uses: one until the driver asks for more, and one while it has the queues back.
  *
  * The pairs may be on several workers. Only the worker that serves the control queue changes anything, and a tap's
  * descriptors are the process's: the others need not be told.
@@ -27,7 +27,7 @@ const COMMAND_BYTES = 2 + 8;
 /** Commands served before others get their turn. */
 const BATCH = 64;
 
-/** Words of the device's own in its state block. */
+/** Words of the device's own in its state block: a reset clears them. */
 const Own = {
   /** Pairs that were asked for; 0: none yet, which stands for one. */
   pairs: 0,
@@ -74,6 +74,12 @@ export class NetControl {
     this.pairs = driver.has(NetFeature.multiQueue) ? this.taps.length : 1;
     this.#queue = driver.has(NetFeature.ctrlVq) ? driver.queues[this.pairs * 2] : undefined;
     if (driver.queues[0] !== undefined) this.#applyOffloads();
+    // A driver that had only stopped the device uses as many pairs as before.
+    if (this.#queue !== undefined) this.#attachOthers(true);
+  }
+
+  #attachOthers(attached: boolean): void {
+    for (let pair = 1; pair < this.context.own[Own.pairs]; pair++) this.control.setAttached(this.taps[pair], attached);
   }
 
   /** The control queue, where this worker serves it. */
@@ -172,14 +178,11 @@ export class NetControl {
     return OFFLOADS.reduce((bits, [feature, bit]) => (this.#driver!.has(feature) ? bits | bit : bits), 0);
   }
 
-  /** The driver resets the device. */
+  /** The driver has its queues back. */
   deactivate(): void {
     this.#again.stop();
     if (this.#queue === undefined) return;
     this.#queue = undefined;
-    const { own } = this.context;
-    for (let pair = 1; pair < own[Own.pairs]; pair++) this.control.setAttached(this.taps[pair], false);
-    own[Own.pairs] = 0;
-    Atomics.store(own, Own.offloads, 0);
+    this.#attachOthers(false);
   }
 }

@@ -148,6 +148,7 @@ export function resetTransport(words: Int32Array, at: TransportLayout['at'], des
     words[first + QueueWord.size] = size;
     words[first + QueueWord.vector] = NO_VECTOR;
   });
+  words.fill(0, at.own, at.own + OWN_WORDS);
   // What the driver could write of the configuration.
   const config = new Uint8Array(words.buffer, words.byteOffset + at.config * 4, description.config.length);
   for (const [from, end] of description.writable) config.set(description.config.subarray(from, end), from);

@@ -314,7 +314,11 @@ describe('the control queue', () => {
         ),
       );
     const deactivate = () => workers.forEach(({ device }) => device.deactivate());
-    return { guest, taps, queues, workers, device: workers[0].device, activate, deactivate };
+    const reset = () => {
+      deactivate();
+      own.fill(0);
+    };
+    return { guest, taps, queues, workers, device: workers[0].device, activate, deactivate, reset };
   }
 
   test('attaches the queues that the driver uses, and no others', () => {
@@ -337,10 +341,15 @@ describe('the control queue', () => {
     n.taps.refuses = true;
     expect(pairs(3)).toBe(1);
     expect([...n.taps.attached]).toEqual([101]);
+    n.taps.refuses = false;
+    // A driver that only stops the device uses as many as before when it goes on.
     n.deactivate();
     expect([...n.taps.attached]).toEqual([]);
+    for (const index of [0, 1, 2]) n.activate(index);
+    expect([...n.taps.attached]).toEqual([101]);
+    n.reset();
+    expect([...n.taps.attached]).toEqual([]);
     // A driver that comes after uses one until it says otherwise.
-    n.taps.refuses = false;
     for (const index of [0, 1, 2]) n.activate(index);
     expect([...n.taps.attached]).toEqual([]);
     expect(pairs(3)).toBe(0);
@@ -356,13 +365,16 @@ describe('the control queue', () => {
     expect(run({ guest: n.guest, device }, n.queues[2], [4, 0, 1, 0])).toBe(1);
     expect(n.taps.offloads.slice(-3)).toEqual([0, 0, 0]);
     // The worker of the first pair comes late: what the driver asked for stays.
-    n.deactivate();
+    n.reset();
     n.taps.offloads.length = 0;
     n.activate(1);
     expect(run({ guest: n.guest, device }, n.queues[2], offloads(0))).toBe(0);
     n.activate(0);
     expect(n.taps.offloads.slice(-3)).toEqual([0, 0, 0]);
     n.deactivate();
+    n.activate(0);
+    expect(n.taps.offloads.slice(-3)).toEqual([0, 0, 0]);
+    n.reset();
     n.activate(0);
     expect(n.taps.offloads.slice(-3)).toEqual([1, 1, 1]);
     n.guest.close();

@@ -27,6 +27,7 @@ class EchoDevice implements VirtioDevice {
   holds = false;
   needsReset: (reason: string) => void = () => undefined;
   changeConfig: (change: (config: Uint8Array) => void) => void = () => undefined;
+  own?: Int32Array;
 
   activate(driver: Driver): void {
     this.seen.push('activate');
@@ -125,6 +126,7 @@ function machine(kernelServed = false) {
   const runner = new VirtioRunner(handle, [0, 1], services, (context) => {
     device.needsReset = (reason) => context.needsReset(reason);
     device.changeConfig = (change) => context.changeConfig(() => change(context.config));
+    device.own = context.own;
     return device;
   });
   const close = () => {
@@ -398,6 +400,17 @@ describe('a driver that resets the device', () => {
     write(m, 0x2004, 2, 0xccdd);
     write(m, 0x14, 1, 0);
     expect(read(m, 0x2004, 4)).toBe(0x0807_0605);
+    m.close();
+  });
+
+  test('finds nothing of what it has told the device in other ways', () => {
+    const m = machine();
+    start(m);
+    m.runner.update();
+    m.device.own!.fill(7);
+    write(m, 0x14, 1, 0);
+    m.runner.update();
+    expect(m.device.own!.every((word) => word === 0)).toBe(true);
     m.close();
   });
 });
