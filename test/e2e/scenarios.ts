@@ -43,7 +43,7 @@ export const PLAIN: Boot = { name: '', cmdline: '', flavours: ['cloud', 'generic
 /** Kernels whose devices interrupt by lines, told so, or having nothing that would lead a message to its processor. */
 function withoutMsi({ hypervisor, architecture }: Backend): { cmdline: string; flavour: Flavour }[] {
   const nomsi = { cmdline: 'pci=nomsi', flavour: 'cloud' } as const;
-  // A guest of the Microsoft hypervisor has no timer without ACPI's tables.
+  // Debian's cloud kernel does not know the MP table: without ACPI it has the PIC alone, which only KVM has.
   if (hypervisor === 'mshv' || architecture === 'aarch64') return [nomsi];
   return [nomsi, { cmdline: 'acpi=off', flavour: 'cloud' }];
 }
