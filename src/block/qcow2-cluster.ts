@@ -71,7 +71,7 @@ export class ClusterEntry {
 
   /** Whether this, just decoded, goes on with what one of `kind` had before it. @param host where it would have to be */
   continues(kind: Kind, host: number): boolean {
-    if (kind === Kind.Standard) return this.kind === kind && this.host === host && host < this.store.fileSize;
+    if (kind === Kind.Standard) return this.kind === kind && this.host === host;
     if (kind === Kind.Unallocated) return this.kind === kind && !this.copied;
     return (this.kind === Kind.Zero && !this.copied) || this.kind === Kind.ZeroAllocated;
   }

@@ -1,6 +1,13 @@
-/** A qcow2 image that is open: see qcow2.ts for what is modelled. */
+/**
+ * A qcow2 image that is open: see qcow2.ts for what is modelled, and for what a power failure leaves.
+ *
+ * Its tables are changed in memory: an L2 entry when the data that it leads to has been written (`written`), and the file's when
+ * the guest flushes, or when there is no more room for changes. The order of `#settle` is what keeps the file whole.
+ */
 import { inflateRawSync } from 'node:zlib';
+import { closeAll } from '../sys/close-all.js';
 import { type BlockFile, type DiskImage, type Extent, ExtentKind } from './disk-image.js';
+import { Allocations } from './qcow2-allocations.js';
 import type { CachedTable } from './qcow2-cache.js';
 import { ClusterEntry, Kind } from './qcow2-cluster.js';
 import { compressedLength, compressedStart, COPIED_HIGH, entryOffset, isCompressed, setEntry } from './qcow2-entry.js';
@@ -14,6 +21,8 @@ import { ZeroRange, type ZeroTarget } from './qcow2-zero.js';
 
 /** Zeros are written in pieces of this size. Bytes. */
 const ZEROS = new Uint8Array(65536);
+/** Clusters in a row that wait to be released, before the tables are written so that they can be. */
+const MAX_RELEASED = 65536;
 
 export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
   readonly extent: Extent;
@@ -24,6 +33,9 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
   readonly #store: Qcow2Store;
   /** Undefined where the image is only read. */
   readonly #refcounts: Refcounts | undefined;
+  readonly #allocations = new Allocations();
+  /** Clusters that the tables in memory do not lead to any more, but those in the file do. */
+  #released: { first: number; count: number }[] = [];
   /** The compressed cluster that `#inflated` is of, by its entry: there are no new ones, so it stays right. */
   #inflatedHigh = 0;
   #inflatedLow = 0;
@@ -40,7 +52,11 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     this.extent = newExtent(file.fd);
     this.clusterSize = header.clusterSize;
     this.#store = new Qcow2Store(file, header);
-    this.tables = new Tables(this.#store);
+    this.tables = new Tables(
+      this.#store,
+      () => this.#settle(),
+      (first, count) => this.#released.push({ first, count }),
+    );
     this.entry = new ClusterEntry(this.#store);
     if (options.readonly) return;
     if (header.corrupt) throw this.#store.error('It is marked corrupt; it can only be opened for reading');
@@ -69,6 +85,7 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     this.#checkRange(offset, length);
     const { clusterSize, entry, extent, tables } = this;
     const { span } = tables;
+    extent.allocation = -1;
     const l1Index = Math.floor(offset / span);
     const table = tables.find(l1Index);
     const wanted = Math.min(offset + length, (l1Index + 1) * span) - offset;
@@ -110,24 +127,68 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     this.#mapWrite(offset, length, this.#writable());
   }
 
-  written(): boolean {
-    return true;
+  written(allocation: number, ok: boolean): boolean {
+    const { cluster, count, first, revived } = this.#allocations.take(allocation);
+    let linked = false;
+    try {
+      if (ok) this.#link(cluster, count, first);
+      linked = ok;
+    } catch {
+      // Its table could not be read: as before is the best that is left.
+    }
+    if (!linked && !revived) this.#writable().release(first, count);
+    return linked;
   }
 
   discard(offset: number, length: number): boolean {
-    this.#checkRange(offset, length);
-    new ZeroRange(this, this.#writable(), this.options.sparse, false).run(offset, offset + length);
-    return true;
+    return this.#zero(offset, length, this.options.sparse, false);
   }
 
   writeZeroes(offset: number, length: number, unmap: boolean): boolean {
+    return this.#zero(offset, length, unmap && this.options.sparse, true);
+  }
+
+  #zero(offset: number, length: number, punch: boolean, mustZero: boolean): boolean {
     this.#checkRange(offset, length);
-    new ZeroRange(this, this.#writable(), unmap && this.options.sparse, true).run(offset, offset + length);
+    const { clusterSize } = this;
+    const refcounts = this.#writable();
+    const waiting = this.#allocations.next(Math.floor(offset / clusterSize));
+    if (waiting * clusterSize < offset + length) return false;
+    new ZeroRange(this, refcounts, punch, mustZero).run(offset, offset + length);
     return true;
   }
 
   flush(): void {
-    this.file.sync();
+    if (this.#refcounts !== undefined && this.tables.dirty) this.#settle();
+    else this.file.sync();
+  }
+
+  /**
+   * Writes what has changed of the metadata. Whatever of it a power failure leaves, no table leads to data that is not there, or to
+   * a cluster that is not counted: first the data, the copies and the refcounts, then the tables, and when these are on
+   * the disk, what they led to before is free.
+   */
+  #settle(): void {
+    const { tables, file } = this;
+    const refcounts = this.#writable();
+    const released = this.#released;
+    this.#released = [];
+    try {
+      refcounts.write();
+      file.sync();
+      tables.write();
+      file.sync();
+    } catch (error) {
+      this.#released = [...released, ...this.#released];
+      throw error;
+    }
+    closeAll(
+      released.map(
+        ({ first, count }) =>
+          () =>
+            refcounts.release(first, count),
+      ),
+    );
   }
 
   resize(size: number): void {
@@ -138,19 +199,28 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     if (size % SECTOR !== 0) throw store.error(`A size of ${size} bytes is no multiple of ${SECTOR}`);
     if (size < old) throw store.error(`It has ${old} bytes and cannot shrink to ${size}`);
     if (size === old) return;
+    if (this.#allocations.count > 0) throw store.error('It is being written to, and cannot grow');
     if (header.version === 2 && header.snapshots > 0) {
       throw store.error('It has snapshots, and in version 2 these do not tell what size they are of');
     }
+    this.flush();
     this.tables.grow(size, refcounts);
     // What was behind the end must not show: the rest of the last cluster, and a backing file that is larger.
     const shown = Math.max(Math.ceil(old / clusterSize) * clusterSize, this.backing?.size ?? 0);
     new ZeroRange(this, refcounts, this.options.sparse, true).run(old, Math.min(shown, size));
+    this.flush();
     store.setSize(size);
+    this.file.sync();
   }
 
   close(): void {
     try {
-      if (this.#refcounts !== undefined) this.#store.clearDirty();
+      if (this.#refcounts !== undefined) {
+        this.flush();
+        // What was released since.
+        this.#refcounts.write();
+        this.#store.clearDirty();
+      }
     } finally {
       this.file.close();
       this.backing?.close();
@@ -181,10 +251,18 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
   }
 
   fillZeros(from: number, to: number): void {
-    const { extent } = this;
-    for (let at = from; at < to; at += extent.length) {
+    for (let at = from; at < to;) {
       this.#mapWrite(at, to - at, this.#writable());
-      this.writeZeros(extent.hostOffset, extent.length);
+      const { hostOffset, length, allocation } = this.extent;
+      let ok = false;
+      try {
+        this.writeZeros(hostOffset, length);
+        ok = true;
+      } finally {
+        if (allocation >= 0) ok = this.written(allocation, ok) && ok;
+      }
+      if (!ok) throw this.#store.error(`A table that maps ${at} cannot be read`);
+      at += length;
     }
   }
 
@@ -198,7 +276,7 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     this.file.punchHole(host, length);
   }
 
-  /** One reference less to what an entry pointed to that no table has any more. */
+  /** One reference less, as soon as the file says so too, to what an entry led to that no table in memory has any more. */
   releaseEntry(high: number, low: number, host: number): void {
     const { clusterSize, header } = this;
     let length = clusterSize;
@@ -206,7 +284,7 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
       length = Math.min(compressedLength(high, low, header.clusterBits), this.#store.clusters * clusterSize - host);
     }
     const first = Math.floor(host / clusterSize);
-    this.#writable().release(first, Math.floor((host + length - 1) / clusterSize) - first + 1);
+    this.#released.push({ first, count: Math.floor((host + length - 1) / clusterSize) - first + 1 });
   }
 
   #writable(): Refcounts {
@@ -240,66 +318,79 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
   /** Unlike mapWrite it may go beyond the disk's size, which grows when everything is ready. */
   #mapWrite(offset: number, length: number, refcounts: Refcounts): void {
     const { clusterSize, entry, extent, tables } = this;
+    extent.allocation = -1;
+    const waiting = this.#allocations.next(Math.floor(offset / clusterSize)) * clusterSize;
+    if (waiting <= offset) {
+      extent.kind = ExtentKind.Busy;
+      return;
+    }
+    if (this.#released.length > MAX_RELEASED) this.#settle();
     const l1Index = Math.floor(offset / tables.span);
     const start = l1Index * tables.span;
-    const end = Math.min(offset + length, start + tables.span);
+    const end = Math.min(offset + length, start + tables.span, waiting);
     const table = tables.own(l1Index, refcounts);
-    const within = offset % clusterSize;
-    let index = Math.floor((offset - start) / clusterSize);
-    /** Where the next cluster has to be, to be of the same extent. */
-    let next = -1;
-    let mapped = offset;
-    while (mapped < end) {
-      entry.decode(table, index);
-      entry.check();
-      let { host } = entry;
-      let count = 1;
-      if (entry.isOwn) {
-        if (next >= 0 && host !== next) break;
-        if (entry.kind === Kind.ZeroAllocated) this.#reviveZero(table, index, start, offset, end);
-      } else {
-        count = this.#allocate(table, index, start, offset, end, next, refcounts);
-        if (count === 0) break;
-        host = refcounts.first * clusterSize;
-      }
-      if (next < 0) extent.hostOffset = host + within;
-      next = host + count * clusterSize;
-      index += count;
-      mapped = start + index * clusterSize;
-    }
+    const index = Math.floor((offset - start) / clusterSize);
+    const last = Math.ceil((end - start) / clusterSize);
     extent.kind = ExtentKind.File;
     extent.fd = this.file.fd;
-    extent.length = Math.min(mapped, end) - offset;
+    entry.decode(table, index);
+    entry.check();
+    const { kind, isOwn } = entry;
+    let { host } = entry;
+    let count: number;
+    if (isOwn) {
+      count = this.#ownRun(table, index, last);
+      this.#store.extend(host / clusterSize + count);
+      if (kind === Kind.ZeroAllocated) this.#revive(start + index * clusterSize, count, host, offset, end);
+    } else {
+      count = this.#allocate(table, index, last, start, offset, end, refcounts);
+      host = refcounts.first * clusterSize;
+    }
+    extent.hostOffset = host + (offset % clusterSize);
+    extent.length = Math.min(start + (index + count) * clusterSize, end) - offset;
   }
 
-  /** The decoded zero cluster gets its place back. What is there is not known: a transfer may have ended since. */
-  #reviveZero(table: CachedTable, index: number, start: number, from: number, to: number): void {
-    const { clusterSize } = this;
-    const { host } = this.entry;
-    const guest = start + index * clusterSize;
-    if (from > guest) this.writeZeros(host, from - guest);
-    if (to < guest + clusterSize) this.writeZeros(host + to - guest, guest + clusterSize - to);
-    setEntry(table.view, index * 8, host, COPIED_HIGH, 0);
-    this.tables.writeEntries(table, index, 1);
+  /** @returns how many clusters from the decoded one on are of its kind, the image's alone, and lie together in the file */
+  #ownRun(table: CachedTable, index: number, last: number): number {
+    const { entry, clusterSize } = this;
+    const { kind, host } = entry;
+    let count = 1;
+    for (; index + count < last; count++) {
+      entry.decode(table, index + count);
+      if (!entry.isOwn || entry.kind !== kind || entry.host !== host + count * clusterSize) break;
+      entry.check();
+    }
+    return count;
   }
 
   /**
-   * Gives new places to as many clusters from `index` on as lie together, and copies what `from` to `to` leaves of them.
+   * Zero clusters get their places back, once they are written to. What is there is not known: a transfer may have ended since.
+   * @param guest where the first of them begins
+   */
+  #revive(guest: number, count: number, host: number, from: number, to: number): void {
+    const guestEnd = guest + count * this.clusterSize;
+    if (from > guest) this.writeZeros(host, from - guest);
+    if (to < guestEnd) this.writeZeros(host + to - guest, guestEnd - to);
+    const { clusterSize } = this;
+    this.extent.allocation = this.#allocations.add(guest / clusterSize, count, host / clusterSize, true);
+  }
+
+  /**
+   * Gives new places to as many clusters from `index` to `last` as find room together, and copies what `from` to `to` leaves of
+   * them.
    * @param start what the table's first entry maps
-   * @param wanted the only host offset to begin at, if it is not negative
    * @returns clusters
    */
   #allocate(
     table: CachedTable,
     index: number,
+    last: number,
     start: number,
     from: number,
     to: number,
-    wanted: number,
     refcounts: Refcounts,
   ): number {
-    const { clusterSize, entry, tables } = this;
-    const last = Math.ceil((to - start) / clusterSize);
+    const { clusterSize, entry } = this;
     let end = index;
     for (; end < last; end++) {
       entry.decode(table, end);
@@ -308,23 +399,35 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     }
     /** What the file has not reached before this holds zeros. */
     const fresh = this.#store.clusters;
-    const count = refcounts.allocate(end - index, wanted < 0 ? -1 : wanted / clusterSize);
-    if (count === 0) return 0;
+    const count = refcounts.allocate(end - index);
     const { first } = refcounts;
     const guest = start + index * clusterSize;
     const guestEnd = guest + count * clusterSize;
-    if (from > guest) this.#copyOld(table, index, guest, from, first * clusterSize, first >= fresh);
-    if (to < guestEnd) {
-      const host = (first + count) * clusterSize - (guestEnd - to);
-      this.#copyOld(table, index + count - 1, to, guestEnd, host, first + count > fresh);
+    try {
+      if (from > guest) this.#copyOld(table, index, guest, from, first * clusterSize, first >= fresh);
+      if (to < guestEnd) {
+        const host = (first + count) * clusterSize - (guestEnd - to);
+        this.#copyOld(table, index + count - 1, to, guestEnd, host, first + count > fresh);
+      }
+    } catch (error) {
+      refcounts.release(first, count);
+      throw error;
     }
-    const old = table.bytes.slice(index * 8, (index + count) * 8);
+    this.extent.allocation = this.#allocations.add(guest / clusterSize, count, first, false);
+    return count;
+  }
+
+  /** The guest's clusters are where their data has been written to. @throws what reading their table does */
+  #link(cluster: number, count: number, first: number): void {
+    const { clusterSize, tables } = this;
+    const l1Index = Math.floor(cluster / tables.entries);
+    const table = tables.own(l1Index, this.#writable());
+    const index = cluster - l1Index * tables.entries;
     for (let at = 0; at < count; at++) {
+      this.#releaseOld(table.view, (index + at) * 8);
       setEntry(table.view, (index + at) * 8, (first + at) * clusterSize, COPIED_HIGH, 0);
     }
-    tables.writeEntries(table, index, count);
-    this.#releaseOld(new DataView(old.buffer));
-    return count;
+    tables.changed(table, index, count);
   }
 
   /** Copies one cluster's bytes from `from` to `to` of the guest to where they belong now. */
@@ -341,13 +444,13 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     this.file.write(host, bytes);
   }
 
-  #releaseOld(entries: DataView): void {
-    for (let at = 0; at < entries.byteLength; at += 8) {
-      const high = entries.getUint32(at);
-      const low = entries.getUint32(at + 4);
-      const host = isCompressed(high) ? compressedStart(high, low, this.header.clusterBits) : entryOffset(entries, at);
-      if (host !== 0) this.releaseEntry(high, low, host);
-    }
+  #releaseOld(view: DataView, at: number): void {
+    const high = view.getUint32(at);
+    const low = view.getUint32(at + 4);
+    const compressed = isCompressed(high);
+    const host = compressed ? compressedStart(high, low, this.header.clusterBits) : entryOffset(view, at);
+    // A place of its own was revived, and stays.
+    if (host !== 0 && (compressed || (high & COPIED_HIGH) === 0)) this.releaseEntry(high, low, host);
   }
 
   /** Fills `into`, of one cluster, by the decoded entry. */

@@ -1,8 +1,10 @@
 /**
  * Which host clusters are in use (QEMU, docs/interop/qcow2.txt: "Host cluster management").
  *
- * A kill between any two writes leaves clusters counted that nothing points to, never the other way around: a new
- * refcount block is complete before the table names it, a new table before the header does.
+ * Changes stay in memory until the image writes them, which it does before anything in the file leads to a cluster that they
+ * count; what nothing leads to any more it releases afterwards. So whatever a power failure leaves, no cluster is counted less
+ * than it is used. For the same reason a new refcount block is in the file before the table names it, a new table before the
+ * header does.
  */
 import { type CachedTable, TableCache } from './qcow2-cache.js';
 import { MAX_REFCOUNT_TABLE_BYTES, setU64, u64 } from './qcow2-header.js';
@@ -69,7 +71,7 @@ export class Refcounts {
     this.#order = header.refcountOrder;
     this.#perBlock = (clusterSize * 8) / 2 ** header.refcountOrder;
     this.#maximum = 2 ** Math.min(2 ** header.refcountOrder, 53) - 1;
-    this.#cache = new TableCache(file, clusterSize);
+    this.#cache = new TableCache(store, () => this.write());
     const bytes = new Uint8Array(header.refcountTableClusters * clusterSize);
     file.read(header.refcountTableOffset, bytes);
     const view = new DataView(bytes.buffer);
@@ -88,27 +90,19 @@ export class Refcounts {
     }
   }
 
-  /**
-   * Takes up to `max` clusters in a row, from `first` on.
-   * @param at the only cluster that is wanted as the first; any if negative
-   * @returns how many; 0 if `at` is not free
-   */
-  allocate(max: number, at = -1): number {
-    const first = at < 0 ? this.#findFree() : at;
-    const block = Math.floor(first / this.#perBlock);
+  /** Takes up to `max` clusters in a row, from `first` on. @returns how many, one at least */
+  allocate(max: number): number {
+    const first = this.#findFree();
+    const table = this.#block(Math.floor(first / this.#perBlock));
     const entry = first % this.#perBlock;
-    // Where there is no block one is made, and takes a cluster itself: not here.
-    if (at >= 0 && !this.#hasBlock(block)) return 0;
-    const table = this.#block(block);
     const last = Math.min(entry + max, this.#perBlock);
     let end = entry;
     while (end < last && readRefcount(table.view, this.#order, end) === 0) end++;
     const count = end - entry;
-    if (count === 0) return 0;
     this.#checkFree(first, count);
     this.store.extend(first + count);
     this.#fill(table, entry, count);
-    if (this.#hint === first) this.#hint = first + count;
+    this.#hint = first + count;
     this.first = first;
     return count;
   }
@@ -128,8 +122,9 @@ export class Refcounts {
     return first;
   }
 
-  /** One reference less to each of the clusters. */
+  /** One reference less to each of the clusters. Nothing in the file leads to them. */
   release(first: number, count: number): void {
+    this.store.markDirty();
     for (let cluster = first; cluster < first + count; cluster++) {
       const block = Math.floor(cluster / this.#perBlock);
       const entry = cluster % this.#perBlock;
@@ -137,7 +132,7 @@ export class Refcounts {
       const value = table === undefined ? 0 : readRefcount(table.view, this.#order, entry);
       if (table === undefined || value === 0) throw this.store.error(`Cluster ${cluster} is in use but not counted`);
       writeRefcount(table.view, this.#order, entry, Math.min(value, this.#maximum) - 1);
-      this.#writeEntries(table, entry, 1);
+      this.#changed(table, entry, 1);
       if (value === 1) this.#hint = Math.min(this.#hint, cluster);
     }
   }
@@ -170,8 +165,12 @@ export class Refcounts {
   #block(block: number): CachedTable {
     const cached = this.#cache.get(block);
     if (cached !== undefined) return cached;
-    this.store.check('A refcount block is', this.#table[block]);
-    return this.#cache.load(block, this.#table[block]);
+    const { store } = this;
+    const offset = this.#table[block];
+    store.check('A refcount block is', offset);
+    // As zeros it would give out what is in use.
+    if (offset >= store.fileSize) throw store.error(`A refcount block is at ${offset}, behind the end of the file`);
+    return this.#cache.load(block, offset);
   }
 
   /** Ends: each block is looked at once, and with the file's end comes one that does not exist. */
@@ -200,20 +199,19 @@ export class Refcounts {
   }
 
   #fill(table: CachedTable, entry: number, count: number): void {
+    this.store.markDirty();
     for (let at = entry; at < entry + count; at++) writeRefcount(table.view, this.#order, at, 1);
-    this.#writeEntries(table, entry, count);
+    this.#changed(table, entry, count);
   }
 
-  #writeEntries(table: CachedTable, entry: number, count: number): void {
+  #changed(table: CachedTable, entry: number, count: number): void {
     const start = Math.floor((entry * 2 ** this.#order) / 8);
-    const end = Math.ceil(((entry + count) * 2 ** this.#order) / 8);
-    try {
-      this.store.markDirty();
-      this.store.write(table.offset + start, table.bytes.subarray(start, end));
-    } catch (error) {
-      this.#cache.drop(table.key);
-      throw error;
-    }
+    this.#cache.changed(table, start, Math.ceil(((entry + count) * 2 ** this.#order) / 8));
+  }
+
+  /** Writes what has changed. */
+  write(): void {
+    this.#cache.write();
   }
 
   /**
@@ -247,8 +245,10 @@ export class Refcounts {
     const firstBlock = at + payload + tableClusters;
     missing.forEach((block, index) => this.#writeBlock(block, firstBlock + index, at, end, counts));
     if (tableClusters === 0) {
+      this.write();
       // Downwards: each block's own cluster is counted by itself or by one above.
       for (let index = missing.length - 1; index >= 0; index--) {
+        store.file.sync();
         this.#link(missing[index], (firstBlock + index) * clusterSize);
       }
       return;
@@ -325,8 +325,10 @@ export class Refcounts {
     const view = new DataView(bytes.buffer);
     table.forEach((offset, block) => setU64(view, block * 8, offset));
     store.write(cluster * store.clusterSize, bytes);
+    this.write();
     store.file.sync();
     store.setRefcountTable(cluster * store.clusterSize, clusters);
+    store.file.sync();
     this.#table = table;
     if (releaseOld) this.release(refcountTableOffset / store.clusterSize, refcountTableClusters);
   }

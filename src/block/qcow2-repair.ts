@@ -21,7 +21,9 @@ const SNAPSHOT_BYTES = 40;
 const MAX_SNAPSHOT_EXTRA_BYTES = 1024;
 
 export class Repair {
-  readonly #counts: Uint32Array;
+  #counts: Uint32Array;
+  /** Clusters up to the end of the file, or as far as tables lead behind it: its last extension may be lost. */
+  #end: number;
   #walked = 0;
 
   constructor(
@@ -29,7 +31,8 @@ export class Repair {
     private readonly refcounts: Refcounts,
   ) {
     if (store.clusters > MAX_CLUSTERS) throw this.#tooLarge();
-    this.#counts = new Uint32Array(store.clusters);
+    this.#end = store.clusters;
+    this.#counts = new Uint32Array(this.#end);
   }
 
   /** @param l1 the active table, whose flags are put right. @throws ImageError */
@@ -40,7 +43,8 @@ export class Repair {
     this.#count(header.l1Offset, l1.length);
     this.#walk(l1);
     this.#walkSnapshots();
-    this.refcounts.rebuild(this.#counts);
+    store.extend(this.#end);
+    this.refcounts.rebuild(this.#counts.subarray(0, this.#end));
     this.#fixFlags(l1);
   }
 
@@ -57,7 +61,13 @@ export class Repair {
     if (length === 0) return;
     const { clusterSize } = this.store;
     const last = Math.floor((offset + length - 1) / clusterSize);
-    if (last >= this.#counts.length) throw this.store.error(`A cluster is at ${offset}, behind the end of the file`);
+    if (last >= MAX_CLUSTERS) throw this.#tooLarge();
+    if (last >= this.#counts.length) {
+      const longer = new Uint32Array(Math.min(2 * last + 1, MAX_CLUSTERS));
+      longer.set(this.#counts);
+      this.#counts = longer;
+    }
+    this.#end = Math.max(this.#end, last + 1);
     for (let cluster = Math.floor(offset / clusterSize); cluster <= last; cluster++) this.#counts[cluster]++;
   }
 

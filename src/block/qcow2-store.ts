@@ -2,6 +2,9 @@
 import { type BlockFile, ImageError } from './disk-image.js';
 import { Field, Incompatible, type Qcow2Header, setU64 } from './qcow2-header.js';
 
+/** Bytes that a power failure may take from the end of the file: what was written since its length was synced. Beyond it is a lie. */
+const MAX_LOST = 2 ** 32;
+
 export class Qcow2Store {
   readonly clusterSize: number;
   /** Bytes. What the image's tables point to lies below it. */
@@ -30,13 +33,14 @@ export class Qcow2Store {
 
   /**
    * A table's entry is hostile until it has been here. One that led into the header would let the guest name a backing
-   * file; one into the tables whose place the header tells, choose what the other entries are.
+   * file; one into the tables whose place the header tells, choose what the other entries are. One that leads behind the end of
+   * the file is one whose cluster a power failure took with the file's length: it reads as zeros.
    */
   check(what: string, offset: number): void {
     if (offset === 0 || offset % this.clusterSize !== 0) {
       throw this.error(`${what} at ${offset}, which no cluster starts at`);
     }
-    if (offset >= this.fileSize) throw this.error(`${what} at ${offset}, behind the end of the file`);
+    if (offset >= this.fileSize + MAX_LOST) throw this.error(`${what} at ${offset}, behind the end of the file`);
     if (this.isReserved(offset, 1)) throw this.error(`${what} at ${offset}, inside of the image's own tables`);
   }
 
@@ -70,8 +74,8 @@ export class Qcow2Store {
   }
 
   /**
-   * To be called before a refcount changes. Data is not synced before the next flush, and a power failure keeps what it
-   * likes of the writes until then: the dirty bit has the refcounts counted anew. Version 2 has no such bit.
+   * To be called before a refcount changes. A power failure leaves clusters counted that nothing leads to: the dirty bit
+   * has the refcounts counted anew, which finds them. Version 2 has no such bit, and keeps them.
    */
   markDirty(): void {
     if (this.#dirty || this.header.version === 2) return;
@@ -97,7 +101,9 @@ export class Qcow2Store {
 
   /** An implementation that does not keep up what these bits vouch for has to clear them before it writes. */
   clearAutoclear(): void {
-    if (this.header.autoclear) this.write(Field.autoclear, new Uint8Array(8));
+    if (!this.header.autoclear) return;
+    this.write(Field.autoclear, new Uint8Array(8));
+    this.file.sync();
   }
 
   setSize(size: number): void {

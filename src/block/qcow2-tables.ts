@@ -1,4 +1,7 @@
-/** The L1 and L2 tables of an image: look-up, and making or copying tables to write to. */
+/**
+ * The L1 and L2 tables of an image: look-up, and making or copying tables to write to. What is changed stays in memory until
+ * the image writes it: an L2 table before the L1 entry that leads to it.
+ */
 import { type CachedTable, TableCache } from './qcow2-cache.js';
 import { COPIED_HIGH, entryOffset, setEntry } from './qcow2-entry.js';
 import { l1EntriesFor, MAX_L1_BYTES } from './qcow2-header.js';
@@ -13,15 +16,25 @@ export class Tables {
   l1: Uint8Array;
   #l1View: DataView;
   readonly #cache: TableCache;
+  /** Entries of the L1 table that the file does not have yet. */
+  readonly #changed = new Set<number>();
 
-  constructor(private readonly store: Qcow2Store) {
+  /**
+   * @param settle writes all that is changed of the image's metadata
+   * @param release takes clusters that no table leads to, as soon as the file says so too
+   */
+  constructor(
+    private readonly store: Qcow2Store,
+    settle: () => void,
+    private readonly release: (first: number, count: number) => void,
+  ) {
     const { header, clusterSize, file } = store;
     this.entries = clusterSize / 8;
     this.span = this.entries * clusterSize;
     this.l1 = new Uint8Array(header.l1Entries * 8);
     this.#l1View = new DataView(this.l1.buffer);
     if (this.l1.length > 0) file.read(header.l1Offset, this.l1);
-    this.#cache = new TableCache(file, clusterSize);
+    this.#cache = new TableCache(store, settle);
   }
 
   /** The L2 table, or undefined where nothing is mapped. */
@@ -37,42 +50,52 @@ export class Tables {
   /** The L2 table as one that may be written to: a new one where there is none, a copy where snapshots share it. */
   own(index: number, refcounts: Refcounts): CachedTable {
     const old = this.find(index);
-    if (old !== undefined && (this.#l1View.getUint32(index * 8) & COPIED_HIGH) !== 0) return old;
-    const { store } = this;
+    if (old !== undefined && (this.#l1View.getUint32(index * 8) & COPIED_HIGH) !== 0) {
+      this.store.extend(old.offset / this.store.clusterSize + 1);
+      return old;
+    }
     refcounts.allocate(1);
-    const offset = refcounts.first * store.clusterSize;
-    const table = this.#cache.create(index, offset);
+    const { first } = refcounts;
+    const offset = first * this.store.clusterSize;
+    let table: CachedTable;
     try {
-      // `old` is its buffer's contents still: creating takes another one.
-      if (old !== undefined) table.bytes.set(old.bytes);
-      store.write(offset, table.bytes);
-      // After a power failure an old cluster's bytes, the guest's own, would be taken for a table.
-      store.file.sync();
-      this.#setL1(index, offset);
+      table = this.#cache.create(index, offset);
     } catch (error) {
-      this.#cache.drop(index);
+      refcounts.release(first, 1);
       throw error;
     }
-    if (old !== undefined) refcounts.release(old.offset / store.clusterSize, 1);
+    // `old` is its buffer's contents still: creating takes another one.
+    if (old !== undefined) {
+      table.bytes.set(old.bytes);
+      this.release(old.offset / this.store.clusterSize, 1);
+    }
+    setEntry(this.#l1View, index * 8, offset, COPIED_HIGH, 0);
+    this.#changed.add(index);
     return table;
   }
 
-  /** Takes back what was changed in a table and not written. */
-  forget(table: CachedTable): void {
-    this.#cache.drop(table.key);
+  /** Entries have changed. */
+  changed(table: CachedTable, first: number, count: number): void {
+    this.#cache.changed(table, first * 8, (first + count) * 8);
   }
 
-  /** Writes entries that were changed in the cached table. */
-  writeEntries(table: CachedTable, first: number, count: number): void {
-    try {
-      this.store.write(table.offset + first * 8, table.bytes.subarray(first * 8, (first + count) * 8));
-    } catch (error) {
-      this.#cache.drop(table.key);
-      throw error;
+  /** Whether the file is behind. */
+  get dirty(): boolean {
+    return this.#cache.dirty > 0 || this.#changed.size > 0;
+  }
+
+  /** Writes what has changed, and sees to it that no L1 entry leads to what is not there. What they count is there already. */
+  write(): void {
+    this.#cache.write();
+    if (this.#changed.size === 0) return;
+    this.store.file.sync();
+    for (const index of this.#changed) {
+      this.store.write(this.store.header.l1Offset + index * 8, this.l1.subarray(index * 8, index * 8 + 8));
     }
+    this.#changed.clear();
   }
 
-  /** Room for a disk of `size` bytes; the table moves to the end of the file if it has to grow. */
+  /** Room for a disk of `size` bytes; the table moves to the end of the file if it has to grow. Nothing is dirty before. */
   grow(size: number, refcounts: Refcounts): void {
     const { store } = this;
     const { header, clusterSize } = store;
@@ -85,23 +108,15 @@ export class Tables {
     l1.set(this.l1);
     const offset = refcounts.append(Math.ceil(l1.length / clusterSize)) * clusterSize;
     store.write(offset, l1);
+    refcounts.write();
     store.file.sync();
     const old = header.l1Offset / clusterSize;
     store.setL1(offset, entries);
+    // Or the old table would be given out while the header may still lead to it.
+    store.file.sync();
     const oldClusters = Math.ceil(this.l1.length / clusterSize);
     this.l1 = l1;
     this.#l1View = new DataView(l1.buffer);
     refcounts.release(old, oldClusters);
-  }
-
-  #setL1(index: number, offset: number): void {
-    const before = this.l1.slice(index * 8, index * 8 + 8);
-    setEntry(this.#l1View, index * 8, offset, COPIED_HIGH, 0);
-    try {
-      this.store.write(this.store.header.l1Offset + index * 8, this.l1.subarray(index * 8, index * 8 + 8));
-    } catch (error) {
-      this.l1.set(before, index * 8);
-      throw error;
-    }
   }
 }

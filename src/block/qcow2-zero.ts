@@ -95,20 +95,15 @@ export class ZeroRange {
     const table = tables.own(l1Index, this.refcounts);
     const first = Math.floor((from % tables.span) / clusterSize);
     const count = (to - from) / clusterSize;
-    let changedFirst = -1;
-    let changedEnd = 0;
-    try {
-      for (let index = first; index < first + count; index++) {
-        if (!this.#cluster(table, index, from + (index - first) * clusterSize)) continue;
-        if (changedFirst < 0) changedFirst = index;
-        changedEnd = index + 1;
-      }
-    } catch (error) {
-      // Some entries are changed, and not written.
-      tables.forget(table);
-      throw error;
+    // All of it before anything is changed: what is wrong with one entry must not leave others half done.
+    for (let index = first; index < first + count; index++) {
+      target.entry.decode(table, index);
+      target.entry.check();
     }
-    if (changedFirst >= 0) tables.writeEntries(table, changedFirst, changedEnd - changedFirst);
+    for (let index = first; index < first + count; index++) {
+      const guest = from + (index - first) * clusterSize;
+      if (this.#cluster(table, index, guest)) tables.changed(table, index, 1);
+    }
     for (const { high, low, host } of this.#released.splice(0)) target.releaseEntry(high, low, host);
     for (const { host, length } of this.#holes.splice(0)) {
       if (this.punch) target.punchHole(host, length);
@@ -122,7 +117,6 @@ export class ZeroRange {
     const { target } = this;
     const { entry } = target;
     entry.decode(table, index);
-    entry.check();
     const { kind, host, high, low } = entry;
     if (entry.isOwn) {
       if (this.punch || (this.mustZero && !this.#v3)) this.#hole(host);

@@ -102,6 +102,7 @@ function write(image: DiskImage, offset: number, bytes: Uint8Array): void {
     if (extent.length < 1 || extent.length > bytes.length - done)
       throw new Error(`An extent of ${extent.length} bytes`);
     fs.writeSync(extent.fd, bytes, done, extent.length, extent.hostOffset);
+    if (extent.allocation >= 0 && !image.written(extent.allocation, true)) throw new Error('Not taken');
   }
 }
 

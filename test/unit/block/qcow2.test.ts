@@ -140,6 +140,7 @@ function write({ image, file }: Opened, offset: number, bytes: Uint8Array): numb
     expect(extent.length).toBeGreaterThan(0);
     expect(extent.length).toBeLessThanOrEqual(bytes.length - done);
     file.write(extent.hostOffset, bytes.subarray(done, done + extent.length));
+    if (extent.allocation >= 0) expect(image.written(extent.allocation, true)).toBe(true);
     extents++;
   }
   return extents;
@@ -227,9 +228,9 @@ describe('reading and writing', () => {
     }
     opened.image.mapRead(0, 16 * MIB);
     expect(opened.image.extent.length).toBe(16 * MIB);
-    // Not at the clusters' bounds: the rest of one, and then new ones.
+    // Not at the clusters' bounds: the rest of one, which is there, and then new ones, which are not yet.
     write(opened, 32 * MIB, pattern(4 * KIB, 1));
-    expect(write(opened, 32 * MIB + 4 * KIB, pattern(128 * KIB, 2))).toBe(1);
+    expect(write(opened, 32 * MIB + 4 * KIB, pattern(128 * KIB, 2))).toBe(2);
     opened.image.close();
     expect(check('a.qcow2')).toBe(0);
   });
@@ -291,7 +292,11 @@ describe('reading and writing', () => {
     fs.writeFileSync(at('a.raw'), model);
     qemuImg('convert', '-c', '-O', 'qcow2', 'a.raw', 'a.qcow2');
     const opened = open('a.qcow2');
-    for (let offset = 0; offset < MIB; offset += 64 * KIB) write(opened, offset, pattern(64 * KIB, offset));
+    for (let offset = 0; offset < MIB; offset += 64 * KIB) {
+      write(opened, offset, pattern(64 * KIB, offset));
+      // Until then the file leads to them.
+      opened.image.flush();
+    }
     expect(opened.file.size()).toBeLessThan(1.5 * MIB);
     opened.image.close();
     expect(check('a.qcow2')).toBe(0);
@@ -366,6 +371,9 @@ describe('reading and writing', () => {
       opened.file.failIn = 1 + (turn % 13);
       try {
         opened.image.mapWrite(offset, 4 * KIB);
+        const { allocation } = opened.image.extent;
+        if (allocation >= 0) expect(opened.image.written(allocation, false)).toBe(false);
+        if (turn % 3 === 0) opened.image.flush();
         opened.file.failIn = Infinity;
       } catch (error) {
         expect(error).toMatchObject({ code: 'ENOSPC' });
@@ -382,6 +390,57 @@ describe('reading and writing', () => {
     open('a.qcow2').image.close();
     expect(check('a.qcow2')).toBe(0);
     expect(raw('a.qcow2').equals(model)).toBe(true);
+  });
+
+  test('gives back the place of what could not be written, and keeps what was there', () => {
+    fs.writeFileSync(at('base.raw'), pattern(MIB, 1));
+    create('a.qcow2', 4 * MIB, {}, '-b', 'base.raw', '-F', 'raw');
+    const { image, file } = open('a.qcow2');
+    image.mapWrite(0, 64 * KIB);
+    image.written(image.extent.allocation, false);
+    const size = file.size();
+    for (let turn = 0; turn < 1000; turn++) {
+      const offset = (turn % 64) * 64 * KIB + 4 * KIB;
+      image.mapWrite(offset, 4 * KIB);
+      expect(image.written(image.extent.allocation, false)).toBe(false);
+    }
+    // An L2 table, and the place that all of them had.
+    expect(file.size()).toBeLessThanOrEqual(size + 64 * KIB);
+    expect(read(image, 0, MIB).equals(pattern(MIB, 1))).toBe(true);
+    image.close();
+    expect(check('a.qcow2')).toBe(0);
+  });
+
+  test('has what waits for its place wait for one another, and for nothing else', () => {
+    create('a.qcow2', 4 * MIB);
+    const { image, file } = open('a.qcow2');
+    const { extent } = image;
+    image.mapWrite(64 * KIB, 128 * KIB);
+    const [first, place] = [extent.allocation, extent.hostOffset];
+    expect(extent.length).toBe(128 * KIB);
+    for (const offset of [64 * KIB, 100 * KIB, 191 * KIB]) {
+      image.mapWrite(offset, 512);
+      expect(extent.kind).toBe(ExtentKind.Busy);
+      expect(image.discard(offset, 512)).toBe(false);
+      expect(image.writeZeroes(offset, 512, true)).toBe(false);
+      image.mapRead(offset, 512);
+      expect([extent.kind, extent.allocation]).toEqual([ExtentKind.Zero, -1]);
+    }
+    expect(image.writeZeroes(0, 4 * MIB, true)).toBe(false);
+    expect(() => image.resize(8 * MIB)).toThrow('It is being written to');
+    // Up to what waits.
+    image.mapWrite(32 * KIB, 96 * KIB);
+    expect([extent.kind, extent.length]).toEqual([ExtentKind.File, 32 * KIB]);
+    const second = extent.allocation;
+    expect(image.discard(192 * KIB, 64 * KIB)).toBe(true);
+    file.write(place, pattern(128 * KIB, 1));
+    expect(image.written(first, true)).toBe(true);
+    expect(read(image, 64 * KIB, 128 * KIB).equals(pattern(128 * KIB, 1))).toBe(true);
+    expect(image.written(second, false)).toBe(false);
+    expect(read(image, 0, 64 * KIB).every((byte) => byte === 0)).toBe(true);
+    expect(image.writeZeroes(0, 4 * MIB, true)).toBe(true);
+    image.close();
+    expect(check('a.qcow2')).toBe(0);
   });
 });
 
@@ -466,8 +525,10 @@ describe('zeros', () => {
     create('a.qcow2', 16 * MIB);
     const opened = open('a.qcow2');
     const { image } = opened;
+    write(opened, 0, pattern(64 * KIB, 6));
     image.mapWrite(0, 64 * KIB);
     const late = image.extent.hostOffset;
+    expect(image.extent.allocation).toBe(-1);
     image.discard(0, 64 * KIB);
     for (let offset = MIB; offset < 3 * MIB; offset += 64 * KIB) write(opened, offset, pattern(64 * KIB, offset));
     const before = read(image, 0, 16 * MIB);
