@@ -8,10 +8,9 @@
  * features that the text does not know. Not kept up: "Bitmaps", which become invalid. Not done: shrinking, writing
  * compressed clusters, taking and deleting snapshots, marking an image corrupt.
  *
- * A kill at any moment leaves clusters counted that nothing points to, at worst. After a power failure what was flushed
- * is there; an image of version 3 is marked dirty while it is written to, and its refcounts are counted anew. An image
- * of version 2 should then be checked with qemu-img. The data of a write follows its metadata, so that after either one
- * a range whose write was never completed may hold what the guest had deleted elsewhere.
+ * After a power failure, and after a kill, what was flushed is there; of what was written later each sector is old or new, never
+ * neither, and the image opens. At worst clusters are counted that nothing leads to: an image of version 3 is marked dirty while it
+ * is written to and its refcounts are counted anew, one of version 2 keeps them until qemu-img check -r leaks.
  */
 import fs from 'node:fs';
 import nodePath from 'node:path';
