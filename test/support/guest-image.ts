@@ -4,6 +4,7 @@
  * A second archive, put behind the first, says what to do. Around a command's output stand two markers with a nonce, so
  * that whatever the kernel prints before and after is told apart; the second carries the exit status.
  */
+import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { gzipSync } from 'node:zlib';
@@ -93,6 +94,15 @@ export async function writeInitramfs(target: string, task: GuestTask): Promise<v
   const padding = Buffer.alloc(-base.length & 3);
   const archives = (task.archives ?? []).map((name) => fs.readFileSync(name));
   fs.writeFileSync(target, Buffer.concat([base, padding, taskArchive(task), ...archives]));
+}
+
+/** @returns a static program for guests, made of the file of that name in test/support/ */
+export function guestProgram(folder: string, name: string, architecture: Architecture = 'x86_64'): string {
+  const program = path.join(folder, `${name}-${architecture}`);
+  const compiler = architecture === 'aarch64' ? 'aarch64-linux-gnu-gcc' : 'gcc';
+  const options = ['-O2', '-Wall', '-Wextra', '-Werror', '-static'];
+  execFileSync(compiler, [...options, '-o', program, path.resolve('test/support', `${name}.c`)]);
+  return program;
 }
 
 /** Finds a command's output and exit status in what a guest's console says. */
