@@ -32,7 +32,7 @@ export class HostBlockFile implements BlockFile {
   ) {
     this.#meta = meta ?? fd;
     this.#device = fs.fstatSync(fd).isBlockDevice();
-    this.alignment = meta === undefined ? 1 : transferAlignment(kernel, fd);
+    this.alignment = meta === undefined ? 1 : transferAlignment(kernel, fd, this.#device ? 0 : kernel.firstData(fd));
   }
 
   size(): number {
@@ -84,16 +84,17 @@ export class HostBlockFile implements BlockFile {
 }
 
 /**
- * Found by trying, as no call of every host tells it for files too: a read that is not aligned as O_DIRECT needs it fails.
- * Of an empty file any of them comes back with nothing; then it is the smallest.
+ * Found by trying, as no call of every host tells it for files too: a read that is not aligned as O_DIRECT needs it fails. Within a hole
+ * any of them succeeds, so it is tried where the file has data; one without any may need the largest.
  */
-function transferAlignment(kernel: HostKernel, fd: number): number {
+function transferAlignment(kernel: HostKernel, fd: number, data: number | undefined): number {
+  if (data === undefined) return MAX_ALIGNMENT;
   const page = kernel.map({ length: 2 * MAX_ALIGNMENT, shared: false });
   try {
     const view = page.view(0, 2 * MAX_ALIGNMENT);
     for (let alignment = MIN_ALIGNMENT; alignment < MAX_ALIGNMENT; alignment *= 2) {
       try {
-        kernel.readAt(fd, new Uint8Array(view, alignment, alignment), 0);
+        kernel.readAt(fd, new Uint8Array(view, alignment, alignment), data);
         return alignment;
       } catch (error) {
         if (!(error instanceof SystemError)) throw error;

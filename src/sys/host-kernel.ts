@@ -127,6 +127,8 @@ export interface HostKernel {
   /** One pwrite; may be short. */
   writeAt(fd: number, bytes: Uint8Array, offset: number): number;
   truncate(fd: number, size: number): void;
+  /** lseek of a file that is no device. @returns where its first bytes lie, undefined where all of it is a hole */
+  firstData(fd: number): number | undefined;
   /** fdatasync */
   dataSync(fd: number): void;
   /** fallocate. @param mode FALLOC_FL_ bits */

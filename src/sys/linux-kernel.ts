@@ -78,6 +78,7 @@ function defineOthers() {
     madvise: libc.func('int madvise(uintptr_t address, size_t length, int advice)'),
     memfdCreate: libc.func('int memfd_create(const char *name, unsigned int flags)'),
     ftruncate: libc.func('int ftruncate(int fd, int64_t length)'),
+    lseek: libc.func('int64_t lseek(int fd, int64_t offset, int whence)'),
     eventfd: libc.func('int eventfd(unsigned int value, int flags)'),
     posixOpenpt: libc.func('int posix_openpt(int flags)'),
     grantpt: libc.func('int grantpt(int fd)'),
@@ -102,6 +103,7 @@ const O_NONBLOCK = 0o4000;
 const O_CLOEXEC = 0o2000000;
 const O_DIRECT = process.arch === 'x64' ? 0o40000 : 0o200000;
 const O_CREAT = 0o100;
+const SEEK_DATA = 3;
 const F_DUPFD_CLOEXEC = 1030;
 const F_OFD_SETLK = 37;
 const F_RDLCK = 0;
@@ -281,6 +283,13 @@ export class LinuxKernel implements HostKernel {
 
   truncate(fd: number, size: number): void {
     check('ftruncate', io().ftruncate(fd, size) as number);
+  }
+
+  firstData(fd: number): number | undefined {
+    const at = Number(io().lseek(fd, 0, SEEK_DATA));
+    if (at >= 0) return at;
+    const errno = koffi.errno();
+    return errno === os.constants.errno.ENXIO ? undefined : fail('lseek', errno);
   }
 
   dataSync(fd: number): void {
