@@ -94,6 +94,45 @@ test('fio verifies what four jobs wrote through four queues', async () => {
   await shell('rm data.img');
 });
 
+test('more requests than descriptors; past the page cache, on blocks of 512 and of 4,096 bytes', async () => {
+  await host.loadModules(await kernel('generic'), ['loop', 'ext4']);
+  // A device of each size of blocks, and files of both formats on another; /tmp may have no direct I/O.
+  const loops = await shell(
+    `truncate -s 16M deep deeper; for size in 512 4096; do truncate -s 64M fs$size; truncate -s 16M device$size
+     losetup --find --show --sector-size $size device$size; fs=$(losetup --find --show --sector-size $size fs$size)
+     mke2fs -q -t ext4 -b 4096 $fs; mkdir on$size; mount $fs on$size
+     truncate -s 16M on$size/raw; qemu-img create -q -f qcow2 on$size/qcow2 16M; done`,
+  );
+  const files = ['512', '4096'].flatMap((size) => [`${scratch}/on${size}/raw`, `${scratch}/on${size}/qcow2`]);
+  const direct = [...loops.trim().split('\n'), ...files].map((file) => `path=${file},direct=on`);
+  const fio = 'fio --ioengine=libaio --direct=1 --rw=randwrite --verify=crc32c --do_verify=1 --verify_fatal=1';
+  const jobs = (names: readonly string[], options: string) =>
+    names.map((name) => `--name=${name} --filename=/dev/vd${name} ${options}`).join(' ');
+  const { output, status, log } = await runInGuest(host, folder, {
+    kernel: cloud,
+    task: {
+      command: [
+        'set -e; echo $(cat /sys/block/vd?/queue/logical_block_size)',
+        `for depth in 127 128 129 256; do ${fio} --iodepth=$depth --bs=4k --size=2M ${jobs(['a', 'b'], '')} >/tmp/out; done`,
+        `${fio} --iodepth=32 --size=1M ${jobs(['c', 'e', 'f', 'g', 'h'], '--bsrange=512-64k')} ${jobs(['d'], '--bsrange=4k-64k')} >/tmp/out`,
+        // Its clusters lie as they were written, so each of these is many requests for the host.
+        'fio --ioengine=libaio --direct=1 --rw=read --bs=512k --iodepth=32 --size=1M --name=f --filename=/dev/vdf >/tmp/out',
+        'sha256sum </dev/vdf; sha256sum </dev/vdh; sha256sum </dev/vdd',
+      ].join('\n'),
+      modules: modules(),
+      archives: [await guestTools('fio')],
+    },
+    vmm: ['--memory', 'size=1G', '--disk', `path=${scratch}/deep`, `path=${scratch}/deeper,queue_size=256`, ...direct],
+  });
+  const sums = await shell(
+    `for size in 512 4096; do qemu-img check -q on$size/qcow2; qemu-img convert -O raw on$size/qcow2 flat; sha256sum <flat; done
+     sha256sum <device4096`,
+  );
+  expect({ status, output }).toEqual({ status: 0, output: `512 512 512 4096 512 512 512 512\n${sums}` });
+  expect(log).not.toMatch(/warn/);
+  await shell('umount on512 on4096; losetup -D; rm -r deep* device* fs* on* flat');
+});
+
 interface Counters {
   readonly queues: readonly { readonly requests: number; readonly kickExits: number }[];
   readonly device: readonly number[];
