@@ -1,14 +1,14 @@
 /** Guests that do what few guests do, each seen to work. */
-import { execFileSync } from 'node:child_process';
 import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { type Kernel, kernel } from '../lab/kernels.js';
 import { Guest, runInGuest, testFolder } from '../support/guest.js';
-import { writeInitramfs } from '../support/guest-image.js';
+import { guestProgram, writeInitramfs } from '../support/guest-image.js';
 import { TestHost } from '../support/host.js';
 
 const { folder, remove } = testFolder();
 const scratch = `/tmp/guests-${process.pid}`;
+const MIB = 2 ** 20;
 let host: TestHost;
 let cloud: Kernel;
 
@@ -27,13 +27,83 @@ afterAll(async () => {
 
 const modules = (...names: string[]) => ({ kernel: cloud, names: ['virtio_pci', ...names] });
 
-/** A static program of test/support/, for guests. */
-function compiled(name: string): string {
-  const program = path.join(folder, name);
-  const options = ['-O2', '-Wall', '-Wextra', '-Werror', '-static'];
-  execFileSync('gcc', [...options, '-o', program, path.resolve('test/support', `${name}.c`)]);
-  return program;
+/** A program for the host: that many connections at once to a port of the guest; each has to get back what it sends. */
+function manyClients(socket: string, count: number): string {
+  return `
+    const net = require('node:net');
+    const open = Array.from({ length: ${count} }, (_, index) => new Promise((resolve, reject) => {
+      const socket = net.connect('${socket}');
+      let seen = '';
+      const answered = new Promise((done) => socket.on('data', (bytes) => {
+        seen += bytes;
+        const [greeting, line, ...rest] = seen.split('\\n');
+        if (rest.length > 0) done(line === 'line ' + index);
+        else if (line !== undefined) resolve({ socket, answered, index });
+      }));
+      socket.on('error', reject);
+      socket.write('CONNECT 7000\\n');
+    }));
+    Promise.all(open).then(async (clients) => {
+      for (const { socket, index } of clients) socket.write('line ' + index + '\\n');
+      const right = await Promise.all(clients.map(({ answered }) => answered));
+      console.log('right', right.filter(Boolean).length);
+      for (const { socket } of clients) socket.end();
+    });`;
 }
+
+test('3 vCPUs of 7, an odd size of memory, 31 devices on a segment, a balloon beyond its memory, 300 vsock connections', async () => {
+  const CONNECTIONS = 300;
+  // Beside the source of entropy, the balloon and the vsock.
+  const disks = Array.from({ length: 28 }, (_, index) => `path=${scratch}/disk${index}`);
+  await host.check(
+    `cd ${scratch}; for i in $(seq 0 27); do truncate -s 1M disk$i; echo $i | dd of=disk$i conv=notrunc 2>/dev/null; done`,
+  );
+  const size = 513 * MIB + 4096;
+  const guest = await Guest.start(host, folder, {
+    kernel: cloud,
+    task: {
+      command: [
+        'echo "cpus $(nproc) of $(cat /sys/devices/system/cpu/possible)"',
+        'for round in 1 2 3; do for cpu in 1 2; do echo 0 >/sys/devices/system/cpu/cpu$cpu/online; done',
+        'echo "left $(nproc)"',
+        'for cpu in 2 1; do echo 1 >/sys/devices/system/cpu/cpu$cpu/online; taskset $((1 << cpu)) true || echo "cpu $cpu"; done; done',
+        'echo "back $(nproc)"',
+        'echo "functions $(ls /sys/bus/pci/devices | wc -l) sum $(for disk in /dev/vd*; do head -n 1 $disk; done | awk "{ sum += \\$1 } END { print sum }")"',
+        `/bin/vsock-many ${CONNECTIONS}`,
+        'echo guest-ready',
+        // The balloon takes what there is; what the guest then needs comes out of it.
+        'until [ $(awk "/MemFree/ { print \\$2 }" /proc/meminfo) -lt 50000 ]; do usleep 10000; done; echo inflated',
+        'dd if=/dev/zero of=/tmp/needed bs=1M count=64 2>/dev/null; echo "needed $(stat -c %s /tmp/needed)"',
+        'dmesg | grep -E "WARNING:|BUG:|Call Trace|Oops|Killed process" | sed "s/^/complaint /"',
+      ].join('\n'),
+      modules: modules('virtio_blk', 'virtio-rng', 'virtio_balloon', 'vmw_vsock_virtio_transport'),
+      files: { 'bin/vsock-many': guestProgram(folder, 'vsock-many') },
+    },
+    vmm: [
+      ...['--cpus', 'boot=3,max=7', '--memory', `size=${size}`, '--console', 'off', '--disk', ...disks],
+      ...['--vsock', `cid=3,socket=${scratch}/vsock`, '--balloon', 'size=0,deflate_on_oom=on'],
+      ...['--api-socket', `path=${scratch}/api`],
+    ],
+  });
+  await guest.waitFor('listening');
+  const clients = await host.run([process.execPath, '-e', manyClients(`${scratch}/vsock`, CONNECTIONS)]);
+  expect(clients).toMatchObject({ status: 0, stdout: `right ${CONNECTIONS}\n` });
+  await guest.waitFor('guest-ready');
+  const balloon = size - 4096;
+  const resize = `require('node:http').request({ socketPath: '${scratch}/api', method: 'PUT', path: '/api/v1/vm.resize' },
+    (answer) => console.log(answer.statusCode)).end('{"desired_balloon": ${balloon}}')`;
+  expect(await host.run([process.execPath, '-e', resize])).toMatchObject({ status: 0, stdout: '204\n' });
+  const { status, log } = await guest.end();
+  expect(status).toBe(0);
+  const said = guest.console.replaceAll('\r', '');
+  expect(said).toContain('cpus 3 of 0-6\n');
+  expect(said.match(/^(left|back) \d$/gm)).toEqual(['left 1', 'left 1', 'left 1', 'back 3']);
+  expect(said).toContain(`functions 32 sum ${(27 * 28) / 2}\n`);
+  expect(said).toMatch(new RegExp(`open: ${CONNECTIONS}\nclosed\n`));
+  expect(said).toMatch(new RegExp(`inflated\nneeded ${64 * MIB}\n`));
+  expect(said).not.toMatch(/complaint|^cpu \d/m);
+  expect(log).not.toMatch(/warn/);
+});
 
 test('hibernation: a guest goes on where it was, in another process', async () => {
   await host.check(`truncate -s 256M ${scratch}/swap`);
@@ -85,7 +155,7 @@ test('kdump: a crash kernel has the memory of the one that panicked, and a disk'
     task: {
       command: `kexec-load crash /vmm/kernel /vmm/crash "${cmdline}" && echo c >/proc/sysrq-trigger`,
       modules: modules('virtio_blk'),
-      files: { 'bin/kexec-load': compiled('kexec-load'), 'vmm/kernel': cloud.vmlinuz, 'vmm/crash': crash },
+      files: { 'bin/kexec-load': guestProgram(folder, 'kexec-load'), 'vmm/kernel': cloud.vmlinuz, 'vmm/crash': crash },
     },
     vmm: ['--cpus', 'boot=2', '--memory', 'size=640M', '--disk', `path=${scratch}/dump`],
   });
