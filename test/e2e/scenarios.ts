@@ -51,9 +51,14 @@ export const PLAIN: Boot = { name: '', cmdline: '', flavours: ['cloud', 'generic
 /** Kernels whose devices interrupt by lines, told so, or having nothing that would lead a message to its processor. */
 function withoutMsi({ hypervisor, architecture }: Backend): { cmdline: string; flavour: Flavour }[] {
   const nomsi = { cmdline: 'pci=nomsi', flavour: 'cloud' } as const;
-  // Debian's cloud kernel does not know the MP table: without ACPI it has the PIC alone, which only KVM has.
   if (hypervisor === 'mshv' || architecture === 'aarch64') return [nomsi];
-  return [nomsi, { cmdline: 'acpi=off', flavour: 'cloud' }];
+  return [
+    nomsi,
+    // By the MP table and the IOAPIC.
+    { cmdline: 'acpi=off pci=nomsi', flavour: 'generic' },
+    // Debian's cloud kernel does not know the MP table: without ACPI it has the PIC alone, which only KVM has.
+    { cmdline: 'acpi=off', flavour: 'cloud' },
+  ];
 }
 
 /** @returns the host that they run on, once tests run: a lab has one connection */
