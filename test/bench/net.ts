@@ -11,12 +11,13 @@ import { guestTools, loadModules, needCommands } from '../support/rootfs.js';
 import {
   BenchGuest,
   type GuestFiles,
+  isWanted,
   type Measure,
   oursCommand,
   qemuCommand,
   takeTurns,
   writeBenchGuest,
-} from './block.js';
+} from './guest.js';
 import type { Row } from './report.js';
 
 const SECONDS = 3;
@@ -24,8 +25,6 @@ const SECONDS = 3;
 const OMITTED_SECONDS = 2;
 /** Before the first figure: V8 takes seconds of the lab's processor to compile what a busy worker runs. */
 const WARM_UP_SECONDS = 15;
-/** Part of the name of the figures that are wanted, such as "TCP, guest to host, tap"; by default all. */
-const WANTED = process.env['VMM_BENCH_FIGURE'] ?? '';
 
 const PORT = 5201;
 const PREFIX_LENGTH = 30;
@@ -197,7 +196,7 @@ async function benchMode(
       unit,
       run: async (machine) => (await iperf(machine, options)) / bits,
     }))
-    .filter(({ figure }) => figure.includes(WANTED));
+    .filter(isWanted);
   if (measures.length === 0) return [];
   const machines: Machine[] = [];
   const links: Link[] = [];
@@ -213,12 +212,15 @@ async function benchMode(
     return machine;
   };
   try {
-    const both = { ours: await start(commands.ours), peer: await start(commands.peer) };
-    for (const [name, machine] of Object.entries(both)) {
+    const both = new Map([
+      ['ours', await start(commands.ours)],
+      [peerName, await start(commands.peer)],
+    ]);
+    for (const [name, machine] of both) {
       const rate = (await iperf(machine, `-t ${WARM_UP_SECONDS}`)) / GIGABIT;
       note(`Warming up, ${mode}, ${name}, Gbit/s: ${rate.toPrecision(4)}`);
     }
-    return await takeTurns(note, measures, both, peerName);
+    return await takeTurns(note, measures, both);
   } finally {
     await Promise.all(machines.map(({ guest }) => guest.kill()));
     for (const { tap } of links) ip('tuntap', 'del', 'dev', tap, 'mode', 'tap', ...(tapFlags ?? []));
