@@ -1,5 +1,4 @@
 /** Finds out what a disk's file is, and opens it. */
-import path from 'node:path';
 import type { HostKernel } from '../sys/host-kernel.js';
 import { HostBlockFile } from './block-file.js';
 import type { DiskImage } from './disk-image.js';
@@ -13,7 +12,7 @@ export interface ImageOptions {
   readonly direct: boolean;
   readonly backingFiles: boolean;
   readonly sparse: boolean;
-  /** Open descriptors by path: duplicates of these are used. */
+  /** Open descriptors by path, as it was given or named: duplicates of these are used. */
   readonly files: ReadonlyMap<string, number>;
   /** With `direct`: the image's file once more, through the page cache. */
   readonly buffered?: number | undefined;
@@ -30,7 +29,7 @@ export function probeFormat(first: Uint8Array): 'raw' | 'qcow2' {
 export function openImage(kernel: HostKernel, options: ImageOptions): DiskImage {
   const { format, readonly, backingFiles, sparse, files } = options;
   const open = (file: string) => {
-    const fd = files.get(path.resolve(file));
+    const fd = files.get(file);
     if (fd === undefined) throw new Error(`${file} was not opened`);
     const meta =
       options.buffered !== undefined && file === options.path ? kernel.duplicate(options.buffered) : undefined;

@@ -3,7 +3,6 @@
  * starts, so that a mistake is told in one line; kept while the guest reboots; given back at the end.
  */
 import fs from 'node:fs';
-import path from 'node:path';
 import { ImageError } from '../block/disk-image.js';
 import { openImage, PROBE_BYTES, probeFormat } from '../block/open-image.js';
 import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../config/device-config.js';
@@ -19,7 +18,7 @@ export interface DiskResource {
   readonly id: string;
   readonly config: DiskConfig;
   readonly format: 'raw' | 'qcow2';
-  /** By absolute path. */
+  /** By path, as it was given or an image names it: what is the same file, only the host knows. */
   readonly files: ReadonlyMap<string, number>;
   /** With `direct`: the image once more, through the page cache. */
   readonly buffered: number | undefined;
@@ -112,7 +111,7 @@ export class HostResources {
       if (!this.kernel.lockFile(fd, !readonly)) {
         throw new MachineError(`${option}: ${file} is in use by another process, which has locked it`);
       }
-      files.set(path.resolve(file), fd);
+      files.set(file, fd);
       return fd;
     };
     const fd = openFile(config.path, config.readonly, config.direct);

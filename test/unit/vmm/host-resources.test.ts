@@ -3,6 +3,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, jest, test } from '@jest/globals';
+import { openImage } from '../../../src/block/open-image.js';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { HostResources } from '../../../src/vmm/host-resources.js';
@@ -120,4 +121,21 @@ test('persistent memory of a block device is as large as the device, and never l
   expect(refusal({ pmem: [{ file, size: 6 * MIB }] }, device)).toBe(
     `--pmem file=DIR/device,size=${6 * MIB}: accepted is at most the ${4 * MIB} bytes that are there`,
   );
+});
+
+test('a backing file is the one that the host finds by its name, for each worker too', () => {
+  const at = (name: string) => `${folder}/${name}`;
+  fs.mkdirSync(at('images'));
+  fs.mkdirSync(at('elsewhere/inner'), { recursive: true });
+  fs.symlinkSync(at('elsewhere/inner'), at('images/link'));
+  for (const name of ['images/base', 'elsewhere/base']) fs.writeFileSync(at(name), Buffer.alloc(MIB));
+  const create = ['create', '-q', '-f', 'qcow2', '-b', 'link/../base', '-F', 'raw', at('images/disk')];
+  expect(spawnSync('qemu-img', create).status).toBe(0);
+  const resources = open({ disks: [{ path: at('images/disk'), backing_files: true }] });
+  const [{ files }] = resources.disks;
+  expect([...files.keys()]).toEqual([at('images/disk'), at('images/link/../base')]);
+  expect(fs.readlinkSync(`/proc/self/fd/${files.get(at('images/link/../base'))}`)).toBe(at('elsewhere/base'));
+  const options = { path: at('images/disk'), readonly: false, direct: false, backingFiles: true, sparse: true };
+  openImage(kernel, { ...options, format: 'qcow2', files }).close();
+  resources.close();
 });
