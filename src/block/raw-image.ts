@@ -1,4 +1,9 @@
-/** A raw image: the guest's bytes are the file's. */
+/**
+ * A raw image: the guest's bytes are the file's.
+ *
+ * A file may end within a sector. The guest has all of that sector, its rest reads as zeros, and the file grows to its end when
+ * the guest writes there: nothing of the file is out of the guest's reach, and looking at it changes nothing.
+ */
 import { type BlockFile, type DiskImage, type Extent, ExtentKind, ImageError } from './disk-image.js';
 
 export const SECTOR = 512;
@@ -7,12 +12,16 @@ export class RawImage implements DiskImage {
   readonly extent: Extent;
   readonly alignment: number;
   #size: number;
+  /** Where the sector is that the file ended within when it was opened. */
+  #cut: number;
 
   constructor(
     private readonly file: BlockFile,
     private readonly sparse: boolean,
   ) {
-    this.#size = Math.floor(file.size() / SECTOR) * SECTOR;
+    const size = file.size();
+    this.#size = Math.ceil(size / SECTOR) * SECTOR;
+    this.#cut = size % SECTOR === 0 ? Infinity : this.#size - SECTOR;
     this.alignment = file.alignment;
     this.extent = {
       kind: ExtentKind.File,
@@ -30,12 +39,26 @@ export class RawImage implements DiskImage {
   }
 
   mapRead(offset: number, length: number): void {
-    this.extent.hostOffset = offset;
-    this.extent.length = length;
+    if (offset >= this.#cut) {
+      this.#readCut(offset);
+      return;
+    }
+    this.mapWrite(offset, Math.min(length, this.#cut - offset));
+  }
+
+  /** An engine finds the end of the file there, unless the sector has been written since. */
+  #readCut(offset: number): void {
+    const { extent } = this;
+    extent.kind = ExtentKind.Bytes;
+    extent.bytes = new Uint8Array(SECTOR);
+    extent.length = SECTOR;
+    this.file.read(offset, extent.bytes);
   }
 
   mapWrite(offset: number, length: number): void {
-    this.mapRead(offset, length);
+    this.extent.kind = ExtentKind.File;
+    this.extent.hostOffset = offset;
+    this.extent.length = length;
   }
 
   written(): boolean {
@@ -69,6 +92,7 @@ export class RawImage implements DiskImage {
     // A block device that has grown, or another worker of the disk was first.
     if (size !== this.file.size()) this.file.truncate(size);
     this.#size = size;
+    this.#cut = Infinity;
   }
 
   close(): void {
