@@ -2,7 +2,7 @@
 import type { HostKernel } from '../sys/host-kernel.js';
 import { HostBlockFile } from './block-file.js';
 import type { DiskImage } from './disk-image.js';
-import { isQcow2, openQcow2 } from './qcow2.js';
+import { openQcow2 } from './qcow2.js';
 import { RawImage } from './raw-image.js';
 
 export interface ImageOptions {
@@ -16,13 +16,6 @@ export interface ImageOptions {
   readonly files: ReadonlyMap<string, number>;
   /** With `direct`: the image's file once more, through the page cache. */
   readonly buffered?: number | undefined;
-}
-
-/** Bytes from the start of a file that tell its format. */
-export const PROBE_BYTES = 512;
-
-export function probeFormat(first: Uint8Array): 'raw' | 'qcow2' {
-  return isQcow2(first) ? 'qcow2' : 'raw';
 }
 
 /** @throws ImageError or SystemError */

@@ -4,7 +4,8 @@
  */
 import fs from 'node:fs';
 import { ImageError } from '../block/disk-image.js';
-import { openImage, PROBE_BYTES, probeFormat } from '../block/open-image.js';
+import { PROBE_BYTES, probeFormat } from '../block/image-formats.js';
+import { openImage } from '../block/open-image.js';
 import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../config/device-config.js';
 import { PMEM_ALIGNMENT } from '../config/device-config.js';
 import type { VmConfig } from '../config/vm-config.js';
@@ -141,7 +142,7 @@ export class HostResources {
     })();
     const { size, alignment } = image;
     image.close();
-    if (size === 0) throw new MachineError(`${option}: an empty image; accepted is one of at least 512 bytes`);
+    if (size === 0) throw new MachineError(`${option}: an empty image; accepted is one of a byte or more`);
     const id = config.id ?? `_disk${this.disks.length}`;
     // A file's contents were made for blocks of 512 bytes, as partition tables tell; a device's for its own.
     const logicalBlock = config.direct && fs.fstatSync(fd).isBlockDevice() ? alignment : 512;
@@ -150,14 +151,17 @@ export class HostResources {
   }
 
   #probe(option: string, fd: number): 'raw' | 'qcow2' {
-    const first = new Uint8Array(PROBE_BYTES);
-    try {
-      this.kernel.readAt(fd, first, 0);
-    } catch (error) {
-      if (error instanceof SystemError) throw new MachineError(`${option}: ${error.reason}`);
-      throw error;
-    }
-    return probeFormat(first);
+    const sector = (offset: number) => {
+      const bytes = new Uint8Array(PROBE_BYTES);
+      return bytes.subarray(0, this.kernel.readAt(fd, bytes, offset));
+    };
+    const format = this.#explain(option, () => {
+      const end = Math.max(fileSize(this.kernel, fd) - PROBE_BYTES, 0);
+      return probeFormat(sector(0), sector(end));
+    });
+    if (format === 'raw' || format === 'qcow2') return format;
+    const override = 'image_type=raw shows the guest its bytes as they are';
+    throw new MachineError(`${option}: a ${format} image; accepted is raw or qcow2, and ${override}`);
   }
 
   #openRng(src: string): void {
@@ -169,7 +173,7 @@ export class HostResources {
     const option = `--pmem file=${config.file}`;
     const fd = this.#open(option, config.file, { readonly: config.discard_writes });
     const kind = fs.fstatSync(fd);
-    const present = kind.isFile() ? kind.size : deviceSize(this.kernel, fd);
+    const present = fileSize(this.kernel, fd);
     const size = config.size ?? present;
     if (size === 0 || size % PMEM_ALIGNMENT !== 0) {
       throw new MachineError(`${option}: ${size} bytes; accepted is a size that is a multiple of 2M, see size=`);
@@ -263,8 +267,10 @@ function kindName(kind: fs.Stats): string {
 /** linux/fs.h: BLKGETSIZE64, _IOR(0x12, 114, size_t). */
 const BLKGETSIZE64 = 0x8008_1272;
 
-/** Bytes of a block device. */
-function deviceSize(kernel: HostKernel, fd: number): number {
+/** Bytes of a file or block device. */
+function fileSize(kernel: HostKernel, fd: number): number {
+  const kind = fs.fstatSync(fd);
+  if (kind.isFile()) return kind.size;
   const size = new BigUint64Array(1);
   kernel.ioctlBuffer(fd, BLKGETSIZE64, new Uint8Array(size.buffer));
   return Number(size[0]);

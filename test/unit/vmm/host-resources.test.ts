@@ -139,3 +139,34 @@ test('a backing file is the one that the host finds by its name, for each worker
   openImage(kernel, { ...options, format: 'qcow2', files }).close();
   resources.close();
 });
+
+test.each([
+  ['vmdk', 'subformat=monolithicSparse', 'VMDK'],
+  ['vmdk', 'subformat=twoGbMaxExtentFlat', 'VMDK'],
+  ['vhdx', '', 'VHDX'],
+  ['vpc', 'subformat=dynamic', 'VHD'],
+  ['vpc', 'subformat=fixed', 'VHD'],
+  ['vdi', '', 'VDI'],
+  ['qed', '', 'QED'],
+  ['qcow', '', 'qcow'],
+  ['parallels', '', 'Parallels'],
+])('an image of %s %s is not taken for a raw disk', (format, options, name) => {
+  const file = `${folder}/image`;
+  const more = options === '' ? [] : ['-o', options];
+  expect(spawnSync('qemu-img', ['create', '-q', '-f', format, ...more, file, '8M']).status).toBe(0);
+  const before = fs.readFileSync(file);
+  expect(refusal({ disks: [{ path: file }] })).toBe(
+    `--disk path=DIR/image: a ${name} image; accepted is raw or qcow2, and image_type=raw shows the guest its bytes as they are`,
+  );
+  open({ disks: [{ path: file, image_type: 'raw' }] }).close();
+  expect(fs.readFileSync(file).equals(before)).toBe(true);
+});
+
+test('a container of LUKS is the guest to open, and a file of another kind is raw', () => {
+  for (const start of ['LUKS\xba\xbe\0\x02', 'QFI', '', '\0'.repeat(511) + 'conectix']) {
+    fs.writeFileSync(`${folder}/disk`, Buffer.concat([Buffer.from(start, 'latin1'), Buffer.alloc(4096)]));
+    const resources = open({ disks: [{ path: `${folder}/disk` }] });
+    expect(resources.disks[0].format).toBe('raw');
+    resources.close();
+  }
+});
