@@ -8,6 +8,8 @@ import { RawImage } from './raw-image.js';
 export interface ImageOptions {
   readonly path: string;
   readonly format: 'raw' | 'qcow2';
+  /** The format is what the file looks like. */
+  readonly probed?: boolean;
   readonly readonly: boolean;
   readonly direct: boolean;
   readonly backingFiles: boolean;
@@ -28,6 +30,6 @@ export function openImage(kernel: HostKernel, options: ImageOptions): DiskImage 
       options.buffered !== undefined && file === options.path ? kernel.duplicate(options.buffered) : undefined;
     return new HostBlockFile(kernel, file, kernel.duplicate(fd), meta);
   };
-  if (format === 'raw') return new RawImage(open(options.path), sparse);
+  if (format === 'raw') return new RawImage(open(options.path), sparse, options.probed);
   return openQcow2(options.path, open, { readonly, backingFiles, sparse });
 }

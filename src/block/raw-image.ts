@@ -3,8 +3,12 @@
  *
  * A file may end within a sector. The guest has all of that sector, its rest reads as zeros, and the file grows to its end when
  * the guest writes there: nothing of the file is out of the guest's reach, and looking at it changes nothing.
+ *
+ * Where nobody said that it is raw, it has to look so at the next start too: otherwise a guest could write the header of a qcow2
+ * image whose backing file is any file of the host.
  */
 import { type BlockFile, type DiskImage, type Extent, ExtentKind, ImageError } from './disk-image.js';
+import { probeFormat } from './image-formats.js';
 
 export const SECTOR = 512;
 
@@ -15,9 +19,11 @@ export class RawImage implements DiskImage {
   /** Where the sector is that the file ended within when it was opened. */
   #cut: number;
 
+  /** @param probed it is raw because it looks so, and is to stay that */
   constructor(
     private readonly file: BlockFile,
     private readonly sparse: boolean,
+    private readonly probed = false,
   ) {
     const size = file.size();
     this.#size = Math.ceil(size / SECTOR) * SECTOR;
@@ -59,6 +65,19 @@ export class RawImage implements DiskImage {
     this.extent.kind = ExtentKind.File;
     this.extent.hostOffset = offset;
     this.extent.length = length;
+  }
+
+  guards(offset: number, length: number): boolean {
+    return this.probed && (offset === 0 || offset + length >= this.#size);
+  }
+
+  refusal(offset: number, length: number, sector: (offset: number) => Uint8Array): string | undefined {
+    const none = new Uint8Array(0);
+    const first = offset === 0 ? sector(0) : none;
+    const last = offset + length >= this.#size ? sector(offset + length - SECTOR) : none;
+    const format = probeFormat(first, last);
+    if (format === 'raw') return undefined;
+    return `A write that would make it a ${format} image at the next start; image_type=raw allows it`;
   }
 
   written(): boolean {

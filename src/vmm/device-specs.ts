@@ -11,6 +11,8 @@ export type BackendSpec =
       readonly kind: 'block';
       readonly path: string;
       readonly format: 'raw' | 'qcow2';
+      /** Nobody gave the format: it is what the file looks like. */
+      readonly probed: boolean;
       /** Descriptors that main opened, and holds the locks of, by path. */
       readonly files: ReadonlyMap<string, number>;
       readonly buffered: number | undefined;

@@ -7,6 +7,7 @@ import { HostBlockFile } from '../../../src/block/block-file.js';
 import { BlockDevice } from '../../../src/block/block-device.js';
 import { blockDescription } from '../../../src/block/block-description.js';
 import { openEngine } from '../../../src/block/engine.js';
+import { probeFormat } from '../../../src/block/image-formats.js';
 import { type EngineName, ENGINES } from '../../../src/block/io-engine.js';
 import { RawImage } from '../../../src/block/raw-image.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
@@ -33,19 +34,28 @@ interface Options {
   /** Past the page cache, in blocks of 4,096 bytes. */
   readonly direct?: boolean;
   readonly readonly?: boolean;
+  readonly probed?: boolean;
+  /** Called when a sector of what is to be written has been looked at. */
+  readonly looked?: () => void;
 }
 
 let close: () => void = () => undefined;
 afterEach(() => close());
 
-function disk({ engine, direct = false, readonly = false }: Options) {
+function disk({ engine, direct = false, readonly = false, probed = false, looked }: Options) {
   const guest = new TestGuest();
   const queue = new TestQueue(guest, 0, { size: 16 });
-  const context = testContext(kernel);
+  const host = new LinuxKernel();
+  host.readAt = (fd, into, offset) => {
+    const count = kernel.readAt(fd, into, offset);
+    looked?.();
+    return count;
+  };
+  const context = testContext(host);
   const buffered = direct ? kernel.open(file, { readonly }) : undefined;
   const meta = buffered === undefined ? undefined : kernel.duplicate(buffered);
   const hostFile = new HostBlockFile(kernel, file, kernel.open(file, { direct, readonly }), meta);
-  const image = direct ? new CoarseImage(hostFile, true) : new RawImage(hostFile, true);
+  const image = direct ? new CoarseImage(hostFile, true, probed) : new RawImage(hostFile, true, probed);
   const setup = { size: image.size, queues: 1, queueSize: 16, readonly, logicalBlock: 512, physicalBlock: 4096 };
   context.config.set(blockDescription(setup).config);
   const device = new BlockDevice(context, {
@@ -56,13 +66,16 @@ function disk({ engine, direct = false, readonly = false }: Options) {
   const header = guest.alloc(16);
   const status = guest.alloc(1);
   const data = guest.alloc(0x10_0000, 4096);
-  const request = (type: number, sector: number, length: number): number => {
+  /** @param cut bytes in the first of two buffers */
+  const request = (type: number, sector: number, length: number, cut = 0): number => {
     guest.memory.setU32(header, type);
     guest.memory.setU32(header + 8, sector);
     guest.memory.setU32(header + 12, 0);
     const write = type === Type.in;
     const last = { address: status, length: 1, write: true };
-    queue.add([{ address: header, length: 16, write: false }, { address: data, length, write }, last]);
+    const first = cut > 0 ? [{ address: data, length: cut, write }] : [];
+    const rest = { address: data + cut, length: length - cut, write };
+    queue.add([{ address: header, length: 16, write: false }, ...first, rest, last]);
     device.kick(queue.queue);
     while (queue.used() === undefined) context.loop.turn(1000);
     return guest.memory.u8(status);
@@ -80,9 +93,9 @@ function disk({ engine, direct = false, readonly = false }: Options) {
     expect(request(Type.in, sector, length)).toBe(OK);
     return Buffer.from(guest.memory.read(data, length));
   };
-  const write = (sector: number, bytes: Uint8Array) => {
+  const write = (sector: number, bytes: Uint8Array, cut = 0) => {
     guest.memory.write(data, bytes);
-    return request(Type.out, sector, bytes.length);
+    return request(Type.out, sector, bytes.length, cut);
   };
   return { context, image, guest, data, read, write, request, close };
 }
@@ -136,5 +149,92 @@ describe.each(engines)('with %s, direct %s: a file that ends within a sector', (
     d.image.resize(24 * SECTOR);
     new DataView(d.context.config.buffer).setUint32(0, 24, true);
     expect(d.read(0, 24 * SECTOR).equals(Buffer.concat([whole, Buffer.alloc(3 * SECTOR)]))).toBe(true);
+  });
+});
+
+describe.each(engines)('with %s, direct %s: a disk that is raw because it looks so', (engine, direct) => {
+  const SECTORS = 1024;
+  const old = Buffer.alloc(SECTORS * SECTOR, 0x5a);
+  const headers: [string, string, number][] = [
+    ['qcow2', 'QFI\xfb\0\0\0\x03', 0],
+    ['qcow', 'QFI\xfb\0\0\0\x01', 0],
+    ['VMDK', 'KDMV', 0],
+    ['VMDK', 'COWD', 0],
+    ['VMDK', '# Disk DescriptorFile', 0],
+    ['VHDX', 'vhdxfile', 0],
+    ['VHD', 'conectix', 0],
+    ['VHD', 'conectix', (SECTORS - 1) * SECTOR],
+    ['VDI', '\x7f\x10\xda\xbe', 0x40],
+    ['QED', 'QED\0', 0],
+    ['Parallels', 'WithoutFreeSpace', 0],
+    ['Parallels', 'WithouFreSpacExt', 0],
+  ];
+  const made = (name: string) =>
+    `A write that would make it a ${name} image at the next start; image_type=raw allows it`;
+  const onFile = () => fs.readFileSync(file);
+
+  test('stays that, whatever the guest writes', () => {
+    for (const [name, text, at] of headers) {
+      fs.writeFileSync(file, old);
+      const d = disk({ engine, direct, probed: true });
+      const next = Buffer.from(old).fill(7, 2 * SECTOR);
+      next.write(text, at, 'latin1');
+      const first = at < SECTOR ? 0 : SECTORS - 1;
+      expect(d.write(first, next.subarray(first * SECTOR, (first + 1) * SECTOR))).toBe(IO_ERROR);
+      expect(d.write(0, next.subarray(0, 2 * SECTOR), 3)).toBe(at < SECTOR ? IO_ERROR : OK);
+      expect(d.write(SECTORS - 2, next.subarray((SECTORS - 2) * SECTOR), 515)).toBe(at < SECTOR ? OK : IO_ERROR);
+      expect(d.write(0, next)).toBe(IO_ERROR);
+      expect(d.context.lines).toEqual([made(name), made(name), made(name)]);
+      const sectors = [onFile().subarray(0, SECTOR), onFile().subarray(-SECTOR)] as const;
+      expect(probeFormat(...sectors)).toBe('raw');
+      d.close();
+    }
+  });
+
+  test('takes everything else, and such a header elsewhere', () => {
+    fs.writeFileSync(file, old);
+    const d = disk({ engine, direct, probed: true });
+    const next = Buffer.from(old.map((_, index) => (index * 7) % 251));
+    next.write('QFI\xfb', SECTOR, 'latin1');
+    next.write('conectix', (SECTORS - 2) * SECTOR);
+    expect(d.write(0, next)).toBe(OK);
+    expect(onFile().equals(next)).toBe(true);
+    expect(d.write(0, next.subarray(SECTOR), 100)).toBe(IO_ERROR);
+    expect(d.write(0, next.subarray(2 * SECTOR, 5 * SECTOR), 100)).toBe(OK);
+    next.copy(next, 0, 2 * SECTOR, 5 * SECTOR);
+    expect(onFile().equals(next)).toBe(true);
+  });
+
+  test('takes what was looked at, not what the guest makes of it afterwards', () => {
+    fs.writeFileSync(file, old);
+    let looks = 0;
+    const d = disk({
+      ...{ engine, direct, probed: true },
+      looked: () => {
+        looks++;
+        d.guest.memory.write(d.data, Buffer.from('QFI\xfb', 'latin1'));
+      },
+    });
+    for (const sectors of [1, 8]) {
+      expect(d.write(0, Buffer.alloc(sectors * SECTOR, sectors))).toBe(OK);
+      expect(
+        onFile()
+          .subarray(0, sectors * SECTOR)
+          .equals(Buffer.alloc(sectors * SECTOR, sectors)),
+      ).toBe(true);
+    }
+    expect(looks).toBe(2);
+  });
+
+  test('may become anything where the user says that it is raw', () => {
+    for (const [, text, at] of headers) {
+      fs.writeFileSync(file, old);
+      const d = disk({ engine, direct });
+      const next = Buffer.from(old);
+      next.write(text, at, 'latin1');
+      expect(d.write(0, next)).toBe(OK);
+      expect(onFile().equals(next)).toBe(true);
+      d.close();
+    }
   });
 });
