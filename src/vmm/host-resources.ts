@@ -12,6 +12,7 @@ import type { VmConfig } from '../config/vm-config.js';
 import { VHOST_DEVICE, vhostFeatures } from '../net/vhost.js';
 import { closeAll, undoAll } from '../sys/close-all.js';
 import { type HostKernel, type HostMapping, type OpenOptions, SystemError } from '../sys/host-kernel.js';
+import { lockImage } from './image-lock.js';
 import { MachineError } from './machine-error.js';
 import { bindSocket } from './unix-socket.js';
 
@@ -103,15 +104,19 @@ export class HostResources {
     return fd;
   }
 
+  /** Nobody may write what this machine reads, and nobody else may read what it writes. */
+  #lock(option: string, file: string, fd: number, writes: boolean): void {
+    if (!this.#explain(`${option}: ${file} cannot be locked`, () => lockImage(this.kernel, fd, writes))) {
+      throw new MachineError(`${option}: ${file} is in use by another process, which has locked it`);
+    }
+  }
+
   #openDisk(config: DiskConfig): void {
     const option = `--disk path=${config.path}`;
     const files = new Map<string, number>();
     const openFile = (file: string, readonly: boolean, direct: boolean): number => {
       const fd = this.#open(option, file, { readonly, direct });
-      // Nobody may write what this machine reads, and nobody else may read what it writes.
-      if (!this.kernel.lockFile(fd, !readonly)) {
-        throw new MachineError(`${option}: ${file} is in use by another process, which has locked it`);
-      }
+      this.#lock(option, file, fd, !readonly);
       files.set(file, fd);
       return fd;
     };
@@ -172,6 +177,7 @@ export class HostResources {
   #openPmem(config: PmemConfig): void {
     const option = `--pmem file=${config.file}`;
     const fd = this.#open(option, config.file, { readonly: config.discard_writes });
+    this.#lock(option, config.file, fd, !config.discard_writes);
     const kind = fs.fstatSync(fd);
     const present = fileSize(this.kernel, fd);
     const size = config.size ?? present;
