@@ -33,6 +33,19 @@ export interface DiskResource {
   readonly alignment: number;
 }
 
+/** @param shrink the user said that the disk may lose what is behind the new size @returns why not, or undefined */
+export function resizeRefusal(
+  { id, config, format, size: present }: DiskResource,
+  size: number,
+  shrink: boolean,
+): string | undefined {
+  if (config.readonly) return `The disk ${id} cannot be written`;
+  if (size >= present) return undefined;
+  if (format === 'qcow2') return `The disk ${id} has ${present} bytes, and a qcow2 image cannot shrink`;
+  if (shrink) return undefined;
+  return `The disk ${id} has ${present} bytes; "shrink": true makes it smaller, and what is behind is lost`;
+}
+
 export interface NetResource {
   readonly config: NetConfig;
   /** One descriptor for each pair of queues. */

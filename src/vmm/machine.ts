@@ -10,7 +10,7 @@ import type { VmConfig } from '../config/vm-config.js';
 import type { CpuManagerEvents } from './cpu-manager.js';
 import { FalseStarts } from './false-starts.js';
 import { GuestLog } from './guest-log.js';
-import { type DiskResource, HostResources } from './host-resources.js';
+import { type DiskResource, HostResources, resizeRefusal } from './host-resources.js';
 import { type Backends, Incarnation } from './incarnation.js';
 import { MachineError, RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
@@ -191,10 +191,11 @@ export class Machine {
    * @param size bytes, a multiple of 512
    * @throws RequestError
    */
-  async resizeDisk(id: string, size: number): Promise<void> {
+  async resizeDisk(id: string, size: number, shrink: boolean): Promise<void> {
     const disk = this.#resources?.disks.find((candidate) => candidate.id === id);
     if (disk === undefined) throw new RequestError(`The machine has no disk ${id}`, 'unknown');
-    if (disk.config.readonly) throw new RequestError(`The disk ${id} cannot be written`, 'invalid');
+    const refusal = resizeRefusal(disk, size, shrink);
+    if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
     if (this.#resizing.has(id)) throw new RequestError(`The disk ${id} is being resized`, 'failed');
     const failure = await new Promise<string>((settle) => {
       const left = this.#current?.control(id, { size }) ?? 0;

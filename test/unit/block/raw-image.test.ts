@@ -2,7 +2,7 @@
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
-import { afterAll, afterEach, describe, expect, test } from '@jest/globals';
+import { afterAll, afterEach, describe, expect, jest, test } from '@jest/globals';
 import { HostBlockFile } from '../../../src/block/block-file.js';
 import { BlockDevice } from '../../../src/block/block-device.js';
 import { blockDescription } from '../../../src/block/block-description.js';
@@ -237,4 +237,26 @@ describe.each(engines)('with %s, direct %s: a disk that is raw because it looks 
       d.close();
     }
   });
+});
+
+test('a block device that has grown on the host is told to the guest by its new size, and by no other', () => {
+  fs.writeFileSync(file, '');
+  let size = 2 * SECTOR;
+  // A file that says to be a device: its size is then asked for by BLKGETSIZE64 alone.
+  const host = Object.assign(new LinuxKernel(), {
+    ioctlBuffer: (_fd: number, _request: number, argument: Uint8Array) => {
+      new DataView(argument.buffer).setBigUint64(0, BigInt(size), true);
+      return 0;
+    },
+  });
+  const stats = Object.assign(fs.statSync(file), { isBlockDevice: () => true });
+  const spy = jest.spyOn(fs, 'fstatSync').mockReturnValue(stats);
+  const image = new RawImage(new HostBlockFile(host, file, kernel.open(file)), true);
+  spy.mockRestore();
+  size = 3 * SECTOR;
+  expect(() => image.resize(4 * SECTOR)).toThrow("The size of a block device is the host's to change");
+  expect(image.size).toBe(2 * SECTOR);
+  image.resize(3 * SECTOR);
+  expect(image.size).toBe(3 * SECTOR);
+  image.close();
 });

@@ -6,7 +6,7 @@ import { afterEach, beforeEach, expect, jest, test } from '@jest/globals';
 import { openImage } from '../../../src/block/open-image.js';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { HostResources } from '../../../src/vmm/host-resources.js';
+import { HostResources, resizeRefusal } from '../../../src/vmm/host-resources.js';
 import { MachineError } from '../../../src/vmm/machine-error.js';
 
 const MIB = 2 ** 20;
@@ -168,5 +168,30 @@ test('a container of LUKS is the guest to open, and a file of another kind is ra
     const resources = open({ disks: [{ path: `${folder}/disk` }] });
     expect(resources.disks[0].format).toBe('raw');
     resources.close();
+  }
+});
+
+test('a disk shrinks only when that is said, and a qcow2 image never', () => {
+  fs.writeFileSync(`${folder}/raw`, Buffer.alloc(MIB));
+  spawnSync('qemu-img', ['create', '-q', '-f', 'qcow2', `${folder}/qcow2`, '1M']);
+  const readonly = { path: `${folder}/raw`, readonly: true };
+  const refusalOf = (disk: object, size: number, shrink: boolean) => {
+    const resources = open({ disks: [{ id: 'a', ...disk }] });
+    const refused = resizeRefusal(resources.disks[0], size, shrink);
+    resources.close();
+    return refused;
+  };
+  const raw = { path: `${folder}/raw` };
+  const qcow2 = { path: `${folder}/qcow2` };
+  for (const size of [MIB, 2 * MIB]) {
+    for (const disk of [raw, qcow2]) expect(refusalOf(disk, size, false)).toBeUndefined();
+  }
+  expect(refusalOf(raw, MIB - 512, true)).toBeUndefined();
+  expect(refusalOf(raw, MIB - 512, false)).toBe(
+    'The disk a has 1048576 bytes; "shrink": true makes it smaller, and what is behind is lost',
+  );
+  for (const shrink of [false, true]) {
+    expect(refusalOf(qcow2, MIB - 512, shrink)).toBe('The disk a has 1048576 bytes, and a qcow2 image cannot shrink');
+    expect(refusalOf(readonly, 2 * MIB, shrink)).toBe('The disk a cannot be written');
   }
 });
