@@ -79,4 +79,6 @@ export interface IoCommand {
 /** From a worker to main. */
 export type IoMessage =
   | { readonly kind: 'log'; readonly level: 'info' | 'warn'; readonly line: string }
-  | { readonly kind: 'device'; readonly device: string; readonly message: unknown };
+  | { readonly kind: 'device'; readonly device: string; readonly message: unknown }
+  /** What the guest has written may not be where it belongs. */
+  | { readonly kind: 'close-failed'; readonly device: string; readonly reason: string };

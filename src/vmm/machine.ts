@@ -219,6 +219,11 @@ export class Machine {
   async #runOnce(resources: HostResources, backends: Backends): Promise<End> {
     const { logger } = this.parts;
     const ended = new Promise<End>((resolve) => (this.#finish = resolve));
+    let failure: Extract<End, { kind: 'failed' }> | undefined;
+    const failed = (error: MachineError) => {
+      failure ??= { kind: 'failed', error };
+      this.#finish(failure);
+    };
     const cpuEvents: CpuManagerEvents = {
       onEvent: (event) => this.#onEvent(event),
       onEnd: (vcpu, end, rip) => this.#onVcpuEnd(vcpu, end, rip),
@@ -229,16 +234,20 @@ export class Machine {
     const incarnation = new Incarnation(this.parts, resources, backends, cpuEvents, {
       onLog: (level, line) => logger[level](line),
       onDevice: (device, message) => this.#onDevice(device, message as DeviceMessage),
-      onCrash: (worker, error) => {
-        this.#finish({ kind: 'failed', error: new MachineError(`The I/O worker ${worker} broke`, { cause: error }) });
+      onCloseFailed: (device, reason) => {
+        const line = `${device}: It could not be closed, and may lack what the guest wrote last: ${reason}`;
+        logger.warn(line);
+        failed(new MachineError(line));
       },
+      onCrash: (worker, error) => failed(new MachineError(`The I/O worker ${worker} broke`, { cause: error })),
     });
     this.#current = incarnation;
     this.#ballooned = 0;
+    let end: End;
     try {
       incarnation.start();
       this.#resizeConsole();
-      return await ended;
+      end = await ended;
     } finally {
       this.#current = undefined;
       await incarnation.close();
@@ -246,6 +255,8 @@ export class Machine {
       this.#resizing.clear();
       this.#logCounters(incarnation);
     }
+    // Workers close their devices after the end.
+    return end.kind === 'failed' ? end : (failure ?? end);
   }
 
   #onDevice(device: string, message: DeviceMessage): void {
