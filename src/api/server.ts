@@ -54,8 +54,9 @@ const resizeDiskSchema = z.strictObject(
     desired_size: bytes(diskSizeError)
       .min(SECTOR, { error: diskSizeError })
       .multipleOf(SECTOR, { error: diskSizeError }),
+    shrink: z.boolean({ error: 'shrink: accepted is true or false' }).nullish(),
   },
-  { error: 'accepted is {"id": DISK, "desired_size": BYTES}' },
+  { error: 'accepted is {"id": DISK, "desired_size": BYTES, "shrink": true or false}' },
 );
 
 function check<T>(schema: z.ZodType<T>, body: unknown): T {
@@ -85,8 +86,8 @@ function handlers(machine: ApiMachine, version: string): Readonly<Partial<Record
       return done;
     },
     'PUT vm.resize-disk': async (body) => {
-      const { id, desired_size: size } = check(resizeDiskSchema, body);
-      await machine.resizeDisk(id, size);
+      const { id, desired_size: size, shrink } = check(resizeDiskSchema, body);
+      await machine.resizeDisk(id, size, shrink ?? false);
       return done;
     },
   };

@@ -29,6 +29,7 @@ const DRAIN_TRIES = 100;
 const JOB_IOVECS = 2 * MAX_CHAIN;
 /** Bytes of the buffer for data that is not aligned as the host needs it, and of the one for what is not read from a file. */
 const BOUNCE = 2 ** 18;
+const COPY_FAILED = 'Copying what is to be written failed';
 /** Bytes that all elements for writing zeros point to, and how many there are. */
 const ZERO_BYTES = 2 ** 16;
 const ZERO_IOVECS = MAX_CHAIN;
@@ -272,7 +273,9 @@ export class BlockTransfers {
     if (job.pending === 0) job.copies = 0;
     if (this.#free.length === 0 || job.copies + job.end - job.element > MAX_CHAIN) return false;
     let wanted = job.bytes - job.at;
-    const bounced = this.#mask !== 0 && !this.#iovecs.aligned(job.element, wanted, this.#mask);
+    // Copied like what is not aligned: the guest's own bytes could be others once they have been looked at.
+    const guarded = job.kind === JobKind.Write && (image.guards?.(job.offset + job.at, wanted) ?? false);
+    const bounced = guarded || (this.#mask !== 0 && !this.#iovecs.aligned(job.element, wanted, this.#mask));
     if (bounced && this.#bouncing) return false;
     if (bounced) wanted = Math.min(wanted, BOUNCE);
     if (job.kind === JobKind.Write) image.mapWrite(job.offset + job.at, wanted);
@@ -285,16 +288,19 @@ export class BlockTransfers {
         this.#written(index, extent.allocation, false);
         return false;
       }
-      this.#moveNow(index, job, extent);
+      this.#moveNow(index, job, extent, guarded);
     } else {
       const { fd, hostOffset, allocation } = extent;
       const token = this.#take(index, job.kind, fd, hostOffset, length);
       const transfer = this.#transfers[token];
       transfer.allocation = allocation;
       this.#cut(index, job, length, transfer);
-      if (!bounced || this.#useBounce(transfer)) this.#issue(token);
+      let reason: string | undefined;
+      if (bounced && !this.#useBounce(transfer)) reason = COPY_FAILED;
+      else if (guarded) reason = this.#refusal(job, length);
+      if (reason === undefined) this.#issue(token);
       else {
-        this.#fail(index, 'Copying what is to be written failed');
+        this.#fail(index, reason);
         this.#end(token, false);
       }
     }
@@ -406,15 +412,37 @@ export class BlockTransfers {
    * Moves what does not begin and end at the blocks of the host through the page cache, while nothing else is under way: the
    * blocks that it shares could otherwise be written from two sides.
    */
-  #moveNow(index: number, job: Job, { fd, hostOffset, length, allocation }: Extent): void {
+  #moveNow(index: number, job: Job, { fd, hostOffset, length, allocation }: Extent, guarded: boolean): void {
     const piece = { iovec: 0, count: 0 };
     const write = job.kind === JobKind.Write;
     this.#cut(index, job, length, piece);
+    if (guarded) {
+      const copied = this.#copy(true, this.#memory, piece, 0, length) === length;
+      const reason = copied ? this.#refusal(job, length) : COPY_FAILED;
+      if (reason !== undefined) {
+        this.#fail(index, reason);
+        this.#written(index, allocation, false);
+        return;
+      }
+      this.#describeBounce(length);
+      piece.iovec = this.#bounceIovec;
+      piece.count = 1;
+    }
     const result = this.#copy(write, this.#throughCache(fd), piece, hostOffset, length);
     let ok = result === length;
     if (result < 0) this.#fail(index, errorText(write, length, hostOffset, result));
     else if (!ok) ok = this.#pastEnd(index, write, piece, hostOffset + result, length - result);
     this.#written(index, allocation, ok);
+  }
+
+  /** Of what has been copied into the bounce buffer. */
+  #refusal(job: Job, length: number): string | undefined {
+    const offset = job.offset + job.at;
+    return this.options.image.refusal?.(offset, length, (at) => {
+      const sector = new Uint8Array(SECTOR);
+      this.kernel.readAt(this.#memory, sector, at - offset);
+      return sector;
+    });
   }
 
   #throughCache(fd: number): number {
@@ -481,8 +509,12 @@ export class BlockTransfers {
     transfer.whole = length;
     transfer.iovec = this.#bounceIovec;
     transfer.count = 1;
-    this.#iovecs.set(this.#bounceIovec, Number(this.#bounce.handle.address), length);
+    this.#describeBounce(length);
     return transfer.kind === Kind.Read || this.#copy(true, this.#memory, { iovec, count }, 0, length) === length;
+  }
+
+  #describeBounce(length: number): void {
+    this.#iovecs.set(this.#bounceIovec, Number(this.#bounce.handle.address), length);
   }
 
   #completed(token: number, result: number): void {

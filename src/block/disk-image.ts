@@ -66,6 +66,13 @@ export interface DiskImage {
    */
   mapWrite(offset: number, length: number): void;
   /**
+   * Whether what is to be written there has to be shown to `refusal` first, in memory that the guest cannot change any more.
+   * Left out: nothing has.
+   */
+  guards?(offset: number, length: number): boolean;
+  /** @param sector gives what is to be written at an offset of the disk @returns why that may not be, in one line */
+  refusal?(offset: number, length: number, sector: (offset: number) => Uint8Array): string | undefined;
+  /**
    * The transfer into a new place has ended. To be called exactly once for each, in any order, also before `close`.
    * @param ok the data is in the file; otherwise the place is given back and the range keeps its old contents
    * @returns false where the image does not take what was written: the request has failed

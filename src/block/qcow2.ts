@@ -13,7 +13,6 @@
  * is written to and its refcounts are counted anew, one of version 2 keeps them until qemu-img check -r leaks.
  */
 import fs from 'node:fs';
-import nodePath from 'node:path';
 import { type BlockFile, type DiskImage, ImageError } from './disk-image.js';
 import { MAGIC, readHeader } from './qcow2-header.js';
 import { Qcow2Image } from './qcow2-image.js';
@@ -75,29 +74,20 @@ function openBacking(
   if (name.includes('\0')) throw new ImageError(`${image}: The backing file's name ${quoted} is none`);
   // What QEMU takes for a protocol: json:, nbd:, and so on.
   if (/^[^/]*:/.test(name)) throw new ImageError(`${image}: The backing file ${quoted} is not the path of a file`);
-  if (format !== undefined && format !== 'raw' && format !== 'qcow2') {
+  // Never looked for in the file: a guest may have written the header of an image that names any file of the host.
+  if (format === undefined) {
+    const fix = `qemu-img rebase -u -F raw|qcow2 -b ${quoted} ${JSON.stringify(image)}`;
+    throw new ImageError(`${image}: It does not say the format of its backing file ${quoted}: ${fix} does`);
+  }
+  if (format !== 'raw' && format !== 'qcow2') {
     throw new ImageError(`${image}: A backing file of format ${JSON.stringify(format)}; accepted are raw and qcow2`);
   }
-  const path = nodePath.isAbsolute(name) ? name : nodePath.join(nodePath.dirname(image), name);
+  // Joined and no more: where `link` is a symbolic link, the host finds another file by `link/../base` than its text says.
+  const path = name.startsWith('/') ? name : image.slice(0, image.lastIndexOf('/') + 1) + name;
   if (above.length > MAX_CHAIN) throw new ImageError(`${image}: More than ${MAX_CHAIN} files lie behind one another`);
   if (above.includes(identity(path))) throw new ImageError(`${image}: The backing file ${quoted} has it behind itself`);
-  if (format !== 'qcow2') {
-    const file = open(path, true);
-    try {
-      if (format === 'raw' || !probe(file)) return new RawLayer(file);
-    } catch (error) {
-      file.close();
-      throw error;
-    }
-    file.close();
-  }
+  if (format === 'raw') return new RawLayer(open(path, true));
   return openLayer(path, open, { readonly: true, backingFiles: true, sparse: false }, above);
-}
-
-function probe(file: BlockFile): boolean {
-  const first = new Uint8Array(4);
-  file.read(0, first);
-  return isQcow2(first);
 }
 
 /** The same for two names of one file. What is wrong with a path is for `open` to complain about. */
@@ -106,6 +96,6 @@ function identity(path: string): string {
     const { dev, ino } = fs.statSync(path, { bigint: true });
     return `${dev}:${ino}`;
   } catch {
-    return nodePath.resolve(path);
+    return path;
   }
 }

@@ -39,6 +39,8 @@ export function errnoText(errno: number): string {
     ECONNREFUSED: 'nobody listens there',
     ENOSPC: 'no space left on the device',
     EIO: 'input/output error',
+    ENOLCK: 'no locks available',
+    EOPNOTSUPP: 'not supported',
     ENAMETOOLONG: 'name too long',
   };
   return texts[errnoName(errno)] ?? errnoName(errno);
@@ -134,11 +136,13 @@ export interface HostKernel {
   /** fallocate. @param mode FALLOC_FL_ bits */
   allocate(fd: number, mode: number, offset: number, length: number): void;
   /**
-   * A lock of the whole open file description, not of the process (F_OFD_SETLK).
+   * A lock of the open file description, not of the process (F_OFD_SETLK): of all of the file, or of a range of bytes.
    *
    * @returns false when another open file holds one that excludes it
    */
-  lockFile(fd: number, exclusive: boolean): boolean;
+  lockFile(fd: number, exclusive: boolean, start?: number, length?: number): boolean;
+  /** Whether another open file holds a lock of either kind in the range. */
+  isLocked(fd: number, start: number, length: number): boolean;
 
   // The calls below serve data paths: they take addresses as plain numbers, allocate nothing, never throw, and answer a
   // failure with the negated errno. An address is one that `map` or GuestMemory gave, checked there.

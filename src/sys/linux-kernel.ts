@@ -105,9 +105,11 @@ const O_DIRECT = process.arch === 'x64' ? 0o40000 : 0o200000;
 const O_CREAT = 0o100;
 const SEEK_DATA = 3;
 const F_DUPFD_CLOEXEC = 1030;
+const F_OFD_GETLK = 36;
 const F_OFD_SETLK = 37;
 const F_RDLCK = 0;
 const F_WRLCK = 1;
+const F_UNLCK = 2;
 /** struct flock: l_type at 0, l_whence at 2, l_start at 8, l_len at 16, l_pid at 24. */
 const FLOCK_BYTES = 32;
 const EPOLL_CTL_ADD = 1;
@@ -171,6 +173,16 @@ function check(call: string, result: number): number {
 /** Data paths: a failure is the negated errno. */
 function raw(result: number): number {
   return result < 0 ? -koffi.errno() : result;
+}
+
+/** A struct flock. @param length 0: to the end of the file, wherever that will be */
+function fileLock(type: number, start: number, length: number): Uint8Array<ArrayBuffer> {
+  const lock = new Uint8Array(FLOCK_BYTES);
+  const view = new DataView(lock.buffer);
+  view.setInt16(0, type, true);
+  view.setBigInt64(8, BigInt(start), true);
+  view.setBigInt64(16, BigInt(length), true);
+  return lock;
 }
 
 /** The signal set that holds KICK_SIGNAL alone: bit n-1 of a 1024-bit set. */
@@ -300,13 +312,20 @@ export class LinuxKernel implements HostKernel {
     check('fallocate', io().fallocate(fd, mode, offset, length) as number);
   }
 
-  lockFile(fd: number, exclusive: boolean): boolean {
-    const lock = new Uint8Array(FLOCK_BYTES);
-    new DataView(lock.buffer).setInt16(0, exclusive ? F_WRLCK : F_RDLCK, true);
-    // SAFETY: a whole struct flock; start and length 0 stand for all of the file.
+  lockFile(fd: number, exclusive: boolean, start = 0, length = 0): boolean {
+    const lock = fileLock(exclusive ? F_WRLCK : F_RDLCK, start, length);
+    // SAFETY: a whole struct flock.
     if ((io().fcntlLock(fd, F_OFD_SETLK, lock) as number) === 0) return true;
     const errno = koffi.errno();
     return errno === os.constants.errno.EAGAIN || errno === os.constants.errno.EACCES ? false : fail('fcntl', errno);
+  }
+
+  isLocked(fd: number, start: number, length: number): boolean {
+    // What a lock for writing would meet.
+    const lock = fileLock(F_WRLCK, start, length);
+    // SAFETY: a whole struct flock, which the kernel overwrites with the lock that is in the way.
+    check('fcntl', io().fcntlLock(fd, F_OFD_GETLK, lock) as number);
+    return new DataView(lock.buffer).getInt16(0, true) !== F_UNLCK;
   }
 
   // SAFETY of all raw calls: each address comes from a live mapping or from GuestMemory, which checked that the whole range

@@ -130,7 +130,14 @@ export function runIoThread(kernel: HostKernel): void {
     outbox.flush();
   });
   while (Atomics.load(command, 0) === 0) loop.turn(-1);
-  for (const runner of runners.values()) runner.close();
+  for (const [device, runner] of runners) {
+    try {
+      runner.close();
+    } catch (error) {
+      // Such as the host's, when an image is synced for the last time. The others are closed all the same.
+      post({ kind: 'close-failed', device, reason: error instanceof Error ? error.message : String(error) });
+    }
+  }
   guestLog.close();
   loop.unwatch(data.wake);
   loop.close();

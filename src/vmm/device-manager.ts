@@ -164,6 +164,7 @@ export class DeviceManager {
         kind: 'block',
         path: disk.path,
         format,
+        probed: disk.image_type === undefined,
         files,
         buffered,
         readonly,

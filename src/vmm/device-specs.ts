@@ -11,6 +11,8 @@ export type BackendSpec =
       readonly kind: 'block';
       readonly path: string;
       readonly format: 'raw' | 'qcow2';
+      /** Nobody gave the format: it is what the file looks like. */
+      readonly probed: boolean;
       /** Descriptors that main opened, and holds the locks of, by path. */
       readonly files: ReadonlyMap<string, number>;
       readonly buffered: number | undefined;
@@ -77,4 +79,6 @@ export interface IoCommand {
 /** From a worker to main. */
 export type IoMessage =
   | { readonly kind: 'log'; readonly level: 'info' | 'warn'; readonly line: string }
-  | { readonly kind: 'device'; readonly device: string; readonly message: unknown };
+  | { readonly kind: 'device'; readonly device: string; readonly message: unknown }
+  /** What the guest has written may not be where it belongs. */
+  | { readonly kind: 'close-failed'; readonly device: string; readonly reason: string };

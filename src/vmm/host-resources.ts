@@ -3,15 +3,16 @@
  * starts, so that a mistake is told in one line; kept while the guest reboots; given back at the end.
  */
 import fs from 'node:fs';
-import path from 'node:path';
 import { ImageError } from '../block/disk-image.js';
-import { openImage, PROBE_BYTES, probeFormat } from '../block/open-image.js';
+import { PROBE_BYTES, probeFormat } from '../block/image-formats.js';
+import { openImage } from '../block/open-image.js';
 import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../config/device-config.js';
 import { PMEM_ALIGNMENT } from '../config/device-config.js';
 import type { VmConfig } from '../config/vm-config.js';
 import { VHOST_DEVICE, vhostFeatures } from '../net/vhost.js';
 import { closeAll, undoAll } from '../sys/close-all.js';
 import { type HostKernel, type HostMapping, type OpenOptions, SystemError } from '../sys/host-kernel.js';
+import { lockImage } from './image-lock.js';
 import { MachineError } from './machine-error.js';
 import { bindSocket } from './unix-socket.js';
 
@@ -19,7 +20,7 @@ export interface DiskResource {
   readonly id: string;
   readonly config: DiskConfig;
   readonly format: 'raw' | 'qcow2';
-  /** By absolute path. */
+  /** By path, as it was given or an image names it: what is the same file, only the host knows. */
   readonly files: ReadonlyMap<string, number>;
   /** With `direct`: the image once more, through the page cache. */
   readonly buffered: number | undefined;
@@ -30,6 +31,19 @@ export interface DiskResource {
   readonly physicalBlock: number;
   /** Of its image: what transfers have to be multiples of. */
   readonly alignment: number;
+}
+
+/** @param shrink the user said that the disk may lose what is behind the new size @returns why not, or undefined */
+export function resizeRefusal(
+  { id, config, format, size: present }: DiskResource,
+  size: number,
+  shrink: boolean,
+): string | undefined {
+  if (config.readonly) return `The disk ${id} cannot be written`;
+  if (size >= present) return undefined;
+  if (format === 'qcow2') return `The disk ${id} has ${present} bytes, and a qcow2 image cannot shrink`;
+  if (shrink) return undefined;
+  return `The disk ${id} has ${present} bytes; "shrink": true makes it smaller, and what is behind is lost`;
 }
 
 export interface NetResource {
@@ -103,16 +117,20 @@ export class HostResources {
     return fd;
   }
 
+  /** Nobody may write what this machine reads, and nobody else may read what it writes. */
+  #lock(option: string, file: string, fd: number, writes: boolean): void {
+    if (!this.#explain(`${option}: ${file} cannot be locked`, () => lockImage(this.kernel, fd, writes))) {
+      throw new MachineError(`${option}: ${file} is in use by another process, which has locked it`);
+    }
+  }
+
   #openDisk(config: DiskConfig): void {
     const option = `--disk path=${config.path}`;
     const files = new Map<string, number>();
     const openFile = (file: string, readonly: boolean, direct: boolean): number => {
       const fd = this.#open(option, file, { readonly, direct });
-      // Nobody may write what this machine reads, and nobody else may read what it writes.
-      if (!this.kernel.lockFile(fd, !readonly)) {
-        throw new MachineError(`${option}: ${file} is in use by another process, which has locked it`);
-      }
-      files.set(path.resolve(file), fd);
+      this.#lock(option, file, fd, !readonly);
+      files.set(file, fd);
       return fd;
     };
     const fd = openFile(config.path, config.readonly, config.direct);
@@ -142,7 +160,7 @@ export class HostResources {
     })();
     const { size, alignment } = image;
     image.close();
-    if (size === 0) throw new MachineError(`${option}: an empty image; accepted is one of at least 512 bytes`);
+    if (size === 0) throw new MachineError(`${option}: an empty image; accepted is one of a byte or more`);
     const id = config.id ?? `_disk${this.disks.length}`;
     // A file's contents were made for blocks of 512 bytes, as partition tables tell; a device's for its own.
     const logicalBlock = config.direct && fs.fstatSync(fd).isBlockDevice() ? alignment : 512;
@@ -151,14 +169,17 @@ export class HostResources {
   }
 
   #probe(option: string, fd: number): 'raw' | 'qcow2' {
-    const first = new Uint8Array(PROBE_BYTES);
-    try {
-      this.kernel.readAt(fd, first, 0);
-    } catch (error) {
-      if (error instanceof SystemError) throw new MachineError(`${option}: ${error.reason}`);
-      throw error;
-    }
-    return probeFormat(first);
+    const sector = (offset: number) => {
+      const bytes = new Uint8Array(PROBE_BYTES);
+      return bytes.subarray(0, this.kernel.readAt(fd, bytes, offset));
+    };
+    const format = this.#explain(option, () => {
+      const end = Math.max(fileSize(this.kernel, fd) - PROBE_BYTES, 0);
+      return probeFormat(sector(0), sector(end));
+    });
+    if (format === 'raw' || format === 'qcow2') return format;
+    const override = 'image_type=raw shows the guest its bytes as they are';
+    throw new MachineError(`${option}: a ${format} image; accepted is raw or qcow2, and ${override}`);
   }
 
   #openRng(src: string): void {
@@ -169,8 +190,9 @@ export class HostResources {
   #openPmem(config: PmemConfig): void {
     const option = `--pmem file=${config.file}`;
     const fd = this.#open(option, config.file, { readonly: config.discard_writes });
+    this.#lock(option, config.file, fd, !config.discard_writes);
     const kind = fs.fstatSync(fd);
-    const present = kind.isFile() ? kind.size : deviceSize(this.kernel, fd);
+    const present = fileSize(this.kernel, fd);
     const size = config.size ?? present;
     if (size === 0 || size % PMEM_ALIGNMENT !== 0) {
       throw new MachineError(`${option}: ${size} bytes; accepted is a size that is a multiple of 2M, see size=`);
@@ -264,8 +286,10 @@ function kindName(kind: fs.Stats): string {
 /** linux/fs.h: BLKGETSIZE64, _IOR(0x12, 114, size_t). */
 const BLKGETSIZE64 = 0x8008_1272;
 
-/** Bytes of a block device. */
-function deviceSize(kernel: HostKernel, fd: number): number {
+/** Bytes of a file or block device. */
+function fileSize(kernel: HostKernel, fd: number): number {
+  const kind = fs.fstatSync(fd);
+  if (kind.isFile()) return kind.size;
   const size = new BigUint64Array(1);
   kernel.ioctlBuffer(fd, BLKGETSIZE64, new Uint8Array(size.buffer));
   return Number(size[0]);

@@ -14,6 +14,8 @@ export interface IoEvents {
   onLog(level: 'info' | 'warn', line: string): void;
   /** Something that a device has to tell. */
   onDevice(device: string, message: unknown): void;
+  /** A device could not be closed as the machine ended, or began anew. */
+  onCloseFailed(device: string, reason: string): void;
   /** A worker broke: an error in the VMM itself. */
   onCrash(worker: string, error: Error): void;
 }
@@ -50,6 +52,10 @@ export class IoManager {
       worker.on('message', (message: IoMessage) => {
         if (message.kind === 'log') {
           this.events.onLog(message.level, message.line);
+          return;
+        }
+        if (message.kind === 'close-failed') {
+          this.events.onCloseFailed(message.device, message.reason);
           return;
         }
         this.events.onDevice(message.device, message.message);

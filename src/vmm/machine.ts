@@ -10,7 +10,7 @@ import type { VmConfig } from '../config/vm-config.js';
 import type { CpuManagerEvents } from './cpu-manager.js';
 import { FalseStarts } from './false-starts.js';
 import { GuestLog } from './guest-log.js';
-import { type DiskResource, HostResources } from './host-resources.js';
+import { type DiskResource, HostResources, resizeRefusal } from './host-resources.js';
 import { type Backends, Incarnation } from './incarnation.js';
 import { MachineError, RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
@@ -191,10 +191,11 @@ export class Machine {
    * @param size bytes, a multiple of 512
    * @throws RequestError
    */
-  async resizeDisk(id: string, size: number): Promise<void> {
+  async resizeDisk(id: string, size: number, shrink: boolean): Promise<void> {
     const disk = this.#resources?.disks.find((candidate) => candidate.id === id);
     if (disk === undefined) throw new RequestError(`The machine has no disk ${id}`, 'unknown');
-    if (disk.config.readonly) throw new RequestError(`The disk ${id} cannot be written`, 'invalid');
+    const refusal = resizeRefusal(disk, size, shrink);
+    if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
     if (this.#resizing.has(id)) throw new RequestError(`The disk ${id} is being resized`, 'failed');
     const failure = await new Promise<string>((settle) => {
       const left = this.#current?.control(id, { size }) ?? 0;
@@ -218,6 +219,11 @@ export class Machine {
   async #runOnce(resources: HostResources, backends: Backends): Promise<End> {
     const { logger } = this.parts;
     const ended = new Promise<End>((resolve) => (this.#finish = resolve));
+    let failure: Extract<End, { kind: 'failed' }> | undefined;
+    const failed = (error: MachineError) => {
+      failure ??= { kind: 'failed', error };
+      this.#finish(failure);
+    };
     const cpuEvents: CpuManagerEvents = {
       onEvent: (event) => this.#onEvent(event),
       onEnd: (vcpu, end, rip) => this.#onVcpuEnd(vcpu, end, rip),
@@ -228,16 +234,20 @@ export class Machine {
     const incarnation = new Incarnation(this.parts, resources, backends, cpuEvents, {
       onLog: (level, line) => logger[level](line),
       onDevice: (device, message) => this.#onDevice(device, message as DeviceMessage),
-      onCrash: (worker, error) => {
-        this.#finish({ kind: 'failed', error: new MachineError(`The I/O worker ${worker} broke`, { cause: error }) });
+      onCloseFailed: (device, reason) => {
+        const line = `${device}: It could not be closed, and may lack what the guest wrote last: ${reason}`;
+        logger.warn(line);
+        failed(new MachineError(line));
       },
+      onCrash: (worker, error) => failed(new MachineError(`The I/O worker ${worker} broke`, { cause: error })),
     });
     this.#current = incarnation;
     this.#ballooned = 0;
+    let end: End;
     try {
       incarnation.start();
       this.#resizeConsole();
-      return await ended;
+      end = await ended;
     } finally {
       this.#current = undefined;
       await incarnation.close();
@@ -245,6 +255,8 @@ export class Machine {
       this.#resizing.clear();
       this.#logCounters(incarnation);
     }
+    // Workers close their devices after the end.
+    return end.kind === 'failed' ? end : (failure ?? end);
   }
 
   #onDevice(device: string, message: DeviceMessage): void {

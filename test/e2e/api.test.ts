@@ -89,10 +89,17 @@ done`;
       expect(await run(`dd if=/dev/${disk} bs=1M skip=${end} count=1 2>/dev/null | head -c 5`)).toContain(`end-${cpu}`);
     }
   }
-  expect(await api('PUT', 'vm.resize-disk', { id: 'data', desired_size: 8 * MIB })).toMatchObject({
-    status: 500,
+  expect(await api('PUT', 'vm.resize-disk', { id: 'data', desired_size: 8 * MIB, shrink: true })).toMatchObject({
+    status: 400,
     body: [expect.stringMatching(/cannot shrink/)],
   });
+  const smaller = { id: '_disk0', desired_size: 8 * MIB };
+  expect(await api('PUT', 'vm.resize-disk', smaller)).toMatchObject({
+    status: 400,
+    body: [expect.stringMatching(/"shrink": true/)],
+  });
+  expect(await api('PUT', 'vm.resize-disk', { ...smaller, shrink: true })).toEqual(done);
+  expect(await sizes()).toEqual(['16384', '65536']);
   expect(await api('PUT', 'vm.resize-disk', { id: 'none', desired_size: 8 * MIB })).toMatchObject({ status: 404 });
 
   expect(await api('PUT', 'vm.resize', { desired_balloon: 64 * MIB })).toEqual(done);

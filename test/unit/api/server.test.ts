@@ -25,10 +25,10 @@ function machine(): ApiMachine {
     reset: (reason) => asked.push(reason),
     stop: (reason) => asked.push(reason),
     resizeBalloon: (size) => asked.push({ balloon: size }),
-    resizeDisk: (id, size) => {
+    resizeDisk: (id, size, shrink) => {
       if (id === 'none') return Promise.reject(new RequestError('The machine has no disk none', 'unknown'));
       if (id === 'stuck') return Promise.reject(new RequestError('No space', 'failed'));
-      asked.push({ id, size });
+      asked.push({ id, size, shrink });
       return Promise.resolve();
     },
   };
@@ -74,9 +74,15 @@ test('what a machine can be told', async () => {
   expect(await put('vm.power-button')).toEqual(none);
   expect(await put('vm.reboot')).toEqual(none);
   expect(await put('vm.resize', { desired_balloon: 4096 })).toEqual(none);
-  expect(await put('vm.resize-disk', { id: '_disk0', desired_size: 1024 })).toEqual(none);
+  for (const shrink of [undefined, null, false, true]) {
+    expect(await put('vm.resize-disk', { id: '_disk0', desired_size: 1024, shrink })).toEqual(none);
+  }
   expect(await put('vmm.shutdown')).toEqual(none);
-  expect(asked).toEqual(['power-button', 'vm.reboot', { balloon: 4096 }, { id: '_disk0', size: 1024 }, 'vmm.shutdown']);
+  const resized = (shrink: boolean) => ({ id: '_disk0', size: 1024, shrink });
+  expect(asked).toEqual([
+    ...['power-button', 'vm.reboot', { balloon: 4096 }],
+    ...[resized(false), resized(false), resized(false), resized(true), 'vmm.shutdown'],
+  ]);
 });
 
 test.each([
@@ -92,6 +98,7 @@ test.each([
   ['PUT', 'vm.resize', '{"desired_balloon":1e99}', 400, 'desired_balloon: accepted is a number of bytes'],
   ['PUT', 'vm.resize-disk', '{"id":"a","desired_size":513}', 400, 'desired_size: accepted is a multiple of 512 bytes'],
   ['PUT', 'vm.resize-disk', '{"id":"a","desired_size":0}', 400, 'desired_size: accepted is a multiple of 512 bytes'],
+  ['PUT', 'vm.resize-disk', '{"id":"a","desired_size":512,"shrink":1}', 400, 'shrink: accepted is true or false'],
   ['PUT', 'vm.resize-disk', '{"desired_size":512}', 400, 'id: accepted is the name of a disk'],
   ['PUT', 'vm.resize-disk', '{"id":"none","desired_size":512}', 404, 'The machine has no disk none'],
   ['PUT', 'vm.resize-disk', '{"id":"stuck","desired_size":512}', 500, 'No space'],

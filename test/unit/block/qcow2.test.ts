@@ -576,12 +576,10 @@ describe('backing files', () => {
     expect(fs.readFileSync(at('middle.qcow2')).equals(fs.readFileSync(at('before')))).toBe(true);
   });
 
-  test('are opened for reading, by a path from where the image is, and of the format they look like', () => {
+  test('are opened for reading, by a path from where the image is', () => {
     fs.writeFileSync(at('base.raw'), pattern(MIB, 1));
     create('inner.qcow2', MIB, {}, '-b', 'base.raw', '-F', 'raw');
     create('a.qcow2', MIB, {}, '-u', '-b', 'inner.qcow2', '-F', 'qcow2');
-    // Version 2 images of old have no format: the extension becomes an unknown one.
-    patch('a.qcow2', fs.readFileSync(at('a.qcow2')).indexOf(Buffer.from('e2792aca', 'hex')), [1, 2, 3, 4]);
     const asked: [string, boolean][] = [];
     const image = openQcow2(
       at('a.qcow2'),
@@ -591,15 +589,42 @@ describe('backing files', () => {
       },
       { readonly: false, backingFiles: true, sparse: false },
     );
-    // Once to look at it.
     expect(asked).toEqual([
       [at('a.qcow2'), false],
-      [at('inner.qcow2'), true],
       [at('inner.qcow2'), true],
       [at('base.raw'), true],
     ]);
     expect(read(image, 0, MIB).equals(pattern(MIB, 1))).toBe(true);
     image.close();
+  });
+
+  test('are never looked at for their format', () => {
+    create('a.qcow2', MIB, {}, '-u', '-b', 'base.raw', '-F', 'raw');
+    // Images of old have no format: the extension becomes an unknown one.
+    patch('a.qcow2', fs.readFileSync(at('a.qcow2')).indexOf(Buffer.from('e2792aca', 'hex')), [1, 2, 3, 4]);
+    const line = `${at('a.qcow2')}: It does not say the format of its backing file "base.raw": `;
+    const command = (format: string) => `qemu-img rebase -u -F ${format} -b "base.raw" "${at('a.qcow2')}"`;
+    // The file is not there: it has not even been opened.
+    expect(() => open('a.qcow2')).toThrow(`${line}${command('raw|qcow2')} does`);
+    fs.writeFileSync(at('base.raw'), pattern(MIB, 1));
+    execFileSync('sh', ['-c', command('raw')]);
+    const { image } = open('a.qcow2');
+    expect(read(image, 0, MIB).equals(pattern(MIB, 1))).toBe(true);
+    image.close();
+  });
+
+  test('are where the host finds them: behind a symbolic link, its parent is the one of what it leads to', () => {
+    const elsewhere = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-elsewhere-'));
+    fs.mkdirSync(path.join(elsewhere, 'inner'));
+    fs.writeFileSync(path.join(elsewhere, 'base.raw'), pattern(MIB, 1));
+    fs.writeFileSync(at('base.raw'), pattern(MIB, 2));
+    fs.symlinkSync(path.join(elsewhere, 'inner'), at('link'));
+    create('a.qcow2', MIB, {}, '-b', 'link/../base.raw', '-F', 'raw');
+    const { image } = open('a.qcow2');
+    expect(read(image, 0, MIB).equals(raw('a.qcow2'))).toBe(true);
+    expect(read(image, 0, MIB).equals(pattern(MIB, 1))).toBe(true);
+    image.close();
+    fs.rmSync(elsewhere, { recursive: true });
   });
 
   test('are compressed too', () => {

@@ -3,9 +3,10 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, jest, test } from '@jest/globals';
+import { openImage } from '../../../src/block/open-image.js';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { HostResources } from '../../../src/vmm/host-resources.js';
+import { HostResources, resizeRefusal } from '../../../src/vmm/host-resources.js';
 import { MachineError } from '../../../src/vmm/machine-error.js';
 
 const MIB = 2 ** 20;
@@ -120,4 +121,77 @@ test('persistent memory of a block device is as large as the device, and never l
   expect(refusal({ pmem: [{ file, size: 6 * MIB }] }, device)).toBe(
     `--pmem file=DIR/device,size=${6 * MIB}: accepted is at most the ${4 * MIB} bytes that are there`,
   );
+});
+
+test('a backing file is the one that the host finds by its name, for each worker too', () => {
+  const at = (name: string) => `${folder}/${name}`;
+  fs.mkdirSync(at('images'));
+  fs.mkdirSync(at('elsewhere/inner'), { recursive: true });
+  fs.symlinkSync(at('elsewhere/inner'), at('images/link'));
+  for (const name of ['images/base', 'elsewhere/base']) fs.writeFileSync(at(name), Buffer.alloc(MIB));
+  const create = ['create', '-q', '-f', 'qcow2', '-b', 'link/../base', '-F', 'raw', at('images/disk')];
+  expect(spawnSync('qemu-img', create).status).toBe(0);
+  const resources = open({ disks: [{ path: at('images/disk'), backing_files: true }] });
+  const [{ files }] = resources.disks;
+  expect([...files.keys()]).toEqual([at('images/disk'), at('images/link/../base')]);
+  expect(fs.readlinkSync(`/proc/self/fd/${files.get(at('images/link/../base'))}`)).toBe(at('elsewhere/base'));
+  const options = { path: at('images/disk'), readonly: false, direct: false, backingFiles: true, sparse: true };
+  openImage(kernel, { ...options, format: 'qcow2', files }).close();
+  resources.close();
+});
+
+test.each([
+  ['vmdk', 'subformat=monolithicSparse', 'VMDK'],
+  ['vmdk', 'subformat=twoGbMaxExtentFlat', 'VMDK'],
+  ['vhdx', '', 'VHDX'],
+  ['vpc', 'subformat=dynamic', 'VHD'],
+  ['vpc', 'subformat=fixed', 'VHD'],
+  ['vdi', '', 'VDI'],
+  ['qed', '', 'QED'],
+  ['qcow', '', 'qcow'],
+  ['parallels', '', 'Parallels'],
+])('an image of %s %s is not taken for a raw disk', (format, options, name) => {
+  const file = `${folder}/image`;
+  const more = options === '' ? [] : ['-o', options];
+  expect(spawnSync('qemu-img', ['create', '-q', '-f', format, ...more, file, '8M']).status).toBe(0);
+  const before = fs.readFileSync(file);
+  expect(refusal({ disks: [{ path: file }] })).toBe(
+    `--disk path=DIR/image: a ${name} image; accepted is raw or qcow2, and image_type=raw shows the guest its bytes as they are`,
+  );
+  open({ disks: [{ path: file, image_type: 'raw' }] }).close();
+  expect(fs.readFileSync(file).equals(before)).toBe(true);
+});
+
+test('a container of LUKS is the guest to open, and a file of another kind is raw', () => {
+  for (const start of ['LUKS\xba\xbe\0\x02', 'QFI', '', '\0'.repeat(511) + 'conectix']) {
+    fs.writeFileSync(`${folder}/disk`, Buffer.concat([Buffer.from(start, 'latin1'), Buffer.alloc(4096)]));
+    const resources = open({ disks: [{ path: `${folder}/disk` }] });
+    expect(resources.disks[0].format).toBe('raw');
+    resources.close();
+  }
+});
+
+test('a disk shrinks only when that is said, and a qcow2 image never', () => {
+  fs.writeFileSync(`${folder}/raw`, Buffer.alloc(MIB));
+  spawnSync('qemu-img', ['create', '-q', '-f', 'qcow2', `${folder}/qcow2`, '1M']);
+  const readonly = { path: `${folder}/raw`, readonly: true };
+  const refusalOf = (disk: object, size: number, shrink: boolean) => {
+    const resources = open({ disks: [{ id: 'a', ...disk }] });
+    const refused = resizeRefusal(resources.disks[0], size, shrink);
+    resources.close();
+    return refused;
+  };
+  const raw = { path: `${folder}/raw` };
+  const qcow2 = { path: `${folder}/qcow2` };
+  for (const size of [MIB, 2 * MIB]) {
+    for (const disk of [raw, qcow2]) expect(refusalOf(disk, size, false)).toBeUndefined();
+  }
+  expect(refusalOf(raw, MIB - 512, true)).toBeUndefined();
+  expect(refusalOf(raw, MIB - 512, false)).toBe(
+    'The disk a has 1048576 bytes; "shrink": true makes it smaller, and what is behind is lost',
+  );
+  for (const shrink of [false, true]) {
+    expect(refusalOf(qcow2, MIB - 512, shrink)).toBe('The disk a has 1048576 bytes, and a qcow2 image cannot shrink');
+    expect(refusalOf(readonly, 2 * MIB, shrink)).toBe('The disk a cannot be written');
+  }
 });
