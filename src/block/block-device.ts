@@ -348,6 +348,8 @@ export class BlockDevice implements VirtioDevice {
   control(message: unknown): void {
     const { size } = message as { size: number };
     try {
+      // An image does not grow while clusters are on their way into new places.
+      this.#transfers.drain();
       this.options.image.resize(size);
       const sectors = size / SECTOR;
       if (sectors !== this.#capacity) this.context.changeConfig(() => this.#setCapacity(sectors));
@@ -355,6 +357,7 @@ export class BlockDevice implements VirtioDevice {
     } catch (error) {
       this.context.emit({ kind: 'resize-failed', reason: error instanceof Error ? error.message : String(error) });
     }
+    this.#run();
   }
 
   #setCapacity(sectors: number): void {

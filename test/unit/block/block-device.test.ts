@@ -1,4 +1,5 @@
 /** The block device over real files and every I/O engine of this host. */
+import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
@@ -8,7 +9,8 @@ import { HostBlockFile } from '../../../src/block/block-file.js';
 import { blockDescription } from '../../../src/block/block-description.js';
 import { BlockDevice, type BlockOptions } from '../../../src/block/block-device.js';
 import { openEngine } from '../../../src/block/engine.js';
-import { type EngineName, ENGINES } from '../../../src/block/io-engine.js';
+import { type EngineName, ENGINES, type IoEngine } from '../../../src/block/io-engine.js';
+import { openQcow2 } from '../../../src/block/qcow2.js';
 import { RawImage } from '../../../src/block/raw-image.js';
 import { SyncEngine } from '../../../src/block/sync-engine.js';
 import type { HostKernel } from '../../../src/sys/host-kernel.js';
@@ -350,6 +352,30 @@ test('a request may go beyond the old end as soon as another worker has told the
   d.device.control({ size: 2 * SIZE });
   expect(d.context.configChanges).toBe(0);
   expect(d.context.messages).toEqual([{ kind: 'resized', size: 2 * SIZE }]);
+  d.close();
+});
+
+test('an image grows when what is on its way into new places has arrived', () => {
+  const name = path.join(folder, 'growing.qcow2');
+  execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', name, String(SIZE)]);
+  const open = (file: string) => new HostBlockFile(kernel, file, kernel.open(file));
+  const image = openQcow2(name, open, { readonly: false, backingFiles: false, sparse: true });
+  // It tells what is done when it is waited for, and not before.
+  const { engine: real } = openEngine(kernel, false, 8, 'sync');
+  const engine = new Proxy(real, {
+    get: (target, key: keyof IoEngine) => {
+      if (key === 'reap') return () => undefined;
+      const value: unknown = Reflect.get(target, key);
+      return typeof value === 'function' ? (value.bind(target) as unknown) : value;
+    },
+  });
+  const d = disk('sync', { image, engine, raw: false });
+  const status = d.submit(OUT, 0, [{ address: d.buffers, length: 4096, write: false }]);
+  d.device.kick(d.queue.queue);
+  expect(d.queue.used()).toBeUndefined();
+  d.device.control({ size: 2 * SIZE });
+  expect(d.context.messages).toEqual([{ kind: 'resized', size: 2 * SIZE }]);
+  expect([d.queue.used()?.length, d.guest.memory.u8(status)]).toEqual([1, OK]);
   d.close();
 });
 
