@@ -130,7 +130,10 @@ test('more requests than descriptors; past the page cache, on blocks of 512 and 
   );
   expect({ status, output }).toEqual({ status: 0, output: `512 512 512 4096 512 512 512 512\n${sums}` });
   expect(log).not.toMatch(/warn/);
-  await shell('umount on512 on4096; losetup -D; rm -r deep* device* fs* on* flat');
+  await shell(
+    `umount on512 on4096; for file in device* fs*; do losetup -d $(losetup -n -O NAME -j $file); done
+     rm -r deep* device* fs* on* flat`,
+  );
 });
 
 interface Counters {
