@@ -10,12 +10,11 @@ const BUNDLE = path.join(__dirname, 'main.js');
 const STARTED_MILLISECONDS = 3000;
 
 /**
- * Bytes of bytecode that a function runs between two looks at whether to optimize it; V8's own figure is 67,584. A device's
- * request runs each function once or a few times, so that it takes thousands of them until all are optimized, which are ten times
- * as quick then. Not during the start, which runs little more than once, and not before the cache is made: V8 takes one only
- * under the flags under which it was made.
+ * Node 20's V8 looks at whether to optimize a function each time that it has run so many bytes of bytecode, by default 67,584. A
+ * device's request runs each function once or a few times, so that it takes thousands of them until all are optimized, which are
+ * ten times as quick then (docs/performance.md). Later V8s have a tier between, count calls, and know no such flag.
  */
-const INTERRUPT_BUDGET = 10_000;
+const EARLIER = process.versions.v8.startsWith('11.') ? '--interrupt-budget=10000' : undefined;
 
 /** The bundle's hash, which the build puts here (tools/build.mjs). */
 declare const BUNDLE_HASH: string;
@@ -24,14 +23,17 @@ const source = fs.readFileSync(BUNDLE, 'latin1');
 const wrapped = `(function (require, __filename, onMachine) {${source}\n})`;
 const { script, keep } = compile(wrapped, BUNDLE, BUNDLE_HASH);
 
-/** The cache is of a start that went for a machine: other commands compile little of it. */
+/**
+ * The cache is of a start that went for a machine: other commands compile little of it. V8 takes one only under the flags under
+ * which it was made, and a start runs little more than once: so flags change afterwards.
+ */
 function onMachine(): void {
   let started = false;
   const once = () => {
     if (started) return;
     started = true;
     keep?.();
-    v8.setFlagsFromString(`--interrupt-budget=${INTERRUPT_BUDGET}`);
+    if (EARLIER !== undefined) v8.setFlagsFromString(EARLIER);
   };
   setTimeout(once, STARTED_MILLISECONDS).unref();
   process.once('exit', once);

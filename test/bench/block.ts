@@ -151,7 +151,12 @@ const QCOW2: Image = {
 const OVERLAY: Image = {
   name: 'qcow2 over raw',
   format: 'qcow2',
-  make: (raw, disk) => qemuImg('create', '-q', '-f', 'qcow2', '-b', raw, '-F', 'raw', disk),
+  make(raw, disk) {
+    // Each has its own: QEMU takes none that another program has locked.
+    const backing = `${disk}.backing`;
+    fs.copyFileSync(raw, backing);
+    qemuImg('create', '-q', '-f', 'qcow2', '-b', backing, '-F', 'raw', disk);
+  },
 };
 
 type BlockCommand = (files: GuestFiles, disk: string, format: Image['format']) => string[];
