@@ -404,10 +404,14 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     const guest = start + index * clusterSize;
     const guestEnd = guest + count * clusterSize;
     try {
-      if (from > guest) this.#copyOld(table, index, guest, from, first * clusterSize, first >= fresh);
-      if (to < guestEnd) {
-        const host = (first + count) * clusterSize - (guestEnd - to);
-        this.#copyOld(table, index + count - 1, to, guestEnd, host, first + count > fresh);
+      const [head, tail] = [from - guest, guestEnd - to];
+      if (count === 1 && head > 0 && tail > 0 && to - from < clusterSize / 2) {
+        // Two calls where both ends are copied apart take four: what is in between is written over.
+        this.#copyOld(table, index, guest, guestEnd, first * clusterSize, first >= fresh);
+      } else {
+        if (head > 0) this.#copyOld(table, index, guest, from, first * clusterSize, first >= fresh);
+        const end = (first + count) * clusterSize;
+        if (tail > 0) this.#copyOld(table, index + count - 1, to, guestEnd, end - tail, first + count > fresh);
       }
     } catch (error) {
       refcounts.release(first, count);
