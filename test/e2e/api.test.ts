@@ -100,6 +100,7 @@ done`;
   });
   expect(await api('PUT', 'vm.resize-disk', { ...smaller, shrink: true })).toEqual(done);
   expect(await sizes()).toEqual(['16384', '65536']);
+  expect(await api('PUT', 'vm.resize-disk', { ...smaller, desired_size: 16 * MIB })).toEqual(done);
   expect(await api('PUT', 'vm.resize-disk', { id: 'none', desired_size: 8 * MIB })).toMatchObject({ status: 404 });
 
   expect(await api('PUT', 'vm.resize', { desired_balloon: 64 * MIB })).toEqual(done);
