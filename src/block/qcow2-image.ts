@@ -368,10 +368,10 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
    * @param guest where the first of them begins
    */
   #revive(guest: number, count: number, host: number, from: number, to: number): void {
-    const guestEnd = guest + count * this.clusterSize;
+    const { clusterSize } = this;
+    const guestEnd = guest + count * clusterSize;
     if (from > guest) this.writeZeros(host, from - guest);
     if (to < guestEnd) this.writeZeros(host + to - guest, guestEnd - to);
-    const { clusterSize } = this;
     this.extent.allocation = this.#allocations.add(guest / clusterSize, count, host / clusterSize, true);
   }
 
