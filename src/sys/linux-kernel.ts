@@ -1,5 +1,5 @@
 /**
- * The real host kernel, through koffi and libc: the only file of the product that passes pointers to native code.
+ * The real host kernel, through koffi (koffi.ts) and libc: the only file of the product that passes pointers to native code.
  *
  * What makes the calls safe in general: every pointer argument is either a Uint8Array, whose memory koffi pins for the
  * length of the synchronous call and whose length the caller sized to the structure, or an address that `map` obtained and
@@ -7,7 +7,6 @@
  */
 import fs from 'node:fs';
 import os from 'node:os';
-import koffi from 'koffi';
 import {
   EPOLL_EVENT,
   errnoName,
@@ -22,6 +21,7 @@ import {
   type OpenOptions,
   SystemError,
 } from './host-kernel.js';
+import { koffi } from './koffi.js';
 
 const libc = koffi.load('libc.so.6');
 
