@@ -216,7 +216,7 @@ function modeHelp(title: string, modes: readonly ModeChoice[]): string {
 }
 
 const { payload, cpus, memory, serial, console, pvpanic, watchdog } = vmConfigSchema.shape;
-const defaults = vmConfigSchema.parse({ payload: { kernel: 'any' } });
+const defaults = () => vmConfigSchema.parse({ payload: { kernel: 'any' } });
 
 /** Options of `vmm` itself, in the order of --help. */
 export const RUN_FLAGS: readonly Flag[] = [
@@ -227,13 +227,17 @@ export const RUN_FLAGS: readonly Flag[] = [
     name: 'cpus',
     group: 'Machine:',
     takes: 'value',
-    help: listHelp(describe(cpus), CPUS_SUB_OPTIONS, cpusSchema.shape, defaults.cpus),
+    get help() {
+      return listHelp(describe(cpus), CPUS_SUB_OPTIONS, cpusSchema.shape, defaults().cpus);
+    },
   },
   {
     name: 'memory',
     group: 'Machine:',
     takes: 'value',
-    help: listHelp(describe(memory), MEMORY_SUB_OPTIONS, memorySchema.shape, defaults.memory),
+    get help() {
+      return listHelp(describe(memory), MEMORY_SUB_OPTIONS, memorySchema.shape, defaults().memory);
+    },
   },
   { name: 'serial', group: 'Machine:', takes: 'value', help: modeHelp(describe(serial), SERIAL_MODES) },
   { name: 'console', group: 'Machine:', takes: 'value', help: modeHelp(describe(console), CONSOLE_MODES) },
@@ -244,7 +248,9 @@ export const RUN_FLAGS: readonly Flag[] = [
       name: option.name,
       group: option.name === 'platform' ? 'Machine:' : 'Devices:',
       takes: option.several ? 'list' : 'value',
-      help: listHelp(title, shown, option.shape, deviceDefaults(option)),
+      get help() {
+        return listHelp(title, shown, option.shape, deviceDefaults(option));
+      },
     };
   }),
   { name: 'watchdog', group: 'Devices:', takes: 'switch', help: describe(watchdog) },

@@ -21,12 +21,15 @@ export type Command =
 /** Columns of the help. */
 const HELP_WIDTH = 100;
 
-function declare(parser: Argv, flags: readonly Flag[]): void {
-  for (const { name, alias, group, takes, help } of flags) {
+/** @param helps whether the texts are to be shown: to make them takes longer than all else */
+function declare(parser: Argv, flags: readonly Flag[], helps: boolean): void {
+  for (const flag of flags) {
+    const { name, alias, group, takes } = flag;
     const valued = takes === 'value' || takes === 'list';
     const type = valued ? 'string' : takes === 'switch' ? 'boolean' : 'count';
     const array = takes === 'list';
-    parser.option(name, { alias: alias ?? [], group, description: help, type, array, requiresArg: valued });
+    const description = helps ? flag.help : undefined;
+    parser.option(name, { alias: alias ?? [], group, description, type, array, requiresArg: valued });
   }
 }
 
@@ -76,6 +79,7 @@ export function parseCommandLine(argv: readonly string[], host: HostFacts): Comm
   refuseValuesOfSwitches(argv);
   refuseDashedValues(argv);
   let command: Command | undefined;
+  const helps = argv.length === 0 || argv.some((word) => word === '--help' || /^-[vV]*h/.test(word));
   const help = (parser: Argv): Command => {
     let text = '';
     parser.showHelp((shown) => (text = shown));
@@ -107,7 +111,7 @@ export function parseCommandLine(argv: readonly string[], host: HostFacts): Comm
       command: '$0',
       describe: 'Run a virtual machine',
       builder: (run) => {
-        declare(run, RUN_FLAGS);
+        declare(run, RUN_FLAGS, helps);
         return run
           .usage('$0 --kernel PATH [OPTIONS]\n\nRun a virtual machine')
           .epilogue(
@@ -124,7 +128,7 @@ export function parseCommandLine(argv: readonly string[], host: HostFacts): Comm
       command: 'doctor',
       describe: 'Say what this host can do',
       builder: (doctor) => {
-        declare(doctor, DOCTOR_FLAGS);
+        declare(doctor, DOCTOR_FLAGS, helps);
         return doctor;
       },
       handler: (found) => {

@@ -4,6 +4,9 @@
  */
 import * as z from 'zod';
 
+// A process checks one configuration: to compile a function for each schema first takes longer than that.
+z.config({ jitless: true });
+
 /** Slots of a PCI segment; slot 0 of segment 0 is the host bridge's. */
 export const PCI_SLOTS = 32;
 export const MAX_PCI_SEGMENTS = 16;
