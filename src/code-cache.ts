@@ -109,7 +109,7 @@ export function writeCache(folders: readonly string[], name: string, bytes: Buff
 /**
  * Compiles a bundle with its cache where there is one.
  *
- * @returns the script, and what makes its cache once it has run: `undefined` where that is not needed
+ * @returns the script, and what makes its cache once it has run, unless another thread has: `undefined` where that is not needed
  */
 export function compile(
   source: string,
@@ -126,5 +126,9 @@ export function compile(
   const cachedData = readCache(folders, name);
   const script = new vm.Script(source, { filename, cachedData });
   const isHot = cachedData !== undefined && script.cachedDataRejected !== true;
-  return { script, keep: isHot ? undefined : () => writeCache(folders, name, script.createCachedData()) };
+  const keep = () => {
+    if (cachedData === undefined && readCache(folders, name) !== undefined) return;
+    writeCache(folders, name, script.createCachedData());
+  };
+  return { script, keep: isHot ? undefined : keep };
 }

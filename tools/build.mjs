@@ -28,15 +28,17 @@ const LAUNCHER = 'dist/vmm.js';
 const product = {
   'dist/main.js': 'src/main.ts',
   [LAUNCHER]: 'src/launch.ts',
-  'dist/vcpu-worker.js': 'src/threads/vcpu-worker.ts',
-  'dist/io-worker.js': 'src/threads/io-worker.ts',
+  'dist/vcpu-worker.bundle.js': 'src/threads/vcpu-worker.ts',
+  'dist/io-worker.bundle.js': 'src/threads/io-worker.ts',
 };
+/** What starts the bundle of a thread. */
+const WORKER_LAUNCHER = 'src/launch-worker.ts';
 // The same command on a simulated /dev/mshv, for tests: never in the package. It has a launcher as well.
 const SIMULATED_LAUNCHER = 'dist/tools/simulated/vmm.js';
 const simulated = {
   'dist/tools/simulated/main.js': 'test/support/simulated/main.ts',
-  'dist/tools/simulated/vcpu-worker.js': 'test/support/simulated/vcpu-worker.ts',
-  'dist/tools/simulated/io-worker.js': 'test/support/simulated/io-worker.ts',
+  'dist/tools/simulated/vcpu-worker.bundle.js': 'test/support/simulated/vcpu-worker.ts',
+  'dist/tools/simulated/io-worker.bundle.js': 'test/support/simulated/io-worker.ts',
 };
 const tools = {
   'dist/tools/start.js': 'tools/start.ts',
@@ -61,7 +63,7 @@ async function bundle(output, entry, options) {
   const result = await build({ ...common, ...options, entryPoints: [entry], outfile: output, metafile: true });
   const bytes = result.outputFiles[0].contents;
   writeWhole(path.join(root, output), bytes, 0o755);
-  return { bytes, inputs: Object.keys(result.metafile.inputs) };
+  return { output, bytes, inputs: Object.keys(result.metafile.inputs) };
 }
 
 const script = (output) => ({
@@ -80,14 +82,17 @@ const minified = (output, entry, options = {}) =>
   bundle(output, entry, { ...script(output), minifySyntax: true, minifyWhitespace: true, ...options });
 
 /** What starts a bundle with a code cache. @returns the bundle's hash, and the launcher's sources */
-async function launcher(output, { bytes }) {
+async function launcher(output, entry, { output: name, bytes }) {
   const hash = createHash('sha256').update(bytes).digest('hex').slice(0, 16);
   const { define } = script(output);
-  const { inputs } = await minified(output, product[LAUNCHER], {
-    define: { ...define, BUNDLE_HASH: JSON.stringify(hash) },
-  });
+  const names = { BUNDLE_NAME: JSON.stringify(path.basename(name)), BUNDLE_HASH: JSON.stringify(hash) };
+  const { inputs } = await minified(output, entry, { define: { ...define, ...names } });
   return { hash, inputs };
 }
+
+/** What starts the threads whose bundles these are. */
+const workerLaunchers = (bundles) =>
+  Promise.all(bundles.map((made) => launcher(made.output.replace('.bundle', ''), WORKER_LAUNCHER, made)));
 
 /** Makes the code cache of this machine (labs make their own) by a start that goes as far as the first thing that cannot be there. */
 function makeCache(output, hash, options = []) {
@@ -115,7 +120,7 @@ function licences(inputs) {
   return [...new Set(texts)].sort().join(`\n${'-'.repeat(80)}\n\n`);
 }
 
-const [[simulatedMain], ...built] = await Promise.all([
+const [[simulatedMain, ...simulatedWorkers], ...built] = await Promise.all([
   Promise.all([
     ...Object.entries(simulated).map(([output, entry]) => bundle(output, entry, script(output))),
     ...Object.entries(tools).map(([output, entry]) => bundle(output, entry, { format: 'esm', banner: { js: banner } })),
@@ -124,10 +129,12 @@ const [[simulatedMain], ...built] = await Promise.all([
     .filter((output) => output !== LAUNCHER)
     .map((output) => minified(output, product[output])),
 ]);
-const [main] = built;
-const start = await launcher(LAUNCHER, main);
-const simulatedStart = await launcher(SIMULATED_LAUNCHER, simulatedMain);
-const inputs = [start, ...built].flatMap((each) => each.inputs);
+const [main, ...workers] = built;
+const start = await launcher(LAUNCHER, product[LAUNCHER], main);
+const simulatedStart = await launcher(SIMULATED_LAUNCHER, product[LAUNCHER], simulatedMain);
+const workerStarts = await workerLaunchers(workers);
+await workerLaunchers(simulatedWorkers.filter(({ output }) => output.includes('.bundle')));
+const inputs = [start, ...workerStarts, ...built].flatMap((each) => each.inputs);
 writeWhole(path.join(root, 'dist/THIRD-PARTY-LICENSES'), licences(inputs), 0o644);
 writeWhole(path.join(root, 'dist/package.json'), '{ "type": "commonjs" }\n', 0o644);
 writeWhole(path.join(root, 'dist/tools/package.json'), '{ "type": "module" }\n', 0o644);

@@ -135,6 +135,14 @@ describe('compiling', () => {
     expect(run(source, 'aa')).toEqual({ result: 42, keep: undefined });
   });
 
+  test('of two threads that started cold, the first to end makes it', () => {
+    const [one, other] = [run(source, 'aa'), run(source, 'aa')];
+    one.keep!();
+    const made = fs.statSync(path.join(first, cacheName('aa'))).ino;
+    other.keep!();
+    expect(fs.statSync(path.join(first, cacheName('aa'))).ino).toBe(made);
+  });
+
   test('a cache of another bundle is not looked at', () => {
     run(source, 'aa').keep!();
     expect(run(source, 'bb').keep).toBeDefined();
