@@ -95,7 +95,10 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     test.each(cases)('$flavour kernel, $vcpus vCPUs$name', async ({ cmdline, flavour, vcpus, clock }) => {
       const expected = { kernel: kernels[flavour], vcpus, mib: MEMORY, kernelShare: KERNEL_SHARE, clock };
       await expectFacts(host, expected, (command) =>
-        run({ cmdline, task: { command }, vmm: ['--cpus', `boot=${vcpus}`, '--memory', `size=${MEMORY}M`] }, flavour),
+        run(
+          { cmdline, usual: true, task: { command }, vmm: ['--cpus', `boot=${vcpus}`, '--memory', `size=${MEMORY}M`] },
+          flavour,
+        ),
       );
     });
   });

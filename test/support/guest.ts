@@ -14,6 +14,9 @@ export const VMM = [process.execPath, path.resolve('dist/vmm.js')];
 /** A file that gets all that guests print, for finding out why a test fails. */
 const CONSOLE_COPY = process.env['VMM_TEST_CONSOLE'];
 
+/** What a kernel takes 3 s of a lab's processor for: to find a random place for itself, and to test its ciphers. */
+const LEFT_OUT = 'nokaslr cryptomgr.notests';
+
 export interface GuestOptions {
   /** Left out: the vmm that a user would start on this host. */
   readonly backend?: Backend;
@@ -25,6 +28,8 @@ export interface GuestOptions {
   readonly initramfs?: string;
   /** Beyond the console and `quiet`. */
   readonly cmdline?: string;
+  /** Whether it has the command line of a user's guest, and so does {@link LEFT_OUT} as well. */
+  readonly usual?: boolean;
   /** Further options for vmm. */
   readonly vmm?: readonly string[];
   readonly tty?: { readonly rows: number; readonly columns: number };
@@ -57,7 +62,11 @@ export class Guest {
       await writeInitramfs(own, { architecture: options.backend?.architecture, ...options.task });
     const initramfs = options.initramfs ?? own;
     const { backend } = options;
-    const cmdline = `console=${backend?.console ?? 'ttyS0'} panic=-1 quiet ${options.cmdline ?? ''}`.trim();
+    const cmdline = [
+      ...[`console=${backend?.console ?? 'ttyS0'}`, 'panic=-1', 'quiet'],
+      ...(options.usual === true ? [] : [LEFT_OUT]),
+      ...(options.cmdline ?? '').split(' ').filter(Boolean),
+    ].join(' ');
     const argv = [
       ...(backend?.vmm ?? VMM),
       ...['--kernel', options.image ?? options.kernel.vmlinuz, '--initramfs', initramfs],
