@@ -21,15 +21,13 @@ export type Command =
 /** Columns of the help. */
 const HELP_WIDTH = 100;
 
-/** @param helps whether the texts are to be shown: to make them takes longer than all else */
-function declare(parser: Argv, flags: readonly Flag[], helps: boolean): void {
-  for (const flag of flags) {
-    const { name, alias, group, takes } = flag;
+/** Without the texts of the help: to make them takes longer than all else. */
+function declare(parser: Argv, flags: readonly Flag[]): void {
+  for (const { name, alias, group, takes } of flags) {
     const valued = takes === 'value' || takes === 'list';
     const type = valued ? 'string' : takes === 'switch' ? 'boolean' : 'count';
     const array = takes === 'list';
-    const description = helps ? flag.help : undefined;
-    parser.option(name, { alias: alias ?? [], group, description, type, array, requiresArg: valued });
+    parser.option(name, { alias: alias ?? [], group, type, array, requiresArg: valued });
   }
 }
 
@@ -79,8 +77,8 @@ export function parseCommandLine(argv: readonly string[], host: HostFacts): Comm
   refuseValuesOfSwitches(argv);
   refuseDashedValues(argv);
   let command: Command | undefined;
-  const helps = argv.length === 0 || argv.some((word) => word === '--help' || /^-[vV]*h/.test(word));
-  const help = (parser: Argv): Command => {
+  const help = (parser: Argv, flags: readonly Flag[]): Command => {
+    for (const flag of flags) parser.describe(flag.name, flag.help);
     let text = '';
     parser.showHelp((shown) => (text = shown));
     return { kind: 'help', text };
@@ -111,7 +109,7 @@ export function parseCommandLine(argv: readonly string[], host: HostFacts): Comm
       command: '$0',
       describe: 'Run a virtual machine',
       builder: (run) => {
-        declare(run, RUN_FLAGS, helps);
+        declare(run, RUN_FLAGS);
         return run
           .usage('$0 --kernel PATH [OPTIONS]\n\nRun a virtual machine')
           .epilogue(
@@ -119,7 +117,7 @@ export function parseCommandLine(argv: readonly string[], host: HostFacts): Comm
           );
       },
       handler: (found) => {
-        if (argv.length === 0 || found['help'] === true) command = help(parser);
+        if (argv.length === 0 || found['help'] === true) command = help(parser, RUN_FLAGS);
         else if (found['version'] === true) command = { kind: 'version', text: `vmm ${packageJson.version}` };
         else command = readRun(found, host);
       },
@@ -128,11 +126,12 @@ export function parseCommandLine(argv: readonly string[], host: HostFacts): Comm
       command: 'doctor',
       describe: 'Say what this host can do',
       builder: (doctor) => {
-        declare(doctor, DOCTOR_FLAGS, helps);
+        declare(doctor, DOCTOR_FLAGS);
         return doctor;
       },
       handler: (found) => {
-        command = found['help'] === true ? help(parser) : { kind: 'doctor', json: found['json'] === true };
+        command =
+          found['help'] === true ? help(parser, DOCTOR_FLAGS) : { kind: 'doctor', json: found['json'] === true };
       },
     });
   parser.parseSync(argv);

@@ -431,6 +431,7 @@ describe('other commands', () => {
     const help = parse();
     expect(parse('--help')).toEqual(help);
     expect(parse('-vh')).toEqual(help);
+    expect(parse('--h')).toEqual(help);
     const text = help.kind === 'help' ? help.text : '';
     for (const { name } of RUN_FLAGS) expect(text).toContain(`--${name}`);
     for (const line of [
