@@ -120,11 +120,11 @@ function licences(inputs) {
   return [...new Set(texts)].sort().join(`\n${'-'.repeat(80)}\n\n`);
 }
 
-const [[simulatedMain, ...simulatedWorkers], ...built] = await Promise.all([
-  Promise.all([
-    ...Object.entries(simulated).map(([output, entry]) => bundle(output, entry, script(output))),
-    ...Object.entries(tools).map(([output, entry]) => bundle(output, entry, { format: 'esm', banner: { js: banner } })),
-  ]),
+const [[simulatedMain, ...simulatedWorkers], , ...built] = await Promise.all([
+  Promise.all(Object.entries(simulated).map(([output, entry]) => bundle(output, entry, script(output)))),
+  Promise.all(
+    Object.entries(tools).map(([output, entry]) => bundle(output, entry, { format: 'esm', banner: { js: banner } })),
+  ),
   ...Object.keys(product)
     .filter((output) => output !== LAUNCHER)
     .map((output) => minified(output, product[output])),
@@ -133,7 +133,7 @@ const [main, ...workers] = built;
 const start = await launcher(LAUNCHER, product[LAUNCHER], main);
 const simulatedStart = await launcher(SIMULATED_LAUNCHER, product[LAUNCHER], simulatedMain);
 const workerStarts = await workerLaunchers(workers);
-await workerLaunchers(simulatedWorkers.filter(({ output }) => output.includes('.bundle')));
+await workerLaunchers(simulatedWorkers);
 const inputs = [start, ...workerStarts, ...built].flatMap((each) => each.inputs);
 writeWhole(path.join(root, 'dist/THIRD-PARTY-LICENSES'), licences(inputs), 0o644);
 writeWhole(path.join(root, 'dist/package.json'), '{ "type": "commonjs" }\n', 0o644);

@@ -49,7 +49,7 @@ test('the licences of what it has in itself are in it', () => {
   for (const part of text.split(/^-{80}$/m)) expect(part).toMatch(/copyright|Apache License/i);
 });
 
-test('it holds no code cache: the first machine makes them', async () => {
+test('it holds no code caches: the first machine makes them', async () => {
   const caches = () => fs.readdirSync(bundles).filter((name) => name.endsWith('.cache'));
   expect(caches()).toEqual([]);
   const vmm = path.join(modules, '.bin/vmm');
