@@ -14,6 +14,9 @@ export const VMM = [process.execPath, path.resolve('dist/vmm.js')];
 /** A file that gets all that guests print, for finding out why a test fails. */
 const CONSOLE_COPY = process.env['VMM_TEST_CONSOLE'];
 
+/** How long a guest runs before it counts as one that hangs: less than a test may take, which then tells what the guest said. */
+const HANG_MILLISECONDS = 540_000;
+
 /** What a kernel takes 3 s of a lab's processor for: to find a random place for itself, and to test its ciphers. */
 const LEFT_OUT = 'nokaslr cryptomgr.notests';
 
@@ -40,6 +43,7 @@ export class Guest {
   #console = '';
   #watchers: (() => void)[] = [];
   #log = '';
+  #hangs = false;
   readonly #stderr: Promise<string>;
 
   private constructor(readonly process: HostProcess) {
@@ -53,6 +57,12 @@ export class Guest {
       for (const watcher of this.#watchers) watcher();
     });
     this.#stderr = once(process.stderr, 'end').then(() => this.#log);
+    const limit = setTimeout(() => {
+      this.#hangs = true;
+      process.kill('SIGKILL');
+    }, HANG_MILLISECONDS);
+    const cleared = () => clearTimeout(limit);
+    process.exit.then(cleared, cleared);
   }
 
   /** @param folder for the guest's files */
@@ -109,7 +119,10 @@ export class Guest {
       });
       this.process.exit.then(() => {
         if (found()) resolve();
-        else reject(new Error(`The guest ended without ${String(text)}: ${seen().slice(-2000)}`));
+        else
+          reject(
+            new Error(`The guest ${this.#hangs ? 'hangs' : 'ended'} without ${String(text)}: ${seen().slice(-2000)}`),
+          );
       }, reject);
     });
   }
@@ -133,9 +146,13 @@ export class Guest {
     this.process.stdin.write(text);
   }
 
-  /** @returns vmm's exit status (null after a signal) and its log */
+  /**
+   * @returns vmm's exit status (null after a signal) and its log
+   * @throws Error when it hangs
+   */
   async end(): Promise<{ status: number | null; signal: string | null; log: string }> {
     const [{ status, signal }, log] = await Promise.all([this.process.exit, this.#stderr]);
+    if (this.#hangs) throw new Error(`The guest hangs: ${this.#console.slice(-2000)}\n${log.slice(-2000)}`);
     return { status, signal, log };
   }
 }
