@@ -7,9 +7,9 @@
 import http from 'node:http';
 import * as z from 'zod';
 import type { HostKernel } from '../sys/host-kernel.js';
-import type { Machine } from '../vmm/machine.js';
-import { causeMessages, RequestError } from '../vmm/machine-error.js';
-import { bindSocket } from '../vmm/unix-socket.js';
+import type { Machine } from '../vmm/machine/machine.js';
+import { causeMessages, RequestError } from '../vmm/machine/machine-error.js';
+import { bindSocket } from '../vmm/host/unix-socket.js';
 
 const BASE = '/api/v1/';
 const MAX_BODY_BYTES = 4 * 1024 * 1024;

@@ -1,6 +1,6 @@
 /** What a virtio block device is to its driver (virtio 1.3, 5.2). */
 import { type VirtioDescription, VirtioType } from '../virtio/device.js';
-import { MAX_CHAIN } from '../virtio/queue.js';
+import { MAX_CHAIN } from '../virtio/queue/queue.js';
 
 export const SECTOR = 512;
 /** Ranges in one discard or write-zeroes request. */

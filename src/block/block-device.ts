@@ -8,7 +8,7 @@
  * the turn's own bound) goes on with it. So nothing waits for a kick that the driver has no reason to send.
  */
 import type { DeviceContext, DeviceQueue, Driver, Timer, VirtioDevice } from '../virtio/device.js';
-import { type Chain, Pop } from '../virtio/queue.js';
+import { type Chain, Pop } from '../virtio/queue/queue.js';
 import type { RateLimiter } from '../virtio/rate-limiter.js';
 import { BlockCounter, BlockFeature, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR, WRITEBACK } from './block-description.js';
 import { BlockTransfers, type TransferOptions } from './block-transfers.js';

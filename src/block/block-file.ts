@@ -1,7 +1,7 @@
 /** A host file or block device that holds an image. */
 import fs from 'node:fs';
 import { type HostKernel, SystemError } from '../sys/host-kernel.js';
-import { type BlockFile, ImageError } from './disk-image.js';
+import { type BlockFile, ImageError } from './formats/disk-image.js';
 
 /** linux/fs.h */
 const BLKGETSIZE64 = 0x8008_1272;

@@ -7,11 +7,11 @@
  */
 import type { EventLoop, Timer } from '../virtio/device.js';
 import { errnoText, type HostKernel, type HostMapping } from '../sys/host-kernel.js';
-import { IovecArray } from '../virtio/iovec.js';
-import { type Chain, MAX_CHAIN } from '../virtio/queue.js';
+import { IovecArray } from '../virtio/queue/iovec.js';
+import { type Chain, MAX_CHAIN } from '../virtio/queue/queue.js';
 import { MAX_RANGES, SECTOR } from './block-description.js';
-import { type DiskImage, type Extent, ExtentKind } from './disk-image.js';
-import type { IoEngine } from './io-engine.js';
+import { type DiskImage, type Extent, ExtentKind } from './formats/disk-image.js';
+import type { IoEngine } from './engines/io-engine.js';
 
 const EINTR = 4;
 const EAGAIN = 11;

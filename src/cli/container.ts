@@ -10,9 +10,9 @@ import { type Hypervisor, HypervisorError } from '../hypervisor/hypervisor.js';
 import { openHostKvm } from '../hypervisor/kvm/host.js';
 import { MSHV_DEVICE, openMshv } from '../hypervisor/mshv/mshv.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import type { Logger } from '../vmm/logger.js';
-import { openTaps } from '../vmm/taps.js';
-import { Machine } from '../vmm/machine.js';
+import type { Logger } from '../vmm/log/logger.js';
+import { openTaps } from '../vmm/host/taps.js';
+import { Machine } from '../vmm/machine/machine.js';
 
 const HOST_KERNEL: ServiceIdentifier<HostKernel> = Symbol('HostKernel');
 export const HYPERVISOR: ServiceIdentifier<Hypervisor> = Symbol('Hypervisor');

@@ -1,6 +1,6 @@
 /** How the process tells its user that something failed. */
 import { OptionError, printable } from '../config/option-syntax.js';
-import { causeMessages } from '../vmm/machine-error.js';
+import { causeMessages } from '../vmm/machine/machine-error.js';
 
 const EXIT_FAILURE = 1;
 const EXIT_USAGE = 2;

@@ -8,8 +8,8 @@ import type winston from 'winston';
 import { OptionError, printable } from '../config/option-syntax.js';
 import type { ProcessOptions } from '../config/vm-config.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import { HostOutput, openOutputFile, openStandard, type OutputTarget } from '../vmm/host-output.js';
-import type { Logger } from '../vmm/logger.js';
+import { HostOutput, openOutputFile, openStandard, type OutputTarget } from '../vmm/host/host-output.js';
+import type { Logger } from '../vmm/log/logger.js';
 
 /** By the number of -v. */
 const LEVELS = ['warn', 'info', 'debug'] as const;

@@ -4,7 +4,7 @@ import { readHostFacts } from '../config/host-facts.js';
 import type { Api } from '../api/server.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import { HYPERVISOR, machineContainer, MACHINE, type WorkerScripts } from './container.js';
-import { HostOutput, openStandard } from '../vmm/host-output.js';
+import { HostOutput, openStandard } from '../vmm/host/host-output.js';
 import { reportAndExitCode } from './errors.js';
 import { openLog } from './logging.js';
 import { type Command, parseCommandLine } from './parse.js';

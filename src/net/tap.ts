@@ -1,6 +1,6 @@
 /** Tap devices: made or adopted, and set up as the host's end of a guest's network (linux/if_tun.h, netdevice(7)). */
 import { type HostKernel, SystemError } from '../sys/host-kernel.js';
-import type { TapControl } from '../virtio/net-control.js';
+import type { TapControl } from '../virtio/devices/net/control.js';
 
 export const TUN = {
   TUNSETIFF: 0x400454ca,

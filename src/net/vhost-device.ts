@@ -1,7 +1,7 @@
 /** A network device whose packets the host's kernel moves: this worker serves the control queue alone. */
 import { EPOLL, SystemError } from '../sys/host-kernel.js';
 import type { DeviceContext, DeviceQueue, Driver, VirtioDevice } from '../virtio/device.js';
-import { NetControl, type TapControl } from '../virtio/net-control.js';
+import { NetControl, type TapControl } from '../virtio/devices/net/control.js';
 import { VhostPair, type VhostRegion } from './vhost.js';
 
 export interface VhostNetOptions {

@@ -2,7 +2,7 @@
  * What a worker tells main. However often a guest makes its devices tell something, only so many messages are on their way;
  * beyond that a device's message of one kind replaces the one before it, and waits until main has read.
  */
-import { IN_FLIGHT_LIMIT, type IoMessage, Mail } from '../vmm/device-specs.js';
+import { IN_FLIGHT_LIMIT, type IoMessage, Mail } from '../vmm/devices/device-specs.js';
 
 type DeviceMessage = Extract<IoMessage, { kind: 'device' }>;
 

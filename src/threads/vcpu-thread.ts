@@ -3,10 +3,10 @@ import fs from 'node:fs';
 import { parentPort, workerData } from 'node:worker_threads';
 import { StateBlock } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import type { VcpuMessage, VcpuWorkerData } from '../vmm/cpu-manager.js';
-import { attachMemory } from '../vmm/memory-manager.js';
-import { attachPlatform } from '../vmm/platform.js';
-import { awaitCommand, runVcpu, VcpuCommand, vcpuControlLayout } from '../vmm/vcpu-loop.js';
+import type { VcpuMessage, VcpuWorkerData } from '../vmm/cpus/cpu-manager.js';
+import { attachMemory } from '../vmm/memory/memory-manager.js';
+import { attachPlatform } from '../vmm/boards/platform.js';
+import { awaitCommand, runVcpu, VcpuCommand, vcpuControlLayout } from '../vmm/cpus/vcpu-loop.js';
 import { attachSignals, attachVcpu } from './backends.js';
 
 /** Spends the thread's life in the guest. */

@@ -8,7 +8,7 @@
  */
 import type { GuestMemory } from '../memory/guest-memory.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import type { VirtQueue } from './queue.js';
+import type { VirtQueue } from './queue/queue.js';
 
 /** Device types: virtio 1.3, chapter 5. */
 export const VirtioType = {

@@ -27,7 +27,7 @@ import {
 import { GuestMemory } from '../../src/memory/guest-memory.js';
 import { StateBlock } from '../../src/state/state-block.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
-import { runVcpu, VcpuCommand, vcpuControlLayout } from '../../src/vmm/vcpu-loop.js';
+import { runVcpu, VcpuCommand, vcpuControlLayout } from '../../src/vmm/cpus/vcpu-loop.js';
 import { median, row, type Row } from './report.js';
 
 const INSTRUCTIONS = 100_000;

@@ -11,7 +11,7 @@ import { Bus, type BusDevice } from '../../src/devices/bus.js';
 import { openKvm } from '../../src/hypervisor/kvm/kvm.js';
 import { StateBlock } from '../../src/state/state-block.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
-import { runVcpu, VcpuCommand, vcpuControlLayout } from '../../src/vmm/vcpu-loop.js';
+import { runVcpu, VcpuCommand, vcpuControlLayout } from '../../src/vmm/cpus/vcpu-loop.js';
 import { median, row, type Row } from './report.js';
 
 const EXITS = 20_000;

@@ -3,7 +3,7 @@
  * bytes, new places that are the image's only when they were written, and "busy" for what touches one of those before.
  */
 import fs from 'node:fs';
-import { type DiskImage, type Extent, ExtentKind } from '../../src/block/disk-image.js';
+import { type DiskImage, type Extent, ExtentKind } from '../../src/block/formats/disk-image.js';
 
 const CLUSTER = 4096;
 

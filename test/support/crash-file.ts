@@ -1,5 +1,5 @@
 /** A file in memory that knows what of it a power failure may leave: all up to the last sync, and of what came later any part. */
-import type { BlockFile } from '../../src/block/disk-image.js';
+import type { BlockFile } from '../../src/block/formats/disk-image.js';
 
 const SECTOR = 512;
 

@@ -1,5 +1,5 @@
 /** An I/O engine between the device and a real one that tells what is done in any order, late, short, or as failed. */
-import type { Completion, EngineName, IoEngine } from '../../src/block/io-engine.js';
+import type { Completion, EngineName, IoEngine } from '../../src/block/engines/io-engine.js';
 import type { HostKernel } from '../../src/sys/host-kernel.js';
 import type { EventLoop } from '../../src/virtio/device.js';
 

@@ -10,10 +10,10 @@ import {
   featureWords,
   OWN_WORDS,
 } from '../../src/virtio/device.js';
-import { EpollLoop } from '../../src/virtio/epoll-loop.js';
-import { PACKED_START, PackedQueue } from '../../src/virtio/packed-queue.js';
-import { QUEUE_WORDS, QueueWord, type VirtQueue } from '../../src/virtio/queue.js';
-import { SplitQueue } from '../../src/virtio/split-queue.js';
+import { EpollLoop } from '../../src/virtio/transport/epoll-loop.js';
+import { PACKED_START, PackedQueue } from '../../src/virtio/queue/packed-queue.js';
+import { QUEUE_WORDS, QueueWord, type VirtQueue } from '../../src/virtio/queue/queue.js';
+import { SplitQueue } from '../../src/virtio/queue/split-queue.js';
 
 export const RAM_SIZE = 16 * 2 ** 20;
 /** A second stretch of RAM behind a hole. */

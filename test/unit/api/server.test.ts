@@ -8,7 +8,7 @@ import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from '@jest/globals';
 import { type Api, type ApiMachine, openApi } from '../../../src/api/server.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { RequestError } from '../../../src/vmm/machine-error.js';
+import { RequestError } from '../../../src/vmm/machine/machine-error.js';
 
 const kernel = new LinuxKernel();
 let folder: string;

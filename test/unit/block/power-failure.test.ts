@@ -11,9 +11,9 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
-import { type BlockFile, type DiskImage, ExtentKind } from '../../../src/block/disk-image.js';
-import { openQcow2 } from '../../../src/block/qcow2.js';
-import { RawImage } from '../../../src/block/raw-image.js';
+import { type BlockFile, type DiskImage, ExtentKind } from '../../../src/block/formats/disk-image.js';
+import { openQcow2 } from '../../../src/block/formats/qcow2/qcow2.js';
+import { RawImage } from '../../../src/block/formats/raw-image.js';
 import { corruptions } from '../../support/qcow2-check.js';
 import { CrashFile, LOSSES, random } from '../../support/crash-file.js';
 

@@ -8,8 +8,8 @@ import os from 'node:os';
 import path from 'node:path';
 import { afterAll, afterEach, beforeAll, expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { type BlockFile, type DiskImage, ExtentKind, ImageError } from '../../../src/block/disk-image.js';
-import { openQcow2 } from '../../../src/block/qcow2.js';
+import { type BlockFile, type DiskImage, ExtentKind, ImageError } from '../../../src/block/formats/disk-image.js';
+import { openQcow2 } from '../../../src/block/formats/qcow2/qcow2.js';
 
 const SECTOR = 512;
 /** Not a package's. */

@@ -3,9 +3,9 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from '@jest/globals';
-import { type BlockFile, type DiskImage, ExtentKind, ImageError } from '../../../src/block/disk-image.js';
-import { readRefcount, writeRefcount } from '../../../src/block/qcow2-refcount.js';
-import { isQcow2, openQcow2 } from '../../../src/block/qcow2.js';
+import { type BlockFile, type DiskImage, ExtentKind, ImageError } from '../../../src/block/formats/disk-image.js';
+import { readRefcount, writeRefcount } from '../../../src/block/formats/qcow2/refcount.js';
+import { isQcow2, openQcow2 } from '../../../src/block/formats/qcow2/qcow2.js';
 
 const KIB = 1024;
 /** Not a package's. */

@@ -6,10 +6,10 @@ import { afterAll, afterEach, describe, expect, jest, test } from '@jest/globals
 import { HostBlockFile } from '../../../src/block/block-file.js';
 import { BlockDevice } from '../../../src/block/block-device.js';
 import { blockDescription } from '../../../src/block/block-description.js';
-import { openEngine } from '../../../src/block/engine.js';
-import { probeFormat } from '../../../src/block/image-formats.js';
-import { type EngineName, ENGINES } from '../../../src/block/io-engine.js';
-import { RawImage } from '../../../src/block/raw-image.js';
+import { openEngine } from '../../../src/block/engines/engine.js';
+import { probeFormat } from '../../../src/block/formats/image-formats.js';
+import { type EngineName, ENGINES } from '../../../src/block/engines/io-engine.js';
+import { RawImage } from '../../../src/block/formats/raw-image.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 

@@ -8,7 +8,7 @@ import { openMshv } from '../../../src/hypervisor/mshv/mshv.js';
 import { closeAll } from '../../../src/sys/close-all.js';
 import { type HostKernel, type HostMapping, type MapOptions, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { X86Board } from '../../../src/vmm/x86-board.js';
+import { X86Board } from '../../../src/vmm/boards/x86-board.js';
 import { SimulatedMshvKernel } from '../../support/mshv/simulated-kernel.js';
 
 const config = vmConfigSchema.parse({ payload: { kernel: 'k' }, cpus: { boot_vcpus: 2, max_vcpus: 2 } });

@@ -6,7 +6,7 @@ import type { X86Vcpu } from '../../../src/hypervisor/hypervisor.js';
 import * as abi from '../../../src/hypervisor/mshv/abi.js';
 import { openMshv } from '../../../src/hypervisor/mshv/mshv.js';
 import { MshvVcpu } from '../../../src/hypervisor/mshv/vcpu.js';
-import { X86Board } from '../../../src/vmm/x86-board.js';
+import { X86Board } from '../../../src/vmm/boards/x86-board.js';
 import { SimulatedMshvKernel } from '../../support/mshv/simulated-kernel.js';
 
 const { TSC, MSR_IA32_MISC_ENABLE } = abi.HV_X64_REGISTER;

@@ -10,8 +10,8 @@ import { VhostNetDevice } from '../../../src/net/vhost-device.js';
 import { VHOST, VHOST_DEVICE, vhostFeatures, VhostPair, type VhostQueue } from '../../../src/net/vhost.js';
 import { type OpenOptions, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { IovecArray } from '../../../src/virtio/iovec.js';
-import { NetFeature } from '../../../src/virtio/net-description.js';
+import { IovecArray } from '../../../src/virtio/queue/iovec.js';
+import { NetFeature } from '../../../src/virtio/devices/net/description.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 /** Values of C expressions, as the kernel's own headers have them. */

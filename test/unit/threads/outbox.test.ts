@@ -1,7 +1,7 @@
 import { expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import { Outbox } from '../../../src/threads/outbox.js';
-import { IN_FLIGHT_LIMIT, type IoMessage, Mail } from '../../../src/vmm/device-specs.js';
+import { IN_FLIGHT_LIMIT, type IoMessage, Mail } from '../../../src/vmm/devices/device-specs.js';
 
 /** Main's side, as IoManager has it. @returns whether it wakes the worker */
 function read(words: Int32Array): boolean {

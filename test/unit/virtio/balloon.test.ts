@@ -6,7 +6,7 @@ import {
   balloonDescription,
   BalloonFeature,
   LIST_LIMIT,
-} from '../../../src/virtio/balloon.js';
+} from '../../../src/virtio/devices/balloon.js';
 import {
   HIGH_RAM,
   HIGH_RAM_SIZE,

@@ -1,8 +1,8 @@
 import { describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { BytePipe } from '../../../src/virtio/byte-pipe.js';
-import { ConsoleDevice } from '../../../src/virtio/console.js';
+import { BytePipe } from '../../../src/virtio/devices/byte-pipe.js';
+import { ConsoleDevice } from '../../../src/virtio/devices/console.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 const kernel = new LinuxKernel();

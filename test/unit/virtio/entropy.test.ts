@@ -6,7 +6,12 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { HostKernel } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { EntropyCounter, EntropyDevice, entropyDescription, REQUEST_LIMIT } from '../../../src/virtio/entropy.js';
+import {
+  EntropyCounter,
+  EntropyDevice,
+  entropyDescription,
+  REQUEST_LIMIT,
+} from '../../../src/virtio/devices/entropy.js';
 import {
   RAM_SIZE,
   type TestBuffer,

@@ -5,7 +5,7 @@ import vm from 'node:vm';
 import { expect, test } from '@jest/globals';
 import { transformSync } from 'esbuild';
 import type { DeviceContext, VirtioDescription, VirtioDevice } from '../../../src/virtio/device.js';
-import { Pop } from '../../../src/virtio/queue.js';
+import { Pop } from '../../../src/virtio/queue/queue.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 interface Example {

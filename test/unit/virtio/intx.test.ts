@@ -5,12 +5,12 @@ import { intxLayout, IntxLines } from '../../../src/pci/intx.js';
 import { StateBlock } from '../../../src/state/state-block.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import type { DeviceContext, DeviceQueue, VirtioDescription } from '../../../src/virtio/device.js';
-import { EpollLoop } from '../../../src/virtio/epoll-loop.js';
-import { offeredFeatures, type VirtioPciHandle } from '../../../src/virtio/pci-handle.js';
-import { VirtioPciDevice } from '../../../src/virtio/pci-transport.js';
-import { Pop } from '../../../src/virtio/queue.js';
-import { VirtioRunner } from '../../../src/virtio/runner.js';
-import { transportLayout } from '../../../src/virtio/transport-state.js';
+import { EpollLoop } from '../../../src/virtio/transport/epoll-loop.js';
+import { offeredFeatures, type VirtioPciHandle } from '../../../src/virtio/transport/pci-handle.js';
+import { VirtioPciDevice } from '../../../src/virtio/transport/pci-transport.js';
+import { Pop } from '../../../src/virtio/queue/queue.js';
+import { VirtioRunner } from '../../../src/virtio/transport/runner.js';
+import { transportLayout } from '../../../src/virtio/transport/transport-state.js';
 import { TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 const kernel = new LinuxKernel();

@@ -5,8 +5,8 @@ import path from 'node:path';
 import { afterAll, expect, test } from '@jest/globals';
 import { adoptTap, openTap, tapControl, TUN } from '../../../src/net/tap.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { NetDevice, type NetOptions } from '../../../src/virtio/net.js';
-import { NetCounter, NetFeature } from '../../../src/virtio/net-description.js';
+import { NetDevice, type NetOptions } from '../../../src/virtio/devices/net/net.js';
+import { NetCounter, NetFeature } from '../../../src/virtio/devices/net/description.js';
 import { RateLimiter } from '../../../src/virtio/rate-limiter.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 

@@ -5,10 +5,10 @@ import path from 'node:path';
 import { afterAll, describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { NetDevice, type NetOptions } from '../../../src/virtio/net.js';
+import { NetDevice, type NetOptions } from '../../../src/virtio/devices/net/net.js';
 import { OWN_WORDS } from '../../../src/virtio/device.js';
-import type { TapControl } from '../../../src/virtio/net-control.js';
-import { NetCounter, netDescription, NetFeature } from '../../../src/virtio/net-description.js';
+import type { TapControl } from '../../../src/virtio/devices/net/control.js';
+import { NetCounter, netDescription, NetFeature } from '../../../src/virtio/devices/net/description.js';
 import { RateLimiter } from '../../../src/virtio/rate-limiter.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 

@@ -2,7 +2,7 @@ import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import type { HostKernel } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { PmemCounter, PmemDevice, pmemDescription } from '../../../src/virtio/pmem.js';
+import { PmemCounter, PmemDevice, pmemDescription } from '../../../src/virtio/devices/pmem.js';
 import {
   RAM_SIZE,
   type TestBuffer,

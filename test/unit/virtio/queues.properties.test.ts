@@ -1,7 +1,7 @@
 /** Hostile drivers: whatever is in the rings, a queue gives chains that lie in RAM or says that it is broken. */
 import { expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { Pop } from '../../../src/virtio/queue.js';
+import { Pop } from '../../../src/virtio/queue/queue.js';
 import { HIGH_RAM, RAM_SIZE, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 const CASES = 10_000;

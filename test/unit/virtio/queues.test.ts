@@ -1,7 +1,7 @@
 import { describe, expect, test } from '@jest/globals';
 import { WINDOW_SIZE } from '../../../src/memory/guest-memory.js';
-import { Pop } from '../../../src/virtio/queue.js';
-import { SplitQueue } from '../../../src/virtio/split-queue.js';
+import { Pop } from '../../../src/virtio/queue/queue.js';
+import { SplitQueue } from '../../../src/virtio/queue/split-queue.js';
 import { HIGH_RAM, HIGH_RAM_SIZE, PMEM, PMEM_SIZE, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 describe.each([

@@ -6,12 +6,12 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type HostMapping, type MapOptions, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { VsockDevice } from '../../../src/virtio/vsock.js';
-import { BUFFER_BYTES } from '../../../src/virtio/vsock-connection.js';
-import { MAX_CONNECTIONS } from '../../../src/virtio/vsock-connections.js';
-import { VsockCounter, vsockDescription } from '../../../src/virtio/vsock-description.js';
-import { HEADER_BYTES, MAX_PACKET, Op, Shutdown } from '../../../src/virtio/vsock-packet.js';
-import { MAX_RESETS } from '../../../src/virtio/vsock-sender.js';
+import { VsockDevice } from '../../../src/virtio/devices/vsock/vsock.js';
+import { BUFFER_BYTES } from '../../../src/virtio/devices/vsock/connection.js';
+import { MAX_CONNECTIONS } from '../../../src/virtio/devices/vsock/connections.js';
+import { VsockCounter, vsockDescription } from '../../../src/virtio/devices/vsock/description.js';
+import { HEADER_BYTES, MAX_PACKET, Op, Shutdown } from '../../../src/virtio/devices/vsock/packet.js';
+import { MAX_RESETS } from '../../../src/virtio/devices/vsock/sender.js';
 import type { DeviceContext, EventLoop } from '../../../src/virtio/device.js';
 import {
   RAM_SIZE,

@@ -1,7 +1,12 @@
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import type { EventLoop } from '../../../src/virtio/device.js';
-import { CHECK_INTERVAL, WatchdogCounter, WatchdogDevice, watchdogDescription } from '../../../src/virtio/watchdog.js';
+import {
+  CHECK_INTERVAL,
+  WatchdogCounter,
+  WatchdogDevice,
+  watchdogDescription,
+} from '../../../src/virtio/devices/watchdog.js';
 import { RAM_SIZE, testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 const FORMATS = [{ packed: false }, { packed: true }];

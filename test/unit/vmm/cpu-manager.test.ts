@@ -1,11 +1,11 @@
 /** The vCPU threads' start, with threads that only tell when they would run. */
 import { expect, test } from '@jest/globals';
 import type { Vcpu } from '../../../src/hypervisor/hypervisor.js';
-import { CpuManager } from '../../../src/vmm/cpu-manager.js';
-import type { MemoryHandle } from '../../../src/vmm/memory-manager.js';
-import type { PlatformHandle } from '../../../src/vmm/platform.js';
-import type { PlatformEvent } from '../../../src/vmm/platform-parts.js';
-import { VcpuCommand, vcpuControlLayout } from '../../../src/vmm/vcpu-loop.js';
+import { CpuManager } from '../../../src/vmm/cpus/cpu-manager.js';
+import type { MemoryHandle } from '../../../src/vmm/memory/memory-manager.js';
+import type { PlatformHandle } from '../../../src/vmm/boards/platform.js';
+import type { PlatformEvent } from '../../../src/vmm/boards/platform-parts.js';
+import { VcpuCommand, vcpuControlLayout } from '../../../src/vmm/cpus/vcpu-loop.js';
 
 const { command } = vcpuControlLayout.at;
 

@@ -1,6 +1,6 @@
 import { expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { EscapeFilter } from '../../../src/vmm/escape-filter.js';
+import { EscapeFilter } from '../../../src/vmm/log/escape-filter.js';
 
 const bytes = (text: string) => Buffer.from(text, 'latin1');
 

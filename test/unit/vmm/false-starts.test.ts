@@ -1,6 +1,6 @@
 import { describe, expect, test } from '@jest/globals';
 import { EXIT_KINDS } from '../../../src/hypervisor/hypervisor.js';
-import { FalseStarts } from '../../../src/vmm/false-starts.js';
+import { FalseStarts } from '../../../src/vmm/machine/false-starts.js';
 
 const exits = (some: Partial<Record<(typeof EXIT_KINDS)[number], number>> = {}) => ({
   ...Object.fromEntries(EXIT_KINDS.map((kind) => [kind, 0])),

@@ -1,6 +1,6 @@
 import { expect, test } from '@jest/globals';
 import { BURST } from '../../../src/state/message-budget.js';
-import { GuestLog } from '../../../src/vmm/guest-log.js';
+import { GuestLog } from '../../../src/vmm/log/guest-log.js';
 
 test('each device and level has a budget of its own, and what was left out is told later', () => {
   let now = 0;

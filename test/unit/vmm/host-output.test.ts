@@ -5,7 +5,7 @@ import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { HostOutput, openOutputFile, type OutputTarget } from '../../../src/vmm/host-output.js';
+import { HostOutput, openOutputFile, type OutputTarget } from '../../../src/vmm/host/host-output.js';
 
 const FULL = 64 * 1024;
 const RING = 96 * 1024;

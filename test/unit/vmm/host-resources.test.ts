@@ -3,11 +3,11 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, jest, test } from '@jest/globals';
-import { openImage } from '../../../src/block/open-image.js';
+import { openImage } from '../../../src/block/formats/open-image.js';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { HostResources, resizeRefusal } from '../../../src/vmm/host-resources.js';
-import { MachineError } from '../../../src/vmm/machine-error.js';
+import { HostResources, resizeRefusal } from '../../../src/vmm/host/host-resources.js';
+import { MachineError } from '../../../src/vmm/machine/machine-error.js';
 
 const MIB = 2 ** 20;
 const kernel = new LinuxKernel();

@@ -8,8 +8,8 @@ import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { errnoText, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { HostResources } from '../../../src/vmm/host-resources.js';
-import { causeMessages } from '../../../src/vmm/machine-error.js';
+import { HostResources } from '../../../src/vmm/host/host-resources.js';
+import { causeMessages } from '../../../src/vmm/machine/machine-error.js';
 
 const kernel = new LinuxKernel();
 const MIB = 2 ** 20;

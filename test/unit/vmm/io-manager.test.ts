@@ -1,7 +1,7 @@
 import { expect, test } from '@jest/globals';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import type { IoWorkerData } from '../../../src/vmm/device-specs.js';
-import { IoManager } from '../../../src/vmm/io-manager.js';
+import type { IoWorkerData } from '../../../src/vmm/devices/device-specs.js';
+import { IoManager } from '../../../src/vmm/devices/io-manager.js';
 
 test('what could not be closed has been told when the workers have ended', async () => {
   const kernel = new LinuxKernel();

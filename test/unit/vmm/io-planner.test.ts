@@ -1,7 +1,7 @@
 /** Which worker serves which queues. */
 import { expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { type PlannedDevice, planWorkers } from '../../../src/vmm/io-planner.js';
+import { type PlannedDevice, planWorkers } from '../../../src/vmm/devices/io-planner.js';
 
 const other: PlannedDevice = { queues: 1, division: 'together', busy: false, blocking: false };
 const disk = (queues: number, more: Partial<PlannedDevice> = {}): PlannedDevice => ({

@@ -5,9 +5,9 @@ import { vmConfigSchema, type VmConfig } from '../../../src/config/vm-config.js'
 import type { MemorySlot, Vm } from '../../../src/hypervisor/hypervisor.js';
 import { type HostMapping, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { MachineError } from '../../../src/vmm/machine-error.js';
+import { MachineError } from '../../../src/vmm/machine/machine-error.js';
 import { ramRanges } from '../../../src/arch/x86_64/layout.js';
-import { MemoryManager } from '../../../src/vmm/memory-manager.js';
+import { MemoryManager } from '../../../src/vmm/memory/memory-manager.js';
 
 const GIB = 2 ** 30;
 

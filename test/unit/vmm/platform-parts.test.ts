@@ -3,7 +3,7 @@ import * as layout from '../../../src/arch/x86_64/layout.js';
 import type { Vm } from '../../../src/hypervisor/hypervisor.js';
 import { IntxLines } from '../../../src/pci/intx.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { attachX86Platform, createX86Platform } from '../../../src/vmm/x86-platform.js';
+import { attachX86Platform, createX86Platform } from '../../../src/vmm/boards/x86-platform.js';
 
 afterEach(() => {
   jest.restoreAllMocks();

@@ -6,8 +6,8 @@ import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { openSerialBackend, type SerialBackend } from '../../../src/vmm/serial-backend.js';
-import { type BytePort, SerialPump } from '../../../src/vmm/serial-pump.js';
+import { openSerialBackend, type SerialBackend } from '../../../src/vmm/host/serial-backend.js';
+import { type BytePort, SerialPump } from '../../../src/vmm/host/serial-pump.js';
 
 const FULL = 64 * 1024;
 let folder: string;

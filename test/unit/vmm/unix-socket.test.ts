@@ -6,8 +6,8 @@ import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from '@jest/globals';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { MachineError } from '../../../src/vmm/machine-error.js';
-import { type BoundSocket, bindSocket } from '../../../src/vmm/unix-socket.js';
+import { MachineError } from '../../../src/vmm/machine/machine-error.js';
+import { type BoundSocket, bindSocket } from '../../../src/vmm/host/unix-socket.js';
 
 const kernel = new LinuxKernel();
 let folder: string;

@@ -2,7 +2,7 @@ import { describe, expect, test } from '@jest/globals';
 import { Bus, type BusDevice } from '../../../src/devices/bus.js';
 import { EXIT_KINDS, ExitKind, type Vcpu, type VcpuExit } from '../../../src/hypervisor/hypervisor.js';
 import { StateBlock } from '../../../src/state/state-block.js';
-import { awaitCommand, runVcpu, VcpuCommand, vcpuControlLayout } from '../../../src/vmm/vcpu-loop.js';
+import { awaitCommand, runVcpu, VcpuCommand, vcpuControlLayout } from '../../../src/vmm/cpus/vcpu-loop.js';
 
 type Step = { kind: ExitKind; exit?: Partial<VcpuExit>; data?: number[] };
 

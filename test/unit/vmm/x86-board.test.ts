@@ -1,8 +1,8 @@
 import { describe, expect, test } from '@jest/globals';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import type { X86Hypervisor } from '../../../src/hypervisor/hypervisor.js';
-import { MachineError } from '../../../src/vmm/machine-error.js';
-import { X86Board } from '../../../src/vmm/x86-board.js';
+import { MachineError } from '../../../src/vmm/machine/machine-error.js';
+import { X86Board } from '../../../src/vmm/boards/x86-board.js';
 
 /** A hypervisor whose processor has so many physical address bits; what it has closed. */
 function hypervisorOf(physicalBits: number) {

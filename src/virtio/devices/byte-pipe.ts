@@ -1,0 +1,73 @@
+/**
+ * Bytes between the console device on its worker and main, in shared memory: one ring for each direction, each with one
+ * writer and one reader. It is buffered output, not guest-visible state.
+ */
+import { StateBlock, stateLayout } from '../../state/state-block.js';
+
+/** Bytes of each direction; a power of two. */
+const CAPACITY = 0x4000;
+
+const pipeLayout = stateLayout('byte-pipe', 1, {
+  outputHead: 1,
+  outputTail: 1,
+  inputHead: 1,
+  inputTail: 1,
+  output: CAPACITY / 4,
+  input: CAPACITY / 4,
+});
+
+class Ring {
+  readonly #bytes: Uint8Array;
+
+  constructor(
+    private readonly words: Int32Array,
+    private readonly head: number,
+    private readonly tail: number,
+    data: number,
+  ) {
+    this.#bytes = new Uint8Array(words.buffer, data * 4, CAPACITY);
+  }
+
+  get used(): number {
+    return (Atomics.load(this.words, this.tail) - Atomics.load(this.words, this.head)) & 0x7fff_ffff;
+  }
+
+  get room(): number {
+    return CAPACITY - this.used;
+  }
+
+  /** @returns bytes taken */
+  write(source: Uint8Array, at: number, length: number): number {
+    const count = Math.min(length, this.room);
+    const tail = this.words[this.tail];
+    for (let index = 0; index < count; index++) this.#bytes[(tail + index) % CAPACITY] = source[at + index];
+    Atomics.store(this.words, this.tail, (tail + count) & 0x7fff_ffff);
+    return count;
+  }
+
+  /** @returns bytes given */
+  read(target: Uint8Array, at: number, length: number): number {
+    const count = Math.min(length, this.used);
+    const head = this.words[this.head];
+    for (let index = 0; index < count; index++) target[at + index] = this.#bytes[(head + index) % CAPACITY];
+    Atomics.store(this.words, this.head, (head + count) & 0x7fff_ffff);
+    return count;
+  }
+}
+
+export class BytePipe {
+  /** From the guest. */
+  readonly output: Ring;
+  /** To the guest. */
+  readonly input: Ring;
+  readonly buffer: SharedArrayBuffer;
+
+  /** @param buffer what another thread made; none: a new one */
+  constructor(buffer?: SharedArrayBuffer) {
+    const block = new StateBlock(pipeLayout, buffer);
+    this.buffer = block.buffer;
+    const { outputHead, outputTail, inputHead, inputTail, output, input } = pipeLayout.at;
+    this.output = new Ring(block.words, outputHead, outputTail, output);
+    this.input = new Ring(block.words, inputHead, inputTail, input);
+  }
+}

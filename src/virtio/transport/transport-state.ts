@@ -1,0 +1,156 @@
+/** The state block of a virtio device behind PCI: everything that its driver can see or set. */
+import { FUNCTION_WORDS } from '../../pci/function.js';
+import { type MsixPlace, msixWords, NO_VECTOR } from '../../pci/msix.js';
+import type { StateBlock } from '../../state/state-block.js';
+import { type StateLayout, stateLayout } from '../../state/state-block.js';
+import { DEVICE_COUNTERS, OWN_WORDS, type VirtioDescription } from '../device.js';
+import { QUEUE_WORDS, QueueWord } from '../queue/queue.js';
+
+type Fields =
+  | 'alignment'
+  | 'function'
+  | 'msixControl'
+  | 'msixTable'
+  | 'msixPending'
+  | 'msixSenders'
+  | 'connected'
+  | 'configAccess'
+  | 'doorbells'
+  | 'heard'
+  | 'configWrites'
+  | 'status'
+  | 'session'
+  | 'holders'
+  | 'resetting'
+  | 'impatient'
+  | 'mastering'
+  | 'generation'
+  | 'isr'
+  | 'featureSelect'
+  | 'driverFeatureSelect'
+  | 'driverFeatures'
+  | 'configVector'
+  | 'queueSelect'
+  | 'queues'
+  | 'config'
+  | 'own'
+  | 'counters';
+
+export type TransportLayout = StateLayout<Fields>;
+
+/** Bits of the device status (2.1). */
+export const Status = {
+  acknowledge: 1,
+  driver: 2,
+  driverOk: 4,
+  featuresOk: 8,
+  needsReset: 64,
+  failed: 128,
+} as const;
+
+/** One vector for the configuration and one for each queue. */
+export function vectorCount(queues: number): number {
+  return queues + 1;
+}
+
+/** @param configBytes length of the device's configuration space */
+export function transportLayout(name: string, queues: number, configBytes: number): TransportLayout {
+  const vectors = vectorCount(queues);
+  const msix = msixWords(vectors);
+  return stateLayout<Fields>(name, 1, {
+    /** The counters of queues and device are doubles: a word more before them, as the lock is one. */
+    alignment: 1,
+    queues: queues * QUEUE_WORDS,
+    /** Of the device: a set for each queue. */
+    counters: 2 * DEVICE_COUNTERS * queues,
+    function: FUNCTION_WORDS,
+    msixControl: 1,
+    msixTable: msix.table,
+    msixPending: msix.pending,
+    /** Threads that are sending a vector's message. */
+    msixSenders: vectors,
+    /** Vectors that the host's kernel can raise at present, a bit each. */
+    connected: msix.pending,
+    /** The configuration access capability: BAR, offset, length (4.1.4.9). */
+    configAccess: 3,
+    /** Guest physical address at which the doorbells are registered, in two words; 0: they are not. */
+    doorbells: 2,
+    /** Queues whose doorbells the hypervisor has taken, a bit each. */
+    heard: Math.ceil(queues / 32),
+    /** How often the driver has written the configuration space. */
+    configWrites: 1,
+    status: 1,
+    /** Whose the queues are, which workers hold them, and what waits for those: reset-protocol.ts. A queue has at most a worker. */
+    session: 1,
+    holders: queues,
+    resetting: 1,
+    impatient: 1,
+    mastering: 1,
+    generation: 1,
+    isr: 1,
+    featureSelect: 1,
+    driverFeatureSelect: 1,
+    driverFeatures: 2,
+    configVector: 1,
+    queueSelect: 1,
+    config: Math.max(Math.ceil(configBytes / 4), 1),
+    /** Of the device class. */
+    own: OWN_WORDS,
+  });
+}
+
+export function msixPlace(layout: TransportLayout, queues: number): MsixPlace {
+  const { msixControl: control, msixTable: table, msixPending: pending, msixSenders: senders, mastering } = layout.at;
+  return { control, table, pending, senders, mastering, vectors: vectorCount(queues) };
+}
+
+/** The device's configuration space as bytes. Little-endian hosts only, which both architectures are. */
+export function configBytes(block: StateBlock<Fields>, length: number): Uint8Array {
+  return new Uint8Array(block.buffer, block.layout.at.config * 4, length);
+}
+
+/** Words of the device class's own. */
+export function ownWords(block: StateBlock<Fields>): Int32Array {
+  const { at, length } = block.layout;
+  return block.words.subarray(at.own, at.own + length.own);
+}
+
+/** The device's counters of one worker, whose set is that of the first queue that it serves: nobody else writes them. */
+export function workerCounters(block: StateBlock<Fields>, served: readonly number[]): Float64Array {
+  return counterSet(block, Math.min(...served));
+}
+
+/** The device's counters in all. */
+export function deviceCounters(block: StateBlock<Fields>, queues: number): Float64Array {
+  const sum = new Float64Array(DEVICE_COUNTERS);
+  for (let queue = 0; queue < queues; queue++)
+    counterSet(block, queue).forEach((count, index) => (sum[index] += count));
+  return sum;
+}
+
+function counterSet(block: StateBlock<Fields>, queue: number): Float64Array {
+  return new Float64Array(block.buffer, block.layout.at.counters * 4 + queue * DEVICE_COUNTERS * 8, DEVICE_COUNTERS);
+}
+
+/** The device as a reset leaves it (2.4); the PCI function and its vectors stay as they are. */
+export function resetTransport(words: Int32Array, at: TransportLayout['at'], description: VirtioDescription): void {
+  words[at.featureSelect] = 0;
+  words[at.driverFeatureSelect] = 0;
+  words[at.driverFeatures] = 0;
+  words[at.driverFeatures + 1] = 0;
+  words[at.configVector] = NO_VECTOR;
+  words[at.queueSelect] = 0;
+  words[at.isr] = 0;
+  description.queueSizes.forEach((size, queue) => {
+    const first = at.queues + queue * QUEUE_WORDS;
+    // The counters that follow are not the driver's.
+    words.fill(0, first, first + QueueWord.counters);
+    words[first + QueueWord.size] = size;
+    words[first + QueueWord.vector] = NO_VECTOR;
+  });
+  words.fill(0, at.own, at.own + OWN_WORDS);
+  // What the driver could write of the configuration.
+  const config = new Uint8Array(words.buffer, words.byteOffset + at.config * 4, description.config.length);
+  for (const [from, end] of description.writable) config.set(description.config.subarray(from, end), from);
+  Atomics.store(words, at.status, 0);
+}

@@ -1,0 +1,124 @@
+/** The board of an aarch64 machine: GICv3 with its ITS, PSCI, devicetree. */
+import { randomBytes } from 'node:crypto';
+import { loadArm64Payload } from '../../arch/aarch64/boot/load.js';
+import { buildArm64Acpi } from '../../arch/aarch64/acpi.js';
+import { buildDevicetree, type EfiPlace, SEED_SIZE } from '../../arch/aarch64/devicetree.js';
+import { buildEfi } from '../../arch/aarch64/efi.js';
+import * as layout from '../../arch/aarch64/layout.js';
+import type { VmConfig } from '../../config/vm-config.js';
+import type { Arm64Hypervisor, Arm64Vcpu, Arm64Vm } from '../../hypervisor/hypervisor.js';
+import type { GuestMemory, MemoryRange } from '../../memory/guest-memory.js';
+import { type IntxHandle, IntxLines } from '../../pci/intx.js';
+import { divideSegments, type SegmentWindows } from '../../pci/segments.js';
+import { undoAll } from '../../sys/close-all.js';
+import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
+import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
+import { type Board, configuredTopology } from './board.js';
+import { MachineError } from '../machine/machine-error.js';
+
+/** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
+const MMIO64_ALIGNMENT = 2 ** 30;
+
+/** The kernel takes the devicetree unless its command line says otherwise (Documentation/admin-guide/kernel-parameters.txt). */
+const ACPI_WANTED = /(^|\s)acpi=(on|force)(\s|$)/;
+/** Room for the EFI tables, before the ACPI tables. Bytes. */
+const EFI_MAX = 0x1000;
+
+export class Arm64Board implements Board {
+  readonly vm: Arm64Vm;
+  readonly ram: readonly MemoryRange[];
+  readonly segments: readonly SegmentWindows[];
+  readonly intx: IntxHandle;
+  #vcpus: Arm64Vcpu[] = [];
+
+  /** @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError */
+  constructor(
+    hypervisor: Arm64Hypervisor,
+    private readonly config: VmConfig,
+  ) {
+    const { cpus, memory, platform } = config;
+    const ipaBits = Math.min(hypervisor.ipaBits, cpus.max_phys_bits);
+    if (cpus.max_vcpus > layout.MAX_VCPUS) {
+      throw new MachineError(
+        `--cpus max=${cpus.max_vcpus}: accepted are at most ${layout.MAX_VCPUS}, which the GIC has room for`,
+      );
+    }
+    if (memory.size < layout.KERNEL - layout.RAM_START + layout.KERNEL_ALIGNMENT) {
+      throw new MachineError(`--memory size=${memory.size}: accepted is a size that holds the kernel, 6M at the least`);
+    }
+    this.ram = layout.ramRanges(memory.size);
+    const { address, size } = this.ram.at(-1)!;
+    const ramEnd = Math.max(address + size, layout.HIGH_RAM_START);
+    const mmio64 = { start: Math.ceil(ramEnd / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end: 2 ** ipaBits };
+    // Each segment's part is a multiple of 4 GiB.
+    if (mmio64.end - mmio64.start < platform.num_pci_segments * 2 ** 32) {
+      throw new MachineError(
+        `--memory size=${memory.size}: more than a guest of ${ipaBits} physical address bits can have`,
+      );
+    }
+    const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
+    const { num_pci_segments: count } = platform;
+    this.segments = divideSegments(count, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, mmio64);
+    const { distributor, redistributors, its } = layout.gicLayout(cpus.boot_vcpus);
+    this.vm = hypervisor.createVm({ ipaBits, gic: { distributor, redistributors, its, spis: layout.SPIS } });
+    this.intx = IntxLines.powerOn(layout.SPI_INTX, this.vm.signals);
+  }
+
+  createVcpus(): Arm64Vcpu[] {
+    try {
+      for (let id = 0; id < this.config.cpus.boot_vcpus; id++) this.#vcpus.push(this.vm.createVcpu(id, id > 0));
+      this.vm.finishVcpus();
+    } catch (error) {
+      undoAll(
+        error,
+        this.#vcpus.map((vcpu) => () => vcpu.close()),
+      );
+    }
+    return this.#vcpus;
+  }
+
+  createPlatform(virtio: readonly VirtioPciHandle[]): Arm64PlatformHandle {
+    const { serial, pvpanic } = this.config;
+    return createArm64Platform(this.vm, virtio, this.intx, {
+      segments: this.segments,
+      serial: serial.mode !== 'Off',
+      pvpanic,
+    });
+  }
+
+  boot(memory: GuestMemory): boolean {
+    const { payload, serial, pvpanic } = this.config;
+    const { kernel, initramfs, cmdline = '' } = payload;
+    const { entry, initrd } = loadArm64Payload({ kernel, initramfs, cmdline }, memory);
+    const devicetree = buildDevicetree({
+      mpidrs: this.#vcpus.map((vcpu) => vcpu.mpidr()),
+      topology: configuredTopology(this.config.cpus),
+      ram: this.ram,
+      cmdline,
+      initrd,
+      seed: randomBytes(SEED_SIZE),
+      serial: serial.mode !== 'Off',
+      pvpanic,
+      segments: this.segments,
+      efi: ACPI_WANTED.test(cmdline) ? this.#writeAcpi(memory) : undefined,
+    });
+    memory.write(layout.FDT, devicetree);
+    // The others wait for the first one to start them (PSCI CPU_ON).
+    this.#vcpus[0].setBootState(BigInt(entry), BigInt(layout.FDT));
+    // The hypervisor itself starts the others (PSCI), and their threads may come later.
+    return false;
+  }
+
+  /** @returns where the kernel finds what leads to the tables */
+  #writeAcpi(memory: GuestMemory): EfiPlace {
+    const { serial, pvpanic } = this.config;
+    const end = layout.ACPI + layout.ACPI_MAX;
+    const mpidrs = this.#vcpus.map((vcpu) => vcpu.mpidr());
+    const config = { mpidrs, serial: serial.mode !== 'Off', pvpanic, segments: this.segments };
+    const { rsdp, tables } = buildArm64Acpi(config, layout.ACPI + EFI_MAX, end);
+    for (const { address, bytes } of tables) memory.write(address, bytes);
+    const { place, bytes } = buildEfi(layout.ACPI, rsdp, this.ram, { address: layout.ACPI, size: layout.ACPI_MAX });
+    memory.write(layout.ACPI, bytes);
+    return place;
+  }
+}

@@ -1,0 +1,42 @@
+/** What machines of all architectures have in common, seen from the one that puts a machine together. */
+import { defaultTopology, type Topology } from '../../arch/topology.js';
+import type { CpusConfig } from '../../config/vm-config.js';
+import type { Vcpu, Vm } from '../../hypervisor/hypervisor.js';
+import type { GuestMemory, MemoryRange } from '../../memory/guest-memory.js';
+import type { IntxHandle } from '../../pci/intx.js';
+import type { SegmentWindows } from '../../pci/segments.js';
+import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
+import type { PlatformHandle } from './platform.js';
+
+/** A machine's processors, interrupt controllers, firmware tables and memory map: what its architecture decides. */
+export interface Board {
+  readonly vm: Vm;
+  /** Where RAM lies, ascending, as the configuration wants it. */
+  readonly ram: readonly MemoryRange[];
+  /** By segment number. */
+  readonly segments: readonly SegmentWindows[];
+  /** The lines of PCI functions without MSI-X, at power-on. */
+  readonly intx: IntxHandle;
+  /** The vCPUs, by number, not running yet. Their caller closes them. @throws HypervisorError, SystemError */
+  createVcpus(): Vcpu[];
+  /** The devices at power-on; after `createVcpus`. */
+  createPlatform(virtio: readonly VirtioPciHandle[]): PlatformHandle;
+  /**
+   * Puts the firmware's tables and the payload into memory and the first vCPU at the payload's entry; after `createVcpus`.
+   *
+   * @returns whether the first vCPU is to wait until all others can answer it
+   * @throws BootError naming the option that is to blame
+   */
+  boot(memory: GuestMemory): boolean;
+}
+
+/** The shape of the vCPUs that can ever be present. */
+export function configuredTopology({ topology, max_vcpus: max }: CpusConfig): Topology {
+  if (topology === undefined) return defaultTopology(max);
+  return {
+    threadsPerCore: topology.threads_per_core,
+    coresPerDie: topology.cores_per_die,
+    diesPerPackage: topology.dies_per_package,
+    packages: topology.packages,
+  };
+}

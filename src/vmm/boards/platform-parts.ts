@@ -1,0 +1,81 @@
+/** What the platforms of all architectures share: the events that devices tell main, and the PCI segments. */
+import type { Bus, InterruptLine } from '../../devices/bus.js';
+import { Pvpanic } from '../../devices/pvpanic.js';
+import type { InterruptHandle, VmHandle, VmSignals } from '../../hypervisor/hypervisor.js';
+import { ECAM_BUS_SIZE, HostBridge, PciEcam, PciSegment } from '../../pci/config-space.js';
+import { type PciFunction, PciWindow } from '../../pci/function.js';
+import { type IntxHandle, IntxLines } from '../../pci/intx.js';
+import type { SegmentWindows } from '../../pci/segments.js';
+import { budgetLayout, MessageBudget } from '../../state/message-budget.js';
+import { StateBlock } from '../../state/state-block.js';
+import type { HostKernel } from '../../sys/host-kernel.js';
+import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
+import { VirtioPciDevice } from '../../virtio/transport/pci-transport.js';
+import type { BytePort } from '../host/serial-pump.js';
+
+/** Something that a device has to tell main. */
+export type PlatformEvent =
+  | { readonly kind: 'serial-output' }
+  | { readonly kind: 'serial-room' }
+  | { readonly kind: 'reset' }
+  | { readonly kind: 'power-off' }
+  | { readonly kind: 'guest-panic'; readonly event: number; readonly untold: number }
+  | { readonly kind: 'boot-mark'; readonly value: number; readonly microseconds: number };
+
+/** A guest's panic as told from one thread's view of its device. @param block of the device's budget */
+export function pvpanic(block: SharedArrayBuffer, emit: (event: PlatformEvent) => void): Pvpanic {
+  const budget = new MessageBudget(new StateBlock(budgetLayout, block), () => monotonicClock() / 1e6);
+  return new Pvpanic(budget, (event, untold) => emit({ kind: 'guest-panic', event, untold }));
+}
+
+/** Where the devices of the PCI segments are. Structured-cloneable. */
+export interface PciHandle {
+  readonly vm: VmHandle;
+  readonly segments: readonly SegmentWindows[];
+  readonly virtio: readonly VirtioPciHandle[];
+  readonly intx: IntxHandle;
+}
+
+/** One thread's view of the platform's devices. */
+export interface Platform {
+  readonly ports: Bus;
+  readonly memory: Bus;
+  readonly serial?: BytePort | undefined;
+  powerButton(): void;
+  /** A level-triggered interrupt of this vector has ended: the hypervisor tells it where the IOAPIC is the machine's own. */
+  readonly endOfInterrupt: (vector: number) => void;
+}
+
+/** Puts the segments' configuration spaces and windows on the bus. @returns the segments, by number */
+export function attachSegments(handle: PciHandle, kernel: HostKernel, signals: VmSignals, memory: Bus): PciSegment[] {
+  const segments = handle.segments.map(() => new PciSegment());
+  segments[0].insert(0, new HostBridge());
+  const functions: PciFunction[][] = segments.map(() => []);
+  const intx = IntxLines.attach(handle.intx, signals);
+  for (const device of handle.virtio) {
+    const { pci } = new VirtioPciDevice(device, kernel, signals, intx);
+    segments[device.segment].insert(device.slot, pci);
+    functions[device.segment].push(pci);
+  }
+  handle.segments.forEach(({ ecam, mmio32, mmio64 }, index) => {
+    memory.insert(ecam, ECAM_BUS_SIZE, new PciEcam(segments[index]));
+    for (const { start, end } of [mmio32, mmio64]) {
+      memory.insert(start, end - start, new PciWindow(start, functions[index]));
+    }
+  });
+  return segments;
+}
+
+/** An interrupt input as a device raises it. */
+export function interruptLine(kernel: HostKernel, { eventfd }: InterruptHandle): InterruptLine {
+  return { raise: () => kernel.signal(eventfd) };
+}
+
+/**
+ * CLOCK_MONOTONIC in nanoseconds, the same on every thread. It is read as it is: an origin of each thread's own would have to be
+ * made of two clocks, and a thread that is preempted between them would lag for good.
+ */
+export function monotonicClock(): number {
+  const [seconds, nanoseconds] = process.hrtime();
+  return seconds * 1e9 + nanoseconds;
+}

@@ -1,0 +1,167 @@
+/** The board of an x86_64 machine: APICs, ACPI, SMBIOS and MP tables, CPUID. */
+import { buildAcpiTables } from '../../arch/x86_64/acpi/tables.js';
+import { BOOT_FPU, bootRegisters, bootSpecialRegisters } from '../../arch/x86_64/boot/entry.js';
+import { loadPayload } from '../../arch/x86_64/boot/load.js';
+import { buildCpuid } from '../../arch/x86_64/cpuid.js';
+import * as layout from '../../arch/x86_64/layout.js';
+import { buildMpTable } from '../../arch/x86_64/mptable.js';
+import { initialMsrs } from '../../arch/x86_64/msrs.js';
+import { RESET_CODE } from '../../arch/x86_64/reset-vector.js';
+import { buildSmbios } from '../../arch/x86_64/smbios.js';
+import type { Topology } from '../../arch/topology.js';
+import { apicId, MAX_APIC_ID } from '../../arch/x86_64/topology.js';
+import type { VmConfig } from '../../config/vm-config.js';
+import type { X86Hypervisor, X86Vcpu, X86Vm } from '../../hypervisor/hypervisor.js';
+import type { CpuidEntry } from '../../hypervisor/x86-state.js';
+import type { GuestMemory, MemoryRange } from '../../memory/guest-memory.js';
+import { type IntxHandle, IntxLines } from '../../pci/intx.js';
+import { divideSegments, type SegmentWindows } from '../../pci/segments.js';
+import { undoAll } from '../../sys/close-all.js';
+import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
+import { type Board, configuredTopology } from './board.js';
+import { MachineError } from '../machine/machine-error.js';
+import { createX86Platform, type X86PlatformHandle } from './x86-platform.js';
+
+/** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
+const MMIO64_ALIGNMENT = 128 * 2 ** 20;
+
+export class X86Board implements Board {
+  readonly vm: X86Vm;
+  readonly ram: readonly MemoryRange[];
+  readonly segments: readonly SegmentWindows[];
+  readonly intx: IntxHandle;
+  readonly #physicalBits: number;
+  readonly #supported: readonly CpuidEntry[];
+  readonly #topology: Topology;
+  #vcpus: X86Vcpu[] = [];
+
+  /** @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError */
+  constructor(
+    hypervisor: X86Hypervisor,
+    private readonly config: VmConfig,
+  ) {
+    this.#topology = vcpuTopology(config);
+    this.vm = hypervisor.createVm({
+      tssAddress: layout.KVM_TSS,
+      identityMapAddress: layout.KVM_IDENTITY_MAP,
+      levelPins: layout.IRQ_INTX,
+    });
+    try {
+      this.#supported = this.vm.supportedCpuid();
+      this.#physicalBits = Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits);
+      this.ram = this.#ramRanges();
+      this.segments = this.#segments();
+      this.intx = IntxLines.powerOn(layout.IRQ_INTX, this.vm.signals);
+    } catch (error) {
+      this.vm.close();
+      throw error;
+    }
+  }
+
+  #ramRanges(): MemoryRange[] {
+    const { size } = this.config.memory;
+    if (size < layout.HIGH_MEMORY) {
+      throw new MachineError(`--memory size=${size}: accepted is a size that holds the kernel, 1M at the least`);
+    }
+    const ranges = layout.ramRanges(size);
+    const last = ranges.at(-1)!;
+    if (last.address + last.size > 2 ** this.#physicalBits - layout.PLATFORM_AREA_SIZE) {
+      throw new MachineError(
+        `--memory size=${size}: more than a guest of ${this.#physicalBits} physical address bits can have`,
+      );
+    }
+    return ranges;
+  }
+
+  #segments(): SegmentWindows[] {
+    const last = this.ram.at(-1)!;
+    const ramEnd = Math.max(last.address + last.size, layout.HIGH_RAM_START);
+    const { start: end } = layout.platformArea(this.#physicalBits);
+    const mmio64 = { start: Math.ceil(ramEnd / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end };
+    const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
+    const { num_pci_segments: count } = this.config.platform;
+    return divideSegments(count, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, mmio64);
+  }
+
+  createVcpus(): X86Vcpu[] {
+    const { boot_vcpus: count } = this.config.cpus;
+    const topology = this.#topology;
+    try {
+      for (let id = 0; id < count; id++) {
+        const vcpu = this.vm.createVcpu(apicId(id, topology));
+        this.#vcpus.push(vcpu);
+        const tscKhz = this.vm.tscKhz();
+        const supported = this.#supported;
+        vcpu.setCpuid(buildCpuid({ supported, vcpu: id, topology, physicalBits: this.#physicalBits, tscKhz }));
+        vcpu.setMsrs(initialMsrs());
+        vcpu.setFpu(BOOT_FPU);
+        vcpu.setLocalInterrupts();
+      }
+    } catch (error) {
+      undoAll(
+        error,
+        this.#vcpus.map((vcpu) => () => vcpu.close()),
+      );
+    }
+    return this.#vcpus;
+  }
+
+  createPlatform(virtio: readonly VirtioPciHandle[]): X86PlatformHandle {
+    const { serial, pvpanic } = this.config;
+    return createX86Platform(this.vm, virtio, this.intx, {
+      segments: this.segments,
+      serial: serial.mode !== 'Off',
+      pvpanic,
+      ioapic: !this.vm.ioapic,
+      gedAddress: layout.platformArea(this.#physicalBits).ged,
+      lowRam: this.ram[0].size,
+      highRam: this.ram.at(1)?.size ?? 0,
+    });
+  }
+
+  boot(memory: GuestMemory): boolean {
+    const rsdp = this.#writeTables(memory);
+    const { kernel, initramfs, cmdline = '' } = this.config.payload;
+    const entry = loadPayload({ kernel, initramfs, cmdline, rsdp }, memory);
+    // The others wait for the first one to start them (INIT, SIPI).
+    const [first] = this.#vcpus;
+    first.setSpecialRegisters(bootSpecialRegisters(entry, first.specialRegisters()));
+    first.setRegisters(bootRegisters(entry));
+    return !entry.linux;
+  }
+
+  /** @returns the RSDP's address */
+  #writeTables(memory: GuestMemory): number {
+    const { cpus, serial, pvpanic, memory: ram } = this.config;
+    const apicIds = Array.from({ length: cpus.max_vcpus }, (_, id) => apicId(id, this.#topology));
+    const acpi = buildAcpiTables({
+      apicIds,
+      bootVcpus: cpus.boot_vcpus,
+      pciSegments: this.segments,
+      gedAddress: layout.platformArea(this.#physicalBits).ged,
+      serial: serial.mode !== 'Off',
+      pvpanic,
+    });
+    for (const { address, bytes } of acpi.tables) memory.write(address, bytes);
+    const smbios = buildSmbios({ memorySize: ram.size, vcpus: cpus.boot_vcpus });
+    memory.write(layout.SMBIOS, smbios);
+    const mpTable = Math.ceil((layout.SMBIOS + smbios.length) / 16) * 16;
+    memory.write(mpTable, buildMpTable({ apicIds: apicIds.slice(0, cpus.boot_vcpus), address: mpTable }));
+    memory.write(layout.RESET_VECTOR, RESET_CODE);
+    return acpi.rsdp;
+  }
+}
+
+/** CPUID 0x8000_0008 EAX bits 7 to 0: physical address bits. */
+function hostPhysicalBits(cpuid: readonly CpuidEntry[]): number {
+  const leaf = cpuid.find((entry) => entry.function === 0x8000_0008);
+  return leaf === undefined ? 36 : leaf.eax & 0xff;
+}
+
+function vcpuTopology({ cpus }: VmConfig): Topology {
+  const topology = configuredTopology(cpus);
+  if (apicId(cpus.max_vcpus - 1, topology) > MAX_APIC_ID) {
+    throw new MachineError(`--cpus topology: accepted is one whose APIC ids end at ${MAX_APIC_ID} or below`);
+  }
+  return topology;
+}

@@ -1,0 +1,84 @@
+/** What main tells an I/O worker about the devices that it serves. Everything here can be cloned to another thread. */
+import type { EngineName } from '../../block/engines/io-engine.js';
+import type { HypervisorName, VmHandle } from '../../hypervisor/hypervisor.js';
+import type { IntxHandle } from '../../pci/intx.js';
+import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
+import type { LimiterOptions } from '../../virtio/rate-limiter.js';
+import type { MemoryHandle } from '../memory/memory-manager.js';
+
+export type BackendSpec =
+  | {
+      readonly kind: 'block';
+      readonly path: string;
+      readonly format: 'raw' | 'qcow2';
+      /** Nobody gave the format: it is what the file looks like. */
+      readonly probed: boolean;
+      /** Descriptors that main opened, and holds the locks of, by path. */
+      readonly files: ReadonlyMap<string, number>;
+      readonly buffered: number | undefined;
+      readonly readonly: boolean;
+      readonly direct: boolean;
+      readonly backingFiles: boolean;
+      readonly sparse: boolean;
+      readonly serial: string;
+      /** The best that this host seems to have. */
+      readonly engine: EngineName;
+      readonly limits?: LimiterOptions | undefined;
+    }
+  | { readonly kind: 'net'; readonly taps: readonly number[]; readonly limits?: LimiterOptions | undefined }
+  | { readonly kind: 'vhost-net'; readonly taps: readonly number[]; readonly calls: readonly number[] }
+  | { readonly kind: 'console'; readonly pipe: SharedArrayBuffer; readonly wake: number }
+  | { readonly kind: 'entropy'; readonly source: number }
+  | { readonly kind: 'balloon' }
+  | { readonly kind: 'vsock'; readonly cid: number; readonly socket: string; readonly listener: number }
+  | { readonly kind: 'pmem'; readonly fd: number | undefined }
+  | { readonly kind: 'watchdog' };
+
+export interface ServedDevice {
+  readonly handle: VirtioPciHandle;
+  /** Indices of the queues that the worker serves. */
+  readonly queues: readonly number[];
+  readonly backend: BackendSpec;
+}
+
+/** What an I/O worker is started with. */
+export interface IoWorkerData {
+  /** Of the thread. */
+  readonly name: string;
+  readonly hypervisor: HypervisorName;
+  readonly vm: VmHandle;
+  readonly memory: MemoryHandle;
+  readonly intx: IntxHandle;
+  /** Memory that is shared with other processes cannot be discarded page by page in this process alone. */
+  readonly sharedMemory: boolean;
+  /** Signalled when there is something to look at. */
+  readonly wake: number;
+  /** Word 0 becomes 1 when the worker is to end. */
+  readonly command: SharedArrayBuffer;
+  readonly devices: readonly ServedDevice[];
+  readonly affinity?: readonly number[] | undefined;
+}
+
+/** What IoManager adds. */
+export interface IoWorkerStart extends IoWorkerData {
+  /** Words of {@link Mail}. */
+  readonly mail: SharedArrayBuffer;
+}
+
+/** Words that count a worker's messages of devices to main: those that main has not read; whether the worker waits for room. */
+export const Mail = { inFlight: 0, waiting: 1, words: 2 } as const;
+/** Messages on their way at most. */
+export const IN_FLIGHT_LIMIT = 64;
+
+/** From main to a worker, beside `wake`. */
+export interface IoCommand {
+  readonly device: string;
+  readonly message: unknown;
+}
+
+/** From a worker to main. */
+export type IoMessage =
+  | { readonly kind: 'log'; readonly level: 'info' | 'warn'; readonly line: string }
+  | { readonly kind: 'device'; readonly device: string; readonly message: unknown }
+  /** What the guest has written may not be where it belongs. */
+  | { readonly kind: 'close-failed'; readonly device: string; readonly reason: string };

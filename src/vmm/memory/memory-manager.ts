@@ -1,0 +1,151 @@
+/**
+ * Guest RAM: allocated on the host the way `--memory` says, and given to the VM as slots.
+ * Each range of RAM has a mapping of its own.
+ */
+import { readHostFacts } from '../../config/host-facts.js';
+import type { VmConfig } from '../../config/vm-config.js';
+import type { Vm } from '../../hypervisor/hypervisor.js';
+import { GuestMemory, type MemoryRange, type MemorySource, WINDOW_SIZE } from '../../memory/guest-memory.js';
+import { closeAll, undoAll } from '../../sys/close-all.js';
+import { type HostKernel, type HostMapping, type MappingHandle, SystemError } from '../../sys/host-kernel.js';
+import { MachineError } from '../machine/machine-error.js';
+
+/** A stretch of guest memory as another thread finds it. Structured-cloneable. */
+export interface MemoryPart {
+  readonly range: MemoryRange;
+  readonly mapping: MappingHandle;
+  /** False: a device's memory. */
+  readonly ram: boolean;
+}
+export type MemoryHandle = readonly MemoryPart[];
+
+/** Guest memory on a thread that did not allocate it. */
+export function attachMemory(handle: MemoryHandle, kernel: HostKernel): GuestMemory {
+  return new GuestMemory(handle.map(({ range, mapping, ram }) => source(range, kernel.attach(mapping), ram)));
+}
+
+export class MemoryManager {
+  readonly memory: GuestMemory;
+  readonly #mappings: { range: MemoryRange; mapping: HostMapping }[] = [];
+  readonly #fds: number[] = [];
+
+  /**
+   * @param ranges where RAM lies, ascending
+   * @throws MachineError when the host cannot map the memory asked for
+   */
+  constructor(
+    private readonly kernel: HostKernel,
+    private readonly config: VmConfig['memory'],
+    ranges: readonly MemoryRange[],
+  ) {
+    try {
+      for (const range of ranges) this.#allocate(range);
+    } catch (error) {
+      const cause =
+        error instanceof SystemError
+          ? new MachineError(`--memory size=${config.size}: the host cannot map that much`, { cause: error })
+          : error;
+      undoAll(cause, [() => this.close()]);
+    }
+    this.memory = new GuestMemory(this.#mappings.map(({ range, mapping }) => source(range, mapping, true)));
+  }
+
+  #allocate({ address, size }: MemoryRange): void {
+    const { shared, hugepages, hugepage_size: pageSize, prefault, thp, mergeable } = this.config;
+    const hugepageSize = hugepages ? (pageSize ?? readHostFacts().hugepageSizes[0]) : undefined;
+    // An empty pool of huge pages is an error now, or a fault while the guest runs, which ends the process.
+    const { reserve = hugepages } = this.config;
+    let fd: number | undefined;
+    if (shared) {
+      fd = this.kernel.memfd('guest-ram', { size, hugepageSize });
+      this.#fds.push(fd);
+    }
+    const modulo = Math.max(size >= HUGEST_PAGE ? HUGEST_PAGE : HUGE_PAGE, hugepageSize ?? 0);
+    const placement = { like: address, modulo };
+    const mapping = this.kernel.map({ length: size, fd, shared, hugepageSize, placement, reserve });
+    this.#mappings.push({ range: { address, size }, mapping });
+    if (!hugepages) this.#advise(mapping, thp ? 'hugepage' : 'nohugepage');
+    if (mergeable) this.#advise(mapping, 'mergeable');
+    // After the advice on huge pages, or there would be small ones already.
+    if (prefault) this.#prefault(mapping);
+  }
+
+  #prefault(mapping: HostMapping): void {
+    try {
+      this.kernel.advise(mapping, 'populate');
+    } catch (error) {
+      // Linux before 5.14 does not know that advice. Fresh memory is zero: a zero in each page changes nothing else.
+      if (!(error instanceof SystemError) || error.code !== 'EINVAL') throw error;
+      const { length } = mapping.handle;
+      for (let start = 0; start < length; start += WINDOW_SIZE) {
+        const bytes = new Uint8Array(mapping.view(start, Math.min(WINDOW_SIZE, length - start)));
+        for (let at = 0; at < bytes.length; at += PAGE_SIZE) bytes[at] = 0;
+      }
+    }
+  }
+
+  #advise(mapping: HostMapping, advice: 'hugepage' | 'nohugepage' | 'mergeable'): void {
+    try {
+      this.kernel.advise(mapping, advice);
+    } catch (error) {
+      // A host kernel built without huge pages has none to give or refuse; without KSM, the user's wish cannot be met.
+      if (!(error instanceof SystemError)) throw error;
+      if (advice === 'mergeable') {
+        throw new MachineError(`--memory mergeable=on: the host's kernel has no page merging`, { cause: error });
+      }
+    }
+  }
+
+  /**
+   * Gives all RAM to the VM, slots from 0 on.
+   *
+   * @throws MachineError when the hypervisor refuses it: a slot of KVM's holds less than 8 TiB
+   */
+  attach(vm: Vm): void {
+    try {
+      this.#mappings.forEach(({ range, mapping }, slot) => {
+        vm.addMemory({ slot, guestAddress: range.address, mapping: mapping.handle });
+      });
+    } catch (error) {
+      if (!(error instanceof SystemError)) throw error;
+      throw new MachineError(`--memory size=${this.config.size}: the hypervisor does not take that much`, {
+        cause: error,
+      });
+    }
+  }
+
+  /** Slots that RAM takes. */
+  get slots(): number {
+    return this.#mappings.length;
+  }
+
+  /** What another thread needs to see the same RAM. */
+  handle(): MemoryHandle {
+    return this.#mappings.map(({ range, mapping }) => ({ range, mapping: mapping.handle, ram: true }));
+  }
+
+  /** Unmaps it; no thread and no VM uses it any more. */
+  close(): void {
+    closeAll([
+      ...this.#mappings.map(
+        ({ mapping }) =>
+          () =>
+            mapping.unmap(),
+      ),
+      ...this.#fds.map((fd) => () => this.kernel.close(fd)),
+    ]);
+  }
+}
+
+/**
+ * Page sizes by which processors map the memory of guests: hypervisors use one where guest and host addresses are equal modulo
+ * its size. RAM of this size or more may have pages of 1 GiB.
+ */
+const PAGE_SIZE = 2 ** 12;
+const HUGE_PAGE = 2 ** 21;
+const HUGEST_PAGE = 2 ** 30;
+
+function source(range: MemoryRange, mapping: HostMapping, ram: boolean): MemorySource {
+  const hostAddress = Number(mapping.handle.address);
+  return { ...range, hostAddress, ram, view: (offset, length) => mapping.view(offset, length) };
+}
