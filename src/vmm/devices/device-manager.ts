@@ -2,62 +2,39 @@
  * The virtio devices of one life of a machine: where each is on PCI, its state block and events, and which I/O worker serves
  * which of its queues.
  */
-import fs from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { intxLine } from '../../arch/pci-intx.js';
-import { blockDescription, SECTOR } from '../../block/block-description.js';
-import { probeEngine } from '../../block/engines/engine.js';
-import type { PciPlacement } from '../../config/device-config.js';
+import { PMEM_ALIGNMENT } from '../../config/device-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { HypervisorError, type HypervisorName, type Vm } from '../../hypervisor/hypervisor.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import { type SegmentWindows, SlotAllocator, WindowAllocator } from '../../pci/segments.js';
 import { closeAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
-import { balloonDescription } from '../../virtio/devices/balloon.js';
 import { BytePipe } from '../../virtio/devices/byte-pipe.js';
-import { consoleDescription } from '../../virtio/devices/console.js';
-import type { VirtioDescription } from '../../virtio/device.js';
-import { entropyDescription } from '../../virtio/devices/entropy.js';
-import { netDescription } from '../../virtio/devices/net/description.js';
 import { type KernelInterrupt, offeredFeatures, type VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { virtioBar } from '../../virtio/transport/pci-registers.js';
 import { VirtioPciDevice } from '../../virtio/transport/pci-transport.js';
-import { pmemDescription } from '../../virtio/devices/pmem.js';
 import { QUEUE_WORDS, queueCounters } from '../../virtio/queue/queue.js';
-import type { LimiterOptions } from '../../virtio/rate-limiter.js';
 import { deviceCounters, transportLayout } from '../../virtio/transport/transport-state.js';
 import { StateBlock } from '../../state/state-block.js';
-import { vsockDescription } from '../../virtio/devices/vsock/description.js';
-import { watchdogDescription } from '../../virtio/devices/watchdog.js';
-import type { BackendSpec, IoWorkerData, ServedDevice } from './device-specs.js';
-import type { HostResources } from '../host/host-resources.js';
-import { type PlannedDevice, planWorkers, type QueueAffinity } from './io-planner.js';
+import {
+  balloonPlan,
+  consolePlan,
+  type DevicePlan,
+  diskPlan,
+  entropyPlan,
+  netPlan,
+  pmemPlan,
+  vsockPlan,
+  watchdogPlan,
+} from './device-plans.js';
+import type { IoWorkerData, ServedDevice } from './device-specs.js';
+import type { HostResources, PmemResource } from '../host/host-resources.js';
+import { planWorkers } from './io-planner.js';
 import type { Logger } from '../log/logger.js';
 import { MachineError } from '../machine/machine-error.js';
 import type { MemoryHandle, MemoryPart } from '../memory/memory-manager.js';
-
-const CONSOLE_QUEUE_SIZE = 256;
-
-interface Device {
-  readonly id: string;
-  readonly placement: PciPlacement & { readonly iommu?: boolean };
-  readonly description: VirtioDescription;
-  readonly backend: BackendSpec;
-  readonly affinity?: QueueAffinity | undefined;
-  /** `together`: it keeps something that workers cannot share. */
-  readonly division: PlannedDevice['division'];
-  /** Queues that the host's kernel serves: no worker listens to their doorbells, and these events raise their vectors. */
-  readonly kernelCalls?: readonly number[];
-  /** What the host's kernel can do with the queues that it serves. */
-  readonly featureLimit?: readonly [number, number] | undefined;
-  readonly busy: boolean;
-  readonly blocking: boolean;
-  /** For the log: what moves its data, then what would do so better and why it cannot. */
-  readonly path: readonly string[];
-  /** The BAR is below 4 GiB, where firmware reaches it. */
-  readonly lowBar: boolean;
-}
 
 /** What a device has done since the machine was switched on. */
 export interface DeviceCounters {
@@ -110,7 +87,7 @@ export class DeviceManager {
     this.#slots = segments.map(() => new SlotAllocator());
     try {
       if (config.console.mode !== 'Off') this.console = { pipe: new BytePipe(), wake: this.#eventfd() };
-      const devices = this.#devices();
+      const devices = this.#plans();
       for (const { id, placement } of devices) {
         const { pci_segment: segment, pci_device_id: slot } = placement;
         if (slot !== undefined && !this.#slots[segment].reserve(slot)) {
@@ -131,118 +108,40 @@ export class DeviceManager {
   }
 
   /** In the order of their slots, which is Cloud Hypervisor's. */
-  #devices(): Device[] {
+  #plans(): DevicePlan[] {
+    const { kernel } = this;
     const { config, resources } = this.options;
-    const devices: Device[] = [];
-    const add = (
-      fallbackId: string,
-      placement: Device['placement'],
-      description: VirtioDescription,
-      backend: BackendSpec,
-      more: Partial<Device> = {},
-    ) => {
-      const id = placement.id ?? fallbackId;
-      const usual = { division: 'together', busy: false, blocking: false, lowBar: false, path: [] } as const;
-      devices.push({ id, placement, description, backend, ...usual, ...more });
-    };
-    const onSegment0 = { pci_segment: 0 };
-    if (this.console !== undefined) {
-      const { pipe, wake } = this.console;
-      add('__console', onSegment0, consoleDescription(CONSOLE_QUEUE_SIZE), {
-        kind: 'console',
-        pipe: pipe.buffer,
-        wake,
-      });
-    }
-    for (const resource of resources.disks) {
-      const { id, config: disk, format, files, buffered, size, alignment, logicalBlock, physicalBlock } = resource;
-      const { num_queues: queues, queue_size: queueSize, readonly, direct } = disk;
-      const limits = limiterOptions(disk.rate_limiter_config);
-      const best = !disk._disable_io_uring ? 'io_uring' : disk._disable_aio ? 'sync' : 'aio';
-      const engine = probeEngine(this.kernel, direct, best);
-      const backend: BackendSpec = {
-        kind: 'block',
-        path: disk.path,
-        format,
-        probed: disk.image_type === undefined,
-        files,
-        buffered,
-        readonly,
-        direct,
-        backingFiles: disk.backing_files,
-        sparse: disk.sparse,
-        serial: disk.serial ?? id,
-        engine: engine.name,
-        limits,
-      };
-      const setup = { size, queues, queueSize, readonly, logicalBlock, physicalBlock };
-      // Several sectors in one block of the host: writes to it must not cross.
-      const shares = alignment > SECTOR;
-      add(id, disk, blockDescription(setup), backend, {
-        affinity: disk.queue_affinity,
-        division: format === 'raw' && limits === undefined && !shares ? 'single' : 'together',
-        busy: true,
-        // A format's metadata is read and written synchronously; so is what no engine but io_uring has, and a shared block.
-        blocking: format !== 'raw' || engine.name !== 'io_uring' || shares,
-        lowBar: disk.pci_segment === 0,
-        path: [`${format} by ${engine.name}`, ...engine.missing],
-      });
-    }
-    resources.net.forEach(({ config: net, taps, mac }, index) => {
-      const description = netDescription({
-        mac,
-        queuePairs: net.num_queues / 2,
-        queueSize: net.queue_size,
-        mtu: net.mtu,
-        tso: net.offload_tso,
-        ufo: net.offload_ufo,
-        csum: net.offload_csum,
-      });
-      const limits = limiterOptions(net.rate_limiter_config);
-      const calls = net.vhost ? Array.from({ length: net.num_queues }, () => this.#eventfd()) : undefined;
-      const featureLimit = net.vhost ? resources.vhostFeatures : undefined;
-      const backend: BackendSpec =
-        calls === undefined ? { kind: 'net', taps, limits } : { kind: 'vhost-net', taps, calls };
-      add(`_net${index}`, net, description, backend, {
-        affinity: net.queue_affinity,
-        division: net.vhost || limits !== undefined ? 'together' : 'pairs',
-        busy: true,
-        kernelCalls: calls,
-        featureLimit,
-        path: [net.vhost ? "by the host's kernel (vhost)" : 'by its tap'],
-      });
+    const plans: DevicePlan[] = [];
+    if (this.console !== undefined) plans.push(consolePlan(this.console.pipe, this.console.wake));
+    for (const disk of resources.disks) plans.push(diskPlan(kernel, disk));
+    resources.net.forEach((net, index) => {
+      const { vhost, num_queues: queues, id = `_net${index}` } = net.config;
+      const calls = Array.from({ length: vhost ? queues : 0 }, () => this.#eventfd());
+      plans.push(netPlan(id, net, vhost ? { calls, features: resources.vhostFeatures } : undefined));
     });
-    const source = fs.fstatSync(resources.rng);
-    add(
-      '__rng',
-      config.rng,
-      entropyDescription(),
-      { kind: 'entropy', source: resources.rng },
-      { blocking: source.isFile() || source.isBlockDevice() },
-    );
-    resources.pmem.forEach(({ config: pmem, mapping, fd }, index) => {
-      const { length: size } = mapping.handle;
-      const start = this.#high[pmem.pci_segment].take(size, 2 * 2 ** 20);
-      if (start === undefined) throw new MachineError(`--pmem file=${pmem.file}: no room for it in the address space`);
-      this.vm.addMemory({ slot: this.options.memorySlot + index, guestAddress: start, mapping: mapping.handle });
-      this.memory.push({ range: { address: start, size }, mapping: mapping.handle, ram: false });
-      add(`_pmem${index}`, pmem, pmemDescription({ start, size }), { kind: 'pmem', fd }, { blocking: true });
+    plans.push(entropyPlan(config.rng, resources.rng));
+    resources.pmem.forEach((pmem, index) => {
+      plans.push(pmemPlan(pmem.config.id ?? `_pmem${index}`, pmem, this.#addMemory(pmem, index)));
     });
-    if (resources.vsock !== undefined) {
-      const { config: vsock, listener } = resources.vsock;
-      const { cid, socket } = vsock;
-      add('_vsock0', vsock, vsockDescription(cid), { kind: 'vsock', cid, socket, listener });
-    }
-    if (config.balloon !== undefined) {
-      const { size, deflate_on_oom: deflateOnOom, free_page_reporting: freePageReporting } = config.balloon;
-      const description = balloonDescription({ size, deflateOnOom, freePageReporting });
-      add('__balloon', config.balloon, description, { kind: 'balloon' });
-    }
-    if (config.watchdog) add('__watchdog', onSegment0, watchdogDescription(), { kind: 'watchdog' });
-    return devices;
+    if (resources.vsock !== undefined) plans.push(vsockPlan(resources.vsock));
+    if (config.balloon !== undefined) plans.push(balloonPlan(config.balloon));
+    if (config.watchdog) plans.push(watchdogPlan());
+    return plans;
   }
 
-  #place(devices: readonly Device[]): void {
+  /** Gives the guest a device's memory. @param index among those of its kind @returns its guest physical address */
+  #addMemory(
+    { config: { file, pci_segment: segment }, mapping: { handle: mapping } }: PmemResource,
+    index: number,
+  ): number {
+    const start = this.#high[segment].take(mapping.length, PMEM_ALIGNMENT);
+    if (start === undefined) throw new MachineError(`--pmem file=${file}: no room for it in the address space`);
+    this.vm.addMemory({ slot: this.options.memorySlot + index, guestAddress: start, mapping });
+    this.memory.push({ range: { address: start, size: mapping.length }, mapping, ram: false });
+    return start;
+  }
+
+  #place(devices: readonly DevicePlan[]): void {
     const { hypervisor, config, intx } = this.options;
     const lines = IntxLines.attach(intx, this.vm.signals);
     const planned = planWorkers(
@@ -289,7 +188,7 @@ export class DeviceManager {
     });
   }
 
-  #handle(device: Device, segment: number, slot: number, workers: readonly number[]): VirtioPciHandle {
+  #handle(device: DevicePlan, segment: number, slot: number, workers: readonly number[]): VirtioPciHandle {
     const { id, description } = device;
     const queues = description.queueSizes.length;
     const layout = transportLayout(id, queues, description.config.length);
@@ -350,20 +249,4 @@ export class DeviceManager {
   close(): void {
     closeAll(this.#eventfds.splice(0).map((eventfd) => () => this.kernel.close(eventfd)));
   }
-}
-
-function limiterOptions(
-  config:
-    | {
-        readonly bandwidth?: { size: number; one_time_burst?: number | undefined; refill_time: number } | undefined;
-        readonly ops?: { size: number; one_time_burst?: number | undefined; refill_time: number } | undefined;
-      }
-    | undefined,
-): LimiterOptions | undefined {
-  if (config === undefined) return undefined;
-  const bucket = (from: { size: number; one_time_burst?: number | undefined; refill_time: number } | undefined) =>
-    from === undefined || from.size === 0 || from.refill_time === 0
-      ? undefined
-      : { size: from.size, oneTimeBurst: from.one_time_burst, refillTime: from.refill_time };
-  return { bandwidth: bucket(config.bandwidth), operations: bucket(config.ops) };
 }

@@ -10,7 +10,8 @@ import type { VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FalseStarts } from './false-starts.js';
 import { GuestLog } from '../log/guest-log.js';
-import { type DiskResource, HostResources, resizeRefusal } from '../host/host-resources.js';
+import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
+import { HostResources } from '../host/host-resources.js';
 import { type Backends, Incarnation } from './incarnation.js';
 import { MachineError, RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
@@ -83,7 +84,7 @@ export class Machine {
    */
   async run(): Promise<void> {
     const { config, kernel, openTaps } = this.parts;
-    const resources = HostResources.open(kernel, config, openTaps);
+    const resources = new HostResources(kernel, config, openTaps);
     this.#resources = resources;
     const opened: SerialBackend[] = [];
     const open = async (place: VmConfig['serial'], option: 'serial' | 'console') => {

@@ -6,7 +6,8 @@ import { afterEach, beforeEach, expect, jest, test } from '@jest/globals';
 import { openImage } from '../../../src/block/formats/open-image.js';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { HostResources, resizeRefusal } from '../../../src/vmm/host/host-resources.js';
+import { resizeRefusal } from '../../../src/vmm/host/disk-resource.js';
+import { HostResources } from '../../../src/vmm/host/host-resources.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
 
 const MIB = 2 ** 20;
@@ -26,7 +27,7 @@ afterEach(() => {
 });
 
 function open(config: object, host: LinuxKernel = kernel): HostResources {
-  return HostResources.open(host, vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config }), () => {
+  return new HostResources(host, vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config }), () => {
     throw new Error('No network was asked for');
   });
 }

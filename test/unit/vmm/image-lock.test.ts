@@ -24,7 +24,7 @@ beforeEach(() => {
 afterEach(() => fs.rmSync(folder, { recursive: true }));
 
 const machine = (config: object, host: LinuxKernel = kernel) =>
-  HostResources.open(host, vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config }), () => {
+  new HostResources(host, vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config }), () => {
     throw new Error('No network was asked for');
   });
 const disk = (name: string, readonly = false) => ({

@@ -1,0 +1,169 @@
+/** What each kind of virtio device is before it has a place on PCI, a worker and a state: made from what it holds on the host. */
+import fs from 'node:fs';
+import { blockDescription, SECTOR } from '../../block/block-description.js';
+import { probeEngine } from '../../block/engines/engine.js';
+import type { PciPlacement } from '../../config/device-config.js';
+import type { VmConfig } from '../../config/vm-config.js';
+import type { HostKernel } from '../../sys/host-kernel.js';
+import { balloonDescription } from '../../virtio/devices/balloon.js';
+import type { BytePipe } from '../../virtio/devices/byte-pipe.js';
+import { consoleDescription } from '../../virtio/devices/console.js';
+import { entropyDescription } from '../../virtio/devices/entropy.js';
+import { netDescription } from '../../virtio/devices/net/description.js';
+import { pmemDescription } from '../../virtio/devices/pmem.js';
+import { vsockDescription } from '../../virtio/devices/vsock/description.js';
+import { watchdogDescription } from '../../virtio/devices/watchdog.js';
+import type { VirtioDescription } from '../../virtio/device.js';
+import type { LimiterOptions } from '../../virtio/rate-limiter.js';
+import type { DiskResource } from '../host/disk-resource.js';
+import type { NetResource, PmemResource, RngResource, VsockResource } from '../host/host-resources.js';
+import type { BackendSpec } from './device-specs.js';
+import type { PlannedDevice, QueueAffinity } from './io-planner.js';
+
+const CONSOLE_QUEUE_SIZE = 256;
+
+export interface DevicePlan {
+  readonly id: string;
+  readonly placement: PciPlacement & { readonly iommu?: boolean };
+  readonly description: VirtioDescription;
+  readonly backend: BackendSpec;
+  readonly affinity?: QueueAffinity | undefined;
+  /** `together`: it keeps something that workers cannot share. */
+  readonly division: PlannedDevice['division'];
+  /** Queues that the host's kernel serves: no worker listens to their doorbells, and these events raise their vectors. */
+  readonly kernelCalls?: readonly number[] | undefined;
+  /** What the host's kernel can do with the queues that it serves. */
+  readonly featureLimit?: readonly [number, number] | undefined;
+  readonly busy: boolean;
+  readonly blocking: boolean;
+  /** For the log: what moves its data, then what would do so better and why it cannot. */
+  readonly path: readonly string[];
+  /** The BAR is below 4 GiB, where firmware reaches it. */
+  readonly lowBar: boolean;
+}
+
+const USUAL = { division: 'together', busy: false, blocking: false, lowBar: false, path: [] } as const;
+/** Of devices that the configuration gives no place. */
+const ON_SEGMENT_0 = { pci_segment: 0 };
+
+/** @param wake of main's end of the pipe */
+export function consolePlan(pipe: BytePipe, wake: number): DevicePlan {
+  const backend = { kind: 'console', pipe: pipe.buffer, wake } as const;
+  const description = consoleDescription(CONSOLE_QUEUE_SIZE);
+  return { ...USUAL, id: '__console', placement: ON_SEGMENT_0, description, backend };
+}
+
+export function diskPlan(kernel: HostKernel, resource: DiskResource): DevicePlan {
+  const { id, config: disk, format, files, buffered, size, alignment, logicalBlock, physicalBlock } = resource;
+  const { num_queues: queues, queue_size: queueSize, readonly, direct } = disk;
+  const limits = limiterOptions(disk.rate_limiter_config);
+  const best = !disk._disable_io_uring ? 'io_uring' : disk._disable_aio ? 'sync' : 'aio';
+  const engine = probeEngine(kernel, direct, best);
+  // Several sectors in one block of the host: writes to it must not cross.
+  const shares = alignment > SECTOR;
+  return {
+    id,
+    placement: disk,
+    description: blockDescription({ size, queues, queueSize, readonly, logicalBlock, physicalBlock }),
+    backend: {
+      kind: 'block',
+      path: disk.path,
+      format,
+      probed: disk.image_type === undefined,
+      files,
+      buffered,
+      readonly,
+      direct,
+      backingFiles: disk.backing_files,
+      sparse: disk.sparse,
+      serial: disk.serial ?? id,
+      engine: engine.name,
+      limits,
+    },
+    affinity: disk.queue_affinity,
+    division: format === 'raw' && limits === undefined && !shares ? 'single' : 'together',
+    busy: true,
+    // A format's metadata is read and written synchronously; so is what no engine but io_uring has, and a shared block.
+    blocking: format !== 'raw' || engine.name !== 'io_uring' || shares,
+    lowBar: disk.pci_segment === 0,
+    path: [`${format} by ${engine.name}`, ...engine.missing],
+  };
+}
+
+/** @param vhost where the host's kernel serves the queues: an event for each of them, and what it can do */
+export function netPlan(
+  id: string,
+  { config: net, taps, mac }: NetResource,
+  vhost: { readonly calls: readonly number[]; readonly features: readonly [number, number] | undefined } | undefined,
+): DevicePlan {
+  const limits = limiterOptions(net.rate_limiter_config);
+  return {
+    ...USUAL,
+    id,
+    placement: net,
+    description: netDescription({
+      mac,
+      queuePairs: net.num_queues / 2,
+      queueSize: net.queue_size,
+      mtu: net.mtu,
+      tso: net.offload_tso,
+      ufo: net.offload_ufo,
+      csum: net.offload_csum,
+    }),
+    backend: vhost === undefined ? { kind: 'net', taps, limits } : { kind: 'vhost-net', taps, calls: vhost.calls },
+    affinity: net.queue_affinity,
+    division: vhost !== undefined || limits !== undefined ? 'together' : 'pairs',
+    busy: true,
+    kernelCalls: vhost?.calls,
+    featureLimit: vhost?.features,
+    path: [vhost === undefined ? 'by its tap' : "by the host's kernel (vhost)"],
+  };
+}
+
+export function entropyPlan(config: VmConfig['rng'], { source }: RngResource): DevicePlan {
+  const kind = fs.fstatSync(source);
+  const backend = { kind: 'entropy', source } as const;
+  const blocking = kind.isFile() || kind.isBlockDevice();
+  return {
+    ...USUAL,
+    id: config.id ?? '__rng',
+    placement: config,
+    description: entropyDescription(),
+    backend,
+    blocking,
+  };
+}
+
+/** @param start guest physical address of its memory */
+export function pmemPlan(id: string, { config, mapping, fd }: PmemResource, start: number): DevicePlan {
+  const description = pmemDescription({ start, size: mapping.handle.length });
+  return { ...USUAL, id, placement: config, description, backend: { kind: 'pmem', fd }, blocking: true };
+}
+
+export function vsockPlan({ config, listener }: VsockResource): DevicePlan {
+  const { id = '_vsock0', cid, socket } = config;
+  const backend = { kind: 'vsock', cid, socket, listener } as const;
+  return { ...USUAL, id, placement: config, description: vsockDescription(cid), backend };
+}
+
+export function balloonPlan(config: NonNullable<VmConfig['balloon']>): DevicePlan {
+  const { id = '__balloon', size, deflate_on_oom: deflateOnOom, free_page_reporting: freePageReporting } = config;
+  const description = balloonDescription({ size, deflateOnOom, freePageReporting });
+  return { ...USUAL, id, placement: config, description, backend: { kind: 'balloon' } };
+}
+
+export function watchdogPlan(): DevicePlan {
+  const description = watchdogDescription();
+  return { ...USUAL, id: '__watchdog', placement: ON_SEGMENT_0, description, backend: { kind: 'watchdog' } };
+}
+
+type Limits = NonNullable<VmConfig['disks'][number]['rate_limiter_config']>;
+
+function limiterOptions(config: Limits | undefined): LimiterOptions | undefined {
+  if (config === undefined) return undefined;
+  const bucket = (from: Limits['bandwidth']) =>
+    from === undefined || from.size === 0 || from.refill_time === 0
+      ? undefined
+      : { size: from.size, oneTimeBurst: from.one_time_burst, refillTime: from.refill_time };
+  return { bandwidth: bucket(config.bandwidth), operations: bucket(config.ops) };
+}

@@ -1,0 +1,96 @@
+/** What one device holds on the host: opened step by step, given back as a whole. What the host refuses is told with its option. */
+import fs from 'node:fs';
+import { closeAll } from '../../sys/close-all.js';
+import { type HostKernel, type OpenOptions, SystemError } from '../../sys/host-kernel.js';
+import { MachineError } from '../machine/machine-error.js';
+import { lockImage } from './image-lock.js';
+
+/** Kinds of files that can be opened in the place of one. */
+export interface Accepted {
+  readonly name: string;
+  readonly is: (kind: fs.Stats) => boolean;
+}
+const FILE_OR_BLOCK: Accepted = {
+  name: 'a file or block device',
+  is: (kind) => kind.isFile() || kind.isBlockDevice(),
+};
+export const FILE_OR_CHARACTER: Accepted = {
+  name: 'a file or character device',
+  is: (kind) => kind.isFile() || kind.isCharacterDevice(),
+};
+
+export class Holding {
+  readonly #undo: (() => void)[] = [];
+
+  /** @param option as the user may have typed it, for messages */
+  constructor(
+    private readonly kernel: HostKernel,
+    readonly option: string,
+  ) {}
+
+  /** @param what begins the message @throws MachineError where the host refuses it */
+  explain<T>(attempt: () => T, what = this.option): T {
+    try {
+      return attempt();
+    } catch (error) {
+      if (error instanceof SystemError) throw new MachineError(`${what}: ${error.reason}`);
+      throw error;
+    }
+  }
+
+  /** Looks before it opens: a FIFO would wait for somebody at its other end. @throws MachineError */
+  open(file: string, options: OpenOptions, accepted = FILE_OR_BLOCK): number {
+    const kind = statOf(file);
+    if (kind !== undefined && !accepted.is(kind)) {
+      throw new MachineError(`${this.option}: ${kindName(kind)}; accepted is ${accepted.name}`);
+    }
+    const fd = this.explain(() => this.kernel.open(file, options));
+    this.add(() => this.kernel.close(fd));
+    return fd;
+  }
+
+  /** Nobody may write what this machine reads, and nobody else may read what it writes. @throws MachineError */
+  lock(file: string, fd: number, writes: boolean): void {
+    if (!this.explain(() => lockImage(this.kernel, fd, writes), `${this.option}: ${file} cannot be locked`)) {
+      throw new MachineError(`${this.option}: ${file} is in use by another process, which has locked it`);
+    }
+  }
+
+  /** @param undo what gives something further back */
+  add(undo: () => void): void {
+    this.#undo.push(undo);
+  }
+
+  /** Gives everything back, what came last first. */
+  close(): void {
+    closeAll(this.#undo.splice(0).reverse());
+  }
+}
+
+/** linux/fs.h: BLKGETSIZE64, _IOR(0x12, 114, size_t). */
+const BLKGETSIZE64 = 0x8008_1272;
+
+/** Bytes of a file or block device. */
+export function fileSize(kernel: HostKernel, fd: number): number {
+  const kind = fs.fstatSync(fd);
+  if (kind.isFile()) return kind.size;
+  const size = new BigUint64Array(1);
+  kernel.ioctlBuffer(fd, BLKGETSIZE64, new Uint8Array(size.buffer));
+  return Number(size[0]);
+}
+
+/** @returns undefined where the path leads nowhere, or nobody may look: opening it tells why */
+function statOf(file: string): fs.Stats | undefined {
+  try {
+    return fs.statSync(file);
+  } catch {
+    return undefined;
+  }
+}
+
+/** What a path leads to, for a user who gave it in the place of a file. */
+function kindName(kind: fs.Stats): string {
+  if (kind.isDirectory()) return 'a folder';
+  if (kind.isFIFO()) return 'a FIFO';
+  return kind.isCharacterDevice() ? 'a character device' : kind.isBlockDevice() ? 'a block device' : 'not a file';
+}
