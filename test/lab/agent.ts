@@ -9,6 +9,8 @@ import { encodeFrame, type ExitReport, Frame, FrameReader, type SpawnRequest } f
 
 const READ_SIZE = 256 * 1024;
 const RETRY_MILLISECONDS = 20;
+/** How often a port that nobody has connected to is looked at: an idle lab is to leave the processor to others. */
+const IDLE_MILLISECONDS = 200;
 /** Frames that wait for the host; beyond it, the commands' output is held back. */
 const MAX_QUEUED = 1024 * 1024;
 
@@ -120,7 +122,7 @@ function read(): void {
       read();
     } else {
       reader.reset();
-      setTimeout(read, RETRY_MILLISECONDS);
+      setTimeout(read, IDLE_MILLISECONDS);
     }
   });
 }

@@ -60,7 +60,7 @@ export class Guest {
     const limit = setTimeout(() => {
       this.#hangs = true;
       process.kill('SIGKILL');
-    }, HANG_MILLISECONDS);
+    }, HANG_MILLISECONDS).unref();
     const cleared = () => clearTimeout(limit);
     process.exit.then(cleared, cleared);
   }
