@@ -5,7 +5,7 @@
  * Built: what a machine that runs can be asked and told. Creating and booting one, hotplug and migration are not.
  */
 import http from 'node:http';
-import * as z from 'zod';
+import * as z from 'zod/mini';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { Machine } from '../vmm/machine/machine.js';
 import { causeMessages, RequestError } from '../vmm/machine/machine-error.js';
@@ -36,30 +36,31 @@ interface Answer {
 
 type Handler = (body: unknown) => Answer | Promise<Answer>;
 
-const bytes = (error: string) => z.int({ error }).min(0, { error });
+const bytes = (error: string) => z.int({ error }).check(z.gte(0, { error }));
 const balloonError = 'desired_balloon: accepted is a number of bytes';
 const diskSizeError = `desired_size: accepted is a multiple of ${SECTOR} bytes`;
 
 const resizeError = 'accepted is {"desired_balloon": BYTES}';
 /** Its clients write out what they do not set. */
-const unset = z.null({ error: resizeError }).optional();
+const unset = z.optional(z.null({ error: resizeError }));
 /** The other two fields that Cloud Hypervisor has here change vCPUs and RAM. */
 const resizeSchema = z.strictObject(
-  { desired_balloon: bytes(balloonError).nullish(), desired_vcpus: unset, desired_ram: unset },
+  { desired_balloon: z.nullish(bytes(balloonError)), desired_vcpus: unset, desired_ram: unset },
   { error: resizeError },
 );
 const resizeDiskSchema = z.strictObject(
   {
     id: z.string({ error: 'id: accepted is the name of a disk' }),
-    desired_size: bytes(diskSizeError)
-      .min(SECTOR, { error: diskSizeError })
-      .multipleOf(SECTOR, { error: diskSizeError }),
-    shrink: z.boolean({ error: 'shrink: accepted is true or false' }).nullish(),
+    desired_size: bytes(diskSizeError).check(
+      z.gte(SECTOR, { error: diskSizeError }),
+      z.multipleOf(SECTOR, { error: diskSizeError }),
+    ),
+    shrink: z.nullish(z.boolean({ error: 'shrink: accepted is true or false' })),
   },
   { error: 'accepted is {"id": DISK, "desired_size": BYTES, "shrink": true or false}' },
 );
 
-function check<T>(schema: z.ZodType<T>, body: unknown): T {
+function check<T>(schema: z.ZodMiniType<T>, body: unknown): T {
   const checked = schema.safeParse(body);
   if (checked.success) return checked.data;
   throw new RequestError(checked.error.issues[0].message, 'invalid');

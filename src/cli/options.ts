@@ -2,6 +2,7 @@
  * The options of the command line: one table for the parser and for --help. What a value means, may be and is by
  * default comes from the schema in config/vm-config.ts.
  */
+import { helpOf, type Shape } from '../config/fields.js';
 import { formatSize } from '../config/host-facts.js';
 import { KINDS } from '../config/option-syntax.js';
 import type { SubOption } from '../config/option-syntax.js';
@@ -83,7 +84,7 @@ export interface DeviceOption {
   readonly field: string;
   readonly several: boolean;
   readonly subOptions: readonly SubOption[];
-  readonly shape: Readonly<Record<string, { description?: string | undefined }>>;
+  readonly shape: Shape;
 }
 
 const size = (name: string): SubOption => ({ name, field: name, kind: KINDS.size });
@@ -163,8 +164,6 @@ export interface Flag {
   readonly help: string;
 }
 
-const describe = (schema: { description?: string | undefined }): string => schema.description ?? '';
-
 const LIMIT_HELP: Readonly<Record<string, string | undefined>> = {
   bw_size: 'Bytes that may pass in each refill time',
   bw_one_time_burst: 'Bytes that may pass at first beyond those',
@@ -199,14 +198,14 @@ function deviceDefaults({ field }: DeviceOption): Readonly<Record<string, unknow
 function listHelp(
   title: string,
   subOptions: readonly SubOption[],
-  shape: Readonly<Record<string, { description?: string | undefined }>>,
+  shape: Shape,
   defaults: Readonly<Record<string, unknown>>,
 ): string {
   const lines = subOptions.map(({ name, field, kind }) => {
     const value = defaults[field];
     const shown = typeof value === 'boolean' ? (value ? 'on' : 'off') : formatDefault(value);
     const suffix = value === undefined || field === 'max_vcpus' ? '' : ` [${shown}]`;
-    return `${name}=${kind.placeholder}: ${LIMIT_HELP[field] ?? describe(shape[field])}${suffix}`;
+    return `${name}=${kind.placeholder}: ${LIMIT_HELP[field] ?? helpOf(shape[field])}${suffix}`;
   });
   return [`${title}, a list of:`, ...lines].join('\n');
 }
@@ -220,15 +219,15 @@ const defaults = () => vmConfigSchema.parse({ payload: { kernel: 'any' } });
 
 /** Options of `vmm` itself, in the order of --help. */
 export const RUN_FLAGS: readonly Flag[] = [
-  { name: 'kernel', group: 'Payload:', takes: 'value', help: describe(payload.shape.kernel) },
-  { name: 'initramfs', group: 'Payload:', takes: 'value', help: describe(payload.shape.initramfs) },
-  { name: 'cmdline', group: 'Payload:', takes: 'value', help: describe(payload.shape.cmdline) },
+  { name: 'kernel', group: 'Payload:', takes: 'value', help: helpOf(payload.shape.kernel) },
+  { name: 'initramfs', group: 'Payload:', takes: 'value', help: helpOf(payload.shape.initramfs) },
+  { name: 'cmdline', group: 'Payload:', takes: 'value', help: helpOf(payload.shape.cmdline) },
   {
     name: 'cpus',
     group: 'Machine:',
     takes: 'value',
     get help() {
-      return listHelp(describe(cpus), CPUS_SUB_OPTIONS, cpusSchema.shape, defaults().cpus);
+      return listHelp(helpOf(cpus), CPUS_SUB_OPTIONS, cpusSchema.shape, defaults().cpus);
     },
   },
   {
@@ -236,13 +235,13 @@ export const RUN_FLAGS: readonly Flag[] = [
     group: 'Machine:',
     takes: 'value',
     get help() {
-      return listHelp(describe(memory), MEMORY_SUB_OPTIONS, memorySchema.shape, defaults().memory);
+      return listHelp(helpOf(memory), MEMORY_SUB_OPTIONS, memorySchema.shape, defaults().memory);
     },
   },
-  { name: 'serial', group: 'Machine:', takes: 'value', help: modeHelp(describe(serial), SERIAL_MODES) },
-  { name: 'console', group: 'Machine:', takes: 'value', help: modeHelp(describe(console), CONSOLE_MODES) },
+  { name: 'serial', group: 'Machine:', takes: 'value', help: modeHelp(helpOf(serial), SERIAL_MODES) },
+  { name: 'console', group: 'Machine:', takes: 'value', help: modeHelp(helpOf(console), CONSOLE_MODES) },
   ...DEVICE_OPTIONS.map((option): Flag => {
-    const title = describe((vmConfigSchema.shape as Record<string, { description?: string }>)[option.field]);
+    const title = helpOf((vmConfigSchema.shape as Shape)[option.field]);
     const shown = option.subOptions.filter(({ name }) => !name.startsWith('_'));
     return {
       name: option.name,
@@ -253,8 +252,8 @@ export const RUN_FLAGS: readonly Flag[] = [
       },
     };
   }),
-  { name: 'watchdog', group: 'Devices:', takes: 'switch', help: describe(watchdog) },
-  { name: 'pvpanic', group: 'Devices:', takes: 'switch', help: describe(pvpanic) },
+  { name: 'watchdog', group: 'Devices:', takes: 'switch', help: helpOf(watchdog) },
+  { name: 'pvpanic', group: 'Devices:', takes: 'switch', help: helpOf(pvpanic) },
   {
     name: 'hypervisor',
     group: 'Process:',

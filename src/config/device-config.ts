@@ -2,10 +2,8 @@
  * The configuration of the paravirtual devices. Names and defaults are those of the REST API; what crosses devices (the
  * same id twice, a PCI segment that does not exist) is checked with the whole machine in vm-config.ts.
  */
-import * as z from 'zod';
-
-// A process checks one configuration: to compile a function for each schema first takes longer than that.
-z.config({ jitless: true });
+import * as z from 'zod/mini';
+import { defaulted, flag, optional, required, text, wholeNumber } from './fields.js';
 
 /** Slots of a PCI segment; slot 0 of segment 0 is the host bridge's. */
 export const PCI_SLOTS = 32;
@@ -23,50 +21,45 @@ const MAX_CID = 0xffff_fffe;
 const MIN_MTU = 1280;
 const MAX_MTU = 65535;
 
-function wholeNumber(min: number, max: number, what = 'a number'): z.ZodInt {
-  const error = `${what} from ${min} to ${max}`;
-  return z.int({ error }).min(min, { error }).max(max, { error });
-}
-
-const path = z.string({ error: 'a path' }).regex(/^[^\0]+$/, { error: 'a path' });
+const path = text(/^[^\0]+$/, 'a path');
 
 /** struct sockaddr_un, without the NUL. Node cuts off what is longer. */
 export const MAX_SOCKET_PATH = 107;
-export const socketPath = path.refine((text) => Buffer.byteLength(text) <= MAX_SOCKET_PATH, {
-  error: `a path of up to ${MAX_SOCKET_PATH} bytes`,
-});
+export const socketPath = path.check(
+  z.refine((name) => Buffer.byteLength(name) <= MAX_SOCKET_PATH, { error: `a path of up to ${MAX_SOCKET_PATH} bytes` }),
+);
 
-const idError = 'a name that does not start with __, up to 64 letters, digits, and - _ . :';
-const id = z.string({ error: idError }).regex(/^(?!__)[\w.:-]{1,64}$/, { error: idError });
+const id = text(/^(?!__)[\w.:-]{1,64}$/, 'a name that does not start with __, up to 64 letters, digits, and - _ . :');
 
 /** What every PCI device may be given. */
 const pciFields = {
-  id: id.optional().describe('Name of the device'),
-  pci_segment: wholeNumber(0, MAX_PCI_SEGMENTS - 1, 'a PCI segment')
-    .default(0)
-    .describe('PCI segment'),
-  pci_device_id: wholeNumber(0, PCI_SLOTS - 1, 'a slot')
-    .optional()
-    .describe('Slot on its segment, default the next free'),
-  iommu: z.boolean().default(false).describe('Offer the guest to translate the addresses of the device'),
+  id: optional('Name of the device', id),
+  pci_segment: defaulted('PCI segment', wholeNumber(0, MAX_PCI_SEGMENTS - 1, 'a PCI segment'), 0),
+  pci_device_id: optional('Slot on its segment, default the next free', wholeNumber(0, PCI_SLOTS - 1, 'a slot')),
+  iommu: defaulted('Offer the guest to translate the addresses of the device', flag, false),
 };
 
 const queueSize = (fallback: number) =>
-  wholeNumber(4, MAX_QUEUE_SIZE, 'a power of two')
-    .refine((value) => (value & (value - 1)) === 0, { error: `a power of two from 4 to ${MAX_QUEUE_SIZE}` })
-    .default(fallback)
-    .describe('Descriptors of each queue');
+  defaulted(
+    'Descriptors of each queue',
+    wholeNumber(4, MAX_QUEUE_SIZE, 'a power of two').check(
+      z.refine((value) => (value & (value - 1)) === 0, { error: `a power of two from 4 to ${MAX_QUEUE_SIZE}` }),
+    ),
+    fallback,
+  );
 
-const count = z.int({ error: 'a whole number' }).min(0, { error: 'a whole number' });
-const bucket = z.strictObject({ size: count, one_time_burst: count.optional(), refill_time: count });
+const count = z.int({ error: 'a whole number' }).check(z.gte(0, { error: 'a whole number' }));
+const bucket = z.strictObject({ size: count, one_time_burst: z.optional(count), refill_time: count });
 
-const rateLimiter = z.strictObject({ bandwidth: bucket.optional(), ops: bucket.optional() }).optional();
+const rateLimiter = z.optional(z.strictObject({ bandwidth: z.optional(bucket), ops: z.optional(bucket) }));
 
-const cpuList = z.array(wholeNumber(0, 8191, 'host CPUs')).min(1, { error: 'at least one host CPU for each queue' });
-const queueAffinity = z
-  .array(z.strictObject({ queue_index: wholeNumber(0, MAX_QUEUES - 1, 'a queue'), host_cpus: cpuList }))
-  .optional()
-  .describe('Gives a queue a thread of its own, bound to these host CPUs');
+const cpuList = z
+  .array(wholeNumber(0, 8191, 'host CPUs'))
+  .check(z.minLength(1, { error: 'at least one host CPU for each queue' }));
+const queueAffinity = optional(
+  'Gives a queue a thread of its own, bound to these host CPUs',
+  z.array(z.strictObject({ queue_index: wholeNumber(0, MAX_QUEUES - 1, 'a queue'), host_cpus: cpuList })),
+);
 
 /** What is wrong with a device's `queue_affinity`, if anything. */
 function affinityProblem(affinity: z.infer<typeof queueAffinity>, queues: number): string | undefined {
@@ -83,26 +76,29 @@ export const IMAGE_TYPES = ['raw', 'qcow2'] as const;
 
 export const diskSchema = z
   .strictObject({
-    path: path.describe('File or block device with the image'),
-    readonly: z.boolean().default(false).describe('The guest cannot write'),
-    direct: z.boolean().default(false).describe('Bypass the page cache of the host'),
-    num_queues: wholeNumber(1, MAX_QUEUES).default(1).describe('Queues'),
+    path: required('File or block device with the image', path),
+    readonly: defaulted('The guest cannot write', flag, false),
+    direct: defaulted('Bypass the page cache of the host', flag, false),
+    num_queues: defaulted('Queues', wholeNumber(1, MAX_QUEUES), 1),
     queue_size: queueSize(128),
-    serial: z
-      .string({ error: 'text' })
-      .refine((text) => Buffer.byteLength(text) <= MAX_SERIAL, { error: `text of up to ${MAX_SERIAL} bytes` })
-      .optional()
-      .describe('Serial number'),
+    serial: optional(
+      'Serial number',
+      z
+        .string({ error: 'text' })
+        .check(
+          z.refine((name) => Buffer.byteLength(name) <= MAX_SERIAL, { error: `text of up to ${MAX_SERIAL} bytes` }),
+        ),
+    ),
     rate_limiter_config: rateLimiter,
     queue_affinity: queueAffinity,
-    backing_files: z.boolean().default(false).describe('Allow an image that names another one behind it'),
-    sparse: z.boolean().default(true).describe('Give discarded space back to the host'),
-    image_type: z
-      .enum(IMAGE_TYPES, { error: `one of ${IMAGE_TYPES.join(', ')}` })
-      .optional()
-      .describe('Format, default what the file looks like'),
-    _disable_io_uring: z.boolean().default(false),
-    _disable_aio: z.boolean().default(false),
+    backing_files: defaulted('Allow an image that names another one behind it', flag, false),
+    sparse: defaulted('Give discarded space back to the host', flag, true),
+    image_type: optional(
+      'Format, default what the file looks like',
+      z.enum(IMAGE_TYPES, { error: `one of ${IMAGE_TYPES.join(', ')}` }),
+    ),
+    _disable_io_uring: z._default(flag, false),
+    _disable_aio: z._default(flag, false),
     ...pciFields,
   })
   .check(({ value, issues }) => {
@@ -110,57 +106,59 @@ export const diskSchema = z
     if (message !== undefined) issues.push({ code: 'custom', input: value, path: ['queue_affinity'], message });
   });
 
-const MAC = /^[0-9a-f]{2}(:[0-9a-f]{2}){5}$/i;
-const macError = 'a unicast address such as 12:34:56:78:9a:bc';
-const mac = z
-  .string({ error: macError })
-  .regex(MAC, { error: macError })
-  .refine((text) => (parseInt(text.slice(0, 2), 16) & 1) === 0 && /[1-9a-f]/i.test(text), { error: macError });
+const mac = text(
+  /^[0-9a-f]{2}(:[0-9a-f]{2}){5}$/i,
+  'a unicast address such as 12:34:56:78:9a:bc',
+  (value) => (parseInt(value.slice(0, 2), 16) & 1) === 0 && /[1-9a-f]/i.test(value),
+);
 const addressError = 'an IPv4 address of a host such as 192.168.249.1';
-const address = z.ipv4({ error: addressError }).refine(
-  (text) => {
-    // RFC 1122, 3.2.1.3: 0 is "this network"; from 224 on they are groups, reserved, or everybody.
-    const first = parseInt(text);
-    return first > 0 && first < 224;
-  },
-  { error: addressError },
+const address = z.ipv4({ error: addressError }).check(
+  z.refine(
+    (value) => {
+      // RFC 1122, 3.2.1.3: 0 is "this network"; from 224 on they are groups, reserved, or everybody.
+      const first = parseInt(value);
+      return first > 0 && first < 224;
+    },
+    { error: addressError },
+  ),
 );
 const maskError = 'a network mask such as 255.255.255.0';
-const mask = z.ipv4({ error: maskError }).refine(
-  (text) => {
-    const hostBits = ~text.split('.').reduce((bits, part) => (bits << 8) | Number(part), 0);
-    return (hostBits & (hostBits + 1)) === 0;
-  },
-  { error: maskError },
+const mask = z.ipv4({ error: maskError }).check(
+  z.refine(
+    (value) => {
+      const hostBits = ~value.split('.').reduce((bits, part) => (bits << 8) | Number(part), 0);
+      return (hostBits & (hostBits + 1)) === 0;
+    },
+    { error: maskError },
+  ),
 );
 /** dev_valid_name() of Linux: 15 bytes, not all dots, no slash, colon or blank. */
-const tapError = 'the name of a tap, up to 15 characters';
-const TAP = /^(?!\.{1,2}$)[^\0/:\s]{1,15}$/;
+const tap = text(
+  /^(?!\.{1,2}$)[^\0/:\s]{1,15}$/,
+  'the name of a tap, up to 15 characters',
+  (name) => Buffer.byteLength(name) <= 15,
+);
 
 export const netSchema = z
   .strictObject({
-    tap: z
-      .string({ error: tapError })
-      .regex(TAP, { error: tapError })
-      .refine((text) => Buffer.byteLength(text) <= 15, { error: tapError })
-      .optional()
-      .describe('Tap, made when it is not there; default a new one that the host names'),
-    ip: address.optional().describe('Address of the host end'),
-    mask: mask.optional().describe('Network mask of the host end'),
-    mac: mac.optional().describe('Address of the guest, default a random one'),
-    host_mac: mac.optional().describe('Hardware address of the host end'),
-    mtu: wholeNumber(MIN_MTU, MAX_MTU).optional().describe('Largest packet of the guest'),
-    fds: z
-      .array(wholeNumber(3, 65535, 'open descriptors'))
-      .min(1, { error: 'at least one open descriptor' })
-      .optional()
-      .describe('Open tap descriptors, one for each pair of queues'),
-    num_queues: wholeNumber(2, MAX_QUEUES).default(2).describe('Queues, receiving and sending ones together'),
+    tap: optional('Tap, made when it is not there; default a new one that the host names', tap),
+    ip: optional('Address of the host end', address),
+    mask: optional('Network mask of the host end', mask),
+    mac: optional('Address of the guest, default a random one', mac),
+    host_mac: optional('Hardware address of the host end', mac),
+    mtu: optional('Largest packet of the guest', wholeNumber(MIN_MTU, MAX_MTU)),
+    fds: optional(
+      'Open tap descriptors, one for each pair of queues',
+      z
+        .array(wholeNumber(3, 65535, 'open descriptors'))
+        .check(z.minLength(1, { error: 'at least one open descriptor' })),
+    ),
+    num_queues: defaulted('Queues, receiving and sending ones together', wholeNumber(2, MAX_QUEUES), 2),
     queue_size: queueSize(256),
-    vhost: z.boolean().default(false).describe("Leave the data path to the host's kernel (vhost-net)"),
-    offload_tso: z.boolean().default(true).describe('Segmentation offload (TCP)'),
-    offload_ufo: z.boolean().default(true).describe('Segmentation offload (UDP)'),
-    offload_csum: z.boolean().default(true).describe('Checksum offload'),
+    vhost: defaulted("Leave the data path to the host's kernel (vhost-net)", flag, false),
+    offload_tso: defaulted('Segmentation offload (TCP)', flag, true),
+    offload_ufo: defaulted('Segmentation offload (UDP)', flag, true),
+    offload_csum: defaulted('Checksum offload', flag, true),
     rate_limiter_config: rateLimiter,
     queue_affinity: queueAffinity,
     ...pciFields,
@@ -187,14 +185,14 @@ export const netSchema = z
   });
 
 export const rngSchema = z.strictObject({
-  src: path.default('/dev/urandom').describe('File or character device that the random bytes come from'),
+  src: defaulted('File or character device that the random bytes come from', path, '/dev/urandom'),
   ...pciFields,
 });
 
 export const balloonSchema = z.strictObject({
-  size: count.default(0).describe('Memory that the guest is to give back at first'),
-  deflate_on_oom: z.boolean().default(false).describe('The guest may take it when it runs out of memory'),
-  free_page_reporting: z.boolean().default(false).describe('The guest tells which pages it does not use'),
+  size: defaulted('Memory that the guest is to give back at first', count, 0),
+  deflate_on_oom: defaulted('The guest may take it when it runs out of memory', flag, false),
+  free_page_reporting: defaulted('The guest tells which pages it does not use', flag, false),
   ...pciFields,
 });
 
@@ -203,20 +201,20 @@ export const PMEM_ALIGNMENT = 2 * 2 ** 20;
 const pmemSizeError = 'a multiple of 2M';
 
 export const pmemSchema = z.strictObject({
-  file: path.describe('File or block device with the contents'),
-  size: z
-    .int({ error: pmemSizeError })
-    .min(PMEM_ALIGNMENT, { error: pmemSizeError })
-    .multipleOf(PMEM_ALIGNMENT, { error: pmemSizeError })
-    .optional()
-    .describe('Size, default that of the file'),
-  discard_writes: z.boolean().default(false).describe('What the guest writes is not kept'),
+  file: required('File or block device with the contents', path),
+  size: optional(
+    'Size, default that of the file',
+    z
+      .int({ error: pmemSizeError })
+      .check(z.gte(PMEM_ALIGNMENT, { error: pmemSizeError }), z.multipleOf(PMEM_ALIGNMENT, { error: pmemSizeError })),
+  ),
+  discard_writes: defaulted('What the guest writes is not kept', flag, false),
   ...pciFields,
 });
 
 export const vsockSchema = z.strictObject({
-  cid: wholeNumber(MIN_CID, MAX_CID, 'a context id').describe('Context id of the guest'),
-  socket: socketPath.describe('Unix socket through which host programs connect'),
+  cid: required('Context id of the guest', wholeNumber(MIN_CID, MAX_CID, 'a context id')),
+  socket: required('Unix socket through which host programs connect', socketPath),
   ...pciFields,
 });
 
@@ -226,8 +224,8 @@ const CHARACTER_MODES = ['Off', 'Null', 'Tty', 'Pty', 'File', 'Socket'] as const
 export const characterSchema = z
   .strictObject({
     mode: z.enum(CHARACTER_MODES, { error: `one of ${CHARACTER_MODES.join(', ')}` }),
-    file: path.optional(),
-    socket: socketPath.optional(),
+    file: z.optional(path),
+    socket: z.optional(socketPath),
   })
   .check(({ value, issues }) => {
     for (const [field, mode] of [['file', 'File'] as const, ['socket', 'Socket'] as const]) {
@@ -239,7 +237,7 @@ export const characterSchema = z
   });
 
 export const platformSchema = z.strictObject({
-  num_pci_segments: wholeNumber(1, MAX_PCI_SEGMENTS).default(1).describe('PCI segments'),
+  num_pci_segments: defaulted('PCI segments', wholeNumber(1, MAX_PCI_SEGMENTS), 1),
 });
 
 export type DiskConfig = z.infer<typeof diskSchema>;

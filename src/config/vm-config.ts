@@ -5,7 +5,7 @@
  * names the field, so that each front end can name the field in its own words (an option, a JSON path). What depends on
  * the host (its CPUs, its huge pages) is checked in host-facts.ts.
  */
-import * as z from 'zod';
+import * as z from 'zod/mini';
 import {
   balloonSchema,
   characterSchema,
@@ -17,6 +17,7 @@ import {
   rngSchema,
   vsockSchema,
 } from './device-config.js';
+import { defaulted, flag, optional, required, section, text, wholeNumber } from './fields.js';
 
 /** An xAPIC id has 8 bits: 255 is the broadcast id and the I/O APIC takes one (Intel SDM vol. 3, 12.6.1). */
 export const MAX_VCPUS = 254;
@@ -30,22 +31,13 @@ const MAX_MEMORY = 2 ** MAX_PHYS_BITS;
 /** Linux is built for at most 8192 CPUs (CONFIG_NR_CPUS_RANGE_END on x86). */
 const MAX_HOST_CPU = 8191;
 
-function wholeNumber(min: number, max: number, what = 'a number'): z.ZodInt {
-  const error = `${what} from ${min} to ${max}`;
-  return z.int({ error }).min(min, { error }).max(max, { error });
-}
-
 /** A NUL would end the string early in the kernel's eyes. */
-const path = z.string({ error: 'the path of a file' }).regex(/^[^\0]+$/, { error: 'the path of a file' });
+const path = text(/^[^\0]+$/, 'the path of a file');
 
 const payloadSchema = z.strictObject({
-  kernel: path.describe('Kernel: a bzImage or an ELF vmlinux with a PVH note'),
-  initramfs: path.optional().describe('Initial RAM file system'),
-  cmdline: z
-    .string()
-    .regex(/^[^\0]*$/, { error: 'text without NUL' })
-    .optional()
-    .describe('Kernel command line'),
+  kernel: required('Kernel: a bzImage or an ELF vmlinux with a PVH note', path),
+  initramfs: optional('Initial RAM file system', path),
+  cmdline: optional('Kernel command line', text(/^[^\0]*$/, 'text without NUL')),
 });
 
 const topologySchema = z.strictObject({
@@ -60,18 +52,20 @@ const affinitySchema = z.strictObject({
   vcpu: wholeNumber(0, MAX_VCPUS - 1, 'a vCPU'),
   host_cpus: z
     .array(wholeNumber(0, MAX_HOST_CPU, 'host CPUs'))
-    .min(1, { error: 'at least one host CPU for each vCPU' }),
+    .check(z.minLength(1, { error: 'at least one host CPU for each vCPU' })),
 });
 
 export const cpusSchema = z
   .strictObject({
-    boot_vcpus: wholeNumber(1, MAX_VCPUS).describe('vCPUs present at boot'),
-    max_vcpus: wholeNumber(1, MAX_VCPUS).describe('vCPUs that can ever be present, default the same as boot'),
-    topology: topologySchema.optional().describe('Shape of the max vCPUs: threads per core, cores, dies, packages'),
-    max_phys_bits: wholeNumber(MIN_PHYS_BITS, MAX_PHYS_BITS)
-      .default(46)
-      .describe('Upper bound for the guest physical address width'),
-    affinity: z.array(affinitySchema).optional().describe('Host CPUs that the thread of each vCPU may run on'),
+    boot_vcpus: required('vCPUs present at boot', wholeNumber(1, MAX_VCPUS)),
+    max_vcpus: required('vCPUs that can ever be present, default the same as boot', wholeNumber(1, MAX_VCPUS)),
+    topology: optional('Shape of the max vCPUs: threads per core, cores, dies, packages', topologySchema),
+    max_phys_bits: defaulted(
+      'Upper bound for the guest physical address width',
+      wholeNumber(MIN_PHYS_BITS, MAX_PHYS_BITS),
+      46,
+    ),
+    affinity: optional('Host CPUs that the thread of each vCPU may run on', z.array(affinitySchema)),
   })
   .check(({ value, issues }) => {
     const refuse = (field: string, message: string): void => {
@@ -96,23 +90,27 @@ const sizeError = `a multiple of ${PAGE_SIZE} bytes from ${PAGE_SIZE} to 2^${MAX
 
 export const memorySchema = z
   .strictObject({
-    size: z
-      .int({ error: sizeError })
-      .min(PAGE_SIZE, { error: sizeError })
-      .max(MAX_MEMORY, { error: sizeError })
-      .multipleOf(PAGE_SIZE, { error: sizeError })
-      .default(512 * 2 ** 20)
-      .describe('Guest RAM'),
-    shared: z.boolean().default(false).describe('Map it shared, for back ends in other processes'),
-    hugepages: z.boolean().default(false).describe('Take it from the huge page pool of the host'),
-    hugepage_size: z
-      .int({ error: 'a huge page size of the host' })
-      .optional()
-      .describe('Size of those huge pages, default the one of the host'),
-    prefault: z.boolean().default(false).describe('Touch every page before the guest starts'),
-    reserve: z.boolean().optional().describe('Set it aside on the host at once, default on for huge pages'),
-    thp: z.boolean().default(true).describe('Let the host back it with transparent huge pages'),
-    mergeable: z.boolean().default(false).describe('Let the host merge equal pages (KSM)'),
+    size: defaulted(
+      'Guest RAM',
+      z
+        .int({ error: sizeError })
+        .check(
+          z.gte(PAGE_SIZE, { error: sizeError }),
+          z.lte(MAX_MEMORY, { error: sizeError }),
+          z.multipleOf(PAGE_SIZE, { error: sizeError }),
+        ),
+      512 * 2 ** 20,
+    ),
+    shared: defaulted('Map it shared, for back ends in other processes', flag, false),
+    hugepages: defaulted('Take it from the huge page pool of the host', flag, false),
+    hugepage_size: optional(
+      'Size of those huge pages, default the one of the host',
+      z.int({ error: 'a huge page size of the host' }),
+    ),
+    prefault: defaulted('Touch every page before the guest starts', flag, false),
+    reserve: optional('Set it aside on the host at once, default on for huge pages', flag),
+    thp: defaulted('Let the host back it with transparent huge pages', flag, true),
+    mergeable: defaulted('Let the host merge equal pages (KSM)', flag, false),
   })
   .check(({ value, issues }) => {
     const refuse = (field: string, message: string): void => {
@@ -124,19 +122,19 @@ export const memorySchema = z
 
 const vmFields = z.strictObject({
   payload: payloadSchema,
-  cpus: cpusSchema.prefault({ boot_vcpus: 1, max_vcpus: 1 }).describe('Virtual CPUs'),
-  memory: memorySchema.prefault({}).describe('Guest memory'),
-  serial: characterSchema.prefault({ mode: 'Null' }).describe('Serial port (16550A)'),
-  console: characterSchema.prefault({ mode: 'Off' }).describe('Paravirtual console'),
-  platform: platformSchema.prefault({}).describe('Platform'),
-  disks: z.array(diskSchema).default([]).describe('Disk; may be repeated'),
-  net: z.array(netSchema).default([]).describe('Network interface; may be repeated'),
-  rng: rngSchema.prefault({}).describe('Entropy source, which every machine has'),
-  balloon: balloonSchema.optional().describe('Memory balloon'),
-  pmem: z.array(pmemSchema).default([]).describe('Persistent memory; may be repeated'),
-  vsock: vsockSchema.optional().describe('Sockets between guest and host'),
-  watchdog: z.boolean().default(false).describe('Add a watchdog, which resets a guest that stops feeding it'),
-  pvpanic: z.boolean().default(false).describe('Add the device through which a guest reports its panic'),
+  cpus: section('Virtual CPUs', cpusSchema, { boot_vcpus: 1, max_vcpus: 1 }),
+  memory: section('Guest memory', memorySchema, {}),
+  serial: section('Serial port (16550A)', characterSchema, { mode: 'Null' }),
+  console: section('Paravirtual console', characterSchema, { mode: 'Off' }),
+  platform: section('Platform', platformSchema, {}),
+  disks: defaulted('Disk; may be repeated', z.array(diskSchema), []),
+  net: defaulted('Network interface; may be repeated', z.array(netSchema), []),
+  rng: section('Entropy source, which every machine has', rngSchema, {}),
+  balloon: optional('Memory balloon', balloonSchema),
+  pmem: defaulted('Persistent memory; may be repeated', z.array(pmemSchema), []),
+  vsock: optional('Sockets between guest and host', vsockSchema),
+  watchdog: defaulted('Add a watchdog, which resets a guest that stops feeding it', flag, false),
+  pvpanic: defaulted('Add the device through which a guest reports its panic', flag, false),
 });
 
 /** Every device of a configuration that has a PCI function, with its path in the configuration. */

@@ -1,5 +1,4 @@
 /** Which architecture a kernel file is for, as far as its first bytes tell: to name it to a user who took the wrong one. */
-import zlib from 'node:zlib';
 import type { PayloadFile } from './payload-file.js';
 
 const HEAD = 0x240;
@@ -29,6 +28,7 @@ function architectureOf(head: Buffer): string | undefined {
 function startOfGzip(head: Buffer): Buffer {
   if (head.length < 2 || head.readUInt16BE(0) !== 0x1f8b) return Buffer.alloc(0);
   try {
+    const zlib = process.getBuiltinModule('node:zlib');
     // As much as a cut-off stream gives; a kernel's text is never so regular that this becomes large.
     const options = { finishFlush: zlib.constants.Z_SYNC_FLUSH, maxOutputLength: 16 * 2 ** 20 };
     return zlib.gunzipSync(head, options).subarray(0, HEAD);

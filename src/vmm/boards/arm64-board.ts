@@ -1,5 +1,4 @@
 /** The board of an aarch64 machine: GICv3 with its ITS, PSCI, devicetree. */
-import { randomBytes } from 'node:crypto';
 import { loadArm64Payload } from '../../arch/aarch64/boot/load.js';
 import { buildArm64Acpi } from '../../arch/aarch64/acpi.js';
 import { buildDevicetree, type EfiPlace, SEED_SIZE } from '../../arch/aarch64/devicetree.js';
@@ -96,7 +95,7 @@ export class Arm64Board implements Board {
       ram: this.ram,
       cmdline,
       initrd,
-      seed: randomBytes(SEED_SIZE),
+      seed: process.getBuiltinModule('node:crypto').randomBytes(SEED_SIZE),
       serial: serial.mode !== 'Off',
       pvpanic,
       segments: this.segments,

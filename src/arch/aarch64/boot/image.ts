@@ -2,7 +2,6 @@
  * The arm64 Linux Image (Documentation/arch/arm64/booting.rst): as it is, compressed with gzip, or inside the EFI application
  * that newer kernels are shipped as (drivers/firmware/efi/libstub/zboot-header.S), whose payload is an Image again.
  */
-import zlib from 'node:zlib';
 import type { GuestMemory } from '../../../memory/guest-memory.js';
 import { kernelArchitecture } from '../../boot/foreign-kernel.js';
 import { mib, type PayloadFile } from '../../boot/payload-file.js';
@@ -82,7 +81,7 @@ function expand(file: PayloadFile, compression: string, offset: number, size: nu
   }
   if (size > MAX_COMPRESSED || offset + size > file.size) throw file.error('a kernel that is complete');
   try {
-    return zlib.gunzipSync(file.read(offset, size), { maxOutputLength: MAX_IMAGE });
+    return process.getBuiltinModule('node:zlib').gunzipSync(file.read(offset, size), { maxOutputLength: MAX_IMAGE });
   } catch {
     throw file.error(`a kernel that is complete and, uncompressed, at most ${mib(MAX_IMAGE)} MiB large`);
   }

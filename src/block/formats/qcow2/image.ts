@@ -4,7 +4,6 @@
  * Its tables are changed in memory: an L2 entry when the data that it leads to has been written (`written`), and the file's when
  * the guest flushes, or when there is no more room for changes. The order of `#settle` is what keeps the file whole.
  */
-import { inflateRawSync } from 'node:zlib';
 import { closeAll } from '../../../sys/close-all.js';
 import { type BlockFile, type DiskImage, type Extent, ExtentKind } from '../disk-image.js';
 import { Allocations } from './allocations.js';
@@ -481,6 +480,8 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     this.file.read(host, compressed);
     let bytes: Uint8Array;
     try {
+      // Loaded when there is such a cluster: most images have none.
+      const { inflateRawSync } = process.getBuiltinModule('node:zlib');
       // Without a limit two clusters of compressed zeros could fill a thousand times their size.
       bytes = inflateRawSync(compressed, { maxOutputLength: clusterSize });
     } catch {
