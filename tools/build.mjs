@@ -70,7 +70,7 @@ const script = (output) => ({
   format: 'cjs',
   // Latin-1 text is half the size in memory.
   charset: 'ascii',
-  alias: { 'string-width': './src/cli/string-width.ts' },
+  alias: { 'string-width': './src/cli/string-width.ts', assert: './src/cli/assert.ts' },
   // yargs, an ES module, asks where it is.
   banner: {
     js: path.basename(output) === 'vmm.js' ? '#!/usr/bin/env node' : "const bundleUrl = 'file://' + __filename;",

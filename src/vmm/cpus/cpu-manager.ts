@@ -8,6 +8,7 @@ import { StateBlock } from '../../state/state-block.js';
 import type { MemoryHandle } from '../memory/memory-manager.js';
 import type { PlatformHandle } from '../boards/platform.js';
 import type { PlatformEvent } from '../boards/platform-parts.js';
+import { QUIET } from '../thread-streams.js';
 import { VcpuCommand, type VcpuControl, vcpuControlLayout, type VcpuEnd } from './vcpu-loop.js';
 
 /** What a vCPU worker is started with. */
@@ -100,6 +101,7 @@ export class CpuManager {
         workerData: data,
         name,
         resourceLimits: WORKER_HEAP[this.hypervisor],
+        ...QUIET,
       });
       thread.worker = worker;
       worker.on('message', (message: VcpuMessage) => {

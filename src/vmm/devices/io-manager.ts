@@ -1,6 +1,7 @@
 /** The I/O workers: which thread serves which queues; started, told things, and ended from main. */
 import { Worker } from 'node:worker_threads';
 import type { HostKernel } from '../../sys/host-kernel.js';
+import { QUIET } from '../thread-streams.js';
 import {
   IN_FLIGHT_LIMIT,
   type IoCommand,
@@ -47,7 +48,7 @@ export class IoManager {
       const { data } = thread;
       const mail = new Int32Array(new SharedArrayBuffer(Mail.words * 4));
       const workerData: IoWorkerStart = { ...data, mail: mail.buffer };
-      const worker = new Worker(this.script, { name: data.name, workerData, resourceLimits: WORKER_HEAP });
+      const worker = new Worker(this.script, { name: data.name, workerData, resourceLimits: WORKER_HEAP, ...QUIET });
       thread.worker = worker;
       worker.on('message', (message: IoMessage) => {
         if (message.kind === 'log') {

@@ -5,7 +5,6 @@
  * back, or loses the oldest bytes, once the ring is full. At the end as much is written as a reader still takes.
  */
 import fs from 'node:fs';
-import tty from 'node:tty';
 import { errnoText, type HostKernel } from '../../sys/host-kernel.js';
 
 /** Bytes that may wait for a host that does not read. */
@@ -41,12 +40,17 @@ export interface OutputTarget {
   close(): void;
 }
 
+/** node:tty, and node:net with it, is loaded where a descriptor may be a terminal: it takes a start as long as a tenth of bare Node.js. */
+export function isTerminal(fd: number): boolean {
+  return fs.fstatSync(fd).isCharacterDevice() && process.getBuiltinModule('node:tty').isatty(fd);
+}
+
 /**
  * Standard output or error, as something of this process's own: its open file description is shared with other processes, for
  * which it stays as it is. Pipes and terminals are opened once more; sockets are asked not to wait at each call; files do not.
  */
 export function openStandard(fd: 1 | 2): OutputTarget {
-  const terminal = tty.isatty(fd);
+  const terminal = isTerminal(fd);
   const shared: OutputTarget = { fd, piece: Infinity, close: () => undefined };
   if (!terminal && !fs.fstatSync(fd).isFIFO()) return shared;
   try {

@@ -5,8 +5,7 @@
  * pty and socket: while nobody reads, output beyond a bound is dropped. Whatever the host does, nothing here waits for it.
  */
 import fs from 'node:fs';
-import net from 'node:net';
-import tty from 'node:tty';
+import type net from 'node:net';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { EscapeFilter } from '../log/escape-filter.js';
@@ -173,7 +172,7 @@ function openPty(kernel: HostKernel, options: SerialBackendOptions): SerialBacke
   const pty = kernel.openPty();
   // With the slave held open here, its other users may come and go: without, reading the master would fail.
   const slave = fs.openSync(pty.path, fs.constants.O_RDWR | fs.constants.O_NOCTTY);
-  const input = new tty.ReadStream(pty.fd);
+  const input = new (process.getBuiltinModule('node:tty').ReadStream)(pty.fd);
   const backend = new Backend(() => {
     input.destroy();
     fs.closeSync(slave);
@@ -240,7 +239,7 @@ class ClientOutput implements Output {
 async function openSocket(path: string, kernel: HostKernel, options: SerialBackendOptions): Promise<SerialBackend> {
   const title = TITLES[options.option];
   let client: net.Socket | undefined;
-  const server = net.createServer((socket) => {
+  const server = process.getBuiltinModule('node:net').createServer((socket) => {
     if (client !== undefined) {
       socket.destroy();
       return;

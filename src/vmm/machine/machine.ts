@@ -4,13 +4,13 @@
  * A reset takes everything down that the guest could have touched (vCPUs, VM, RAM, devices) and builds it anew from the
  * configuration; the process, the terminal and the log stay.
  */
-import tty from 'node:tty';
 import type { PlatformEvent } from '../boards/platform-parts.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FalseStarts } from './false-starts.js';
 import { GuestLog } from '../log/guest-log.js';
 import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
+import { isTerminal } from '../host/host-output.js';
 import { HostResources } from '../host/host-resources.js';
 import { type Backends, Incarnation } from './incarnation.js';
 import { MachineError, RequestError } from './machine-error.js';
@@ -100,14 +100,14 @@ export class Machine {
     try {
       const backends = { serial: await open(config.serial, 'serial'), console: await open(config.console, 'console') };
       // Looking at a standard output of another kind would set it to non-blocking for all who share it.
-      if (config.console.mode === 'Tty' && tty.isatty(1)) process.stdout.on('resize', onResize);
+      if (config.console.mode === 'Tty' && isTerminal(1)) process.stdout.on('resize', onResize);
       let end: End;
       do {
         end = this.#stopping ? { kind: 'stopped' } : await this.#runOnce(resources, backends);
       } while (end.kind === 'reset');
       if (end.kind === 'failed') throw end.error;
     } finally {
-      if (tty.isatty(1)) process.stdout.off('resize', onResize);
+      if (isTerminal(1)) process.stdout.off('resize', onResize);
       for (const backend of opened) await backend.close();
       this.#guestLog.close();
       resources.close();
@@ -127,7 +127,7 @@ export class Machine {
   }
 
   #resizeConsole(): void {
-    if (!tty.isatty(1)) return;
+    if (!isTerminal(1)) return;
     const { columns, rows } = process.stdout;
     if (columns > 0 && rows > 0) this.#current?.control('__console', { columns, rows });
   }
