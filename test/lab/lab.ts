@@ -52,7 +52,14 @@ const MACHINES: Readonly<
   x86_64: {
     // A family that Linux has no quirks for: with QEMU's own, 0Fh, the generic kernel looks for an AGP bridge in each of
     // 8,192 functions (half of its boot there), and idles by the E400 way; from 17h on it warns that SRSO is not mitigated.
-    qemu: ['qemu-system-x86_64', '-M', 'q35', '-cpu', 'max,family=20,model=2,-xsave,-avx,-avx2,-f16c,-vaes,-pku'],
+    // Without ERMS and FSRM kernels clear and copy by words: QEMU stores byte by byte what is told to be quick by bytes.
+    qemu: [
+      'qemu-system-x86_64',
+      '-M',
+      'q35',
+      '-cpu',
+      'max,family=20,model=2,-erms,-fsrm,-xsave,-avx,-avx2,-f16c,-vaes,-pku',
+    ],
     append: 'console=ttyS0 tsc=reliable',
     modules: ['kvm-amd'],
   },
