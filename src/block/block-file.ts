@@ -3,7 +3,7 @@ import fs from 'node:fs';
 import { type HostKernel, SystemError } from '../sys/host-kernel.js';
 import { type BlockFile, ImageError } from './formats/disk-image.js';
 
-/** linux/fs.h */
+/** linux/fs.h: BLKGETSIZE64, _IOR(0x12, 114, size_t). */
 const BLKGETSIZE64 = 0x8008_1272;
 const FALLOC_FL_KEEP_SIZE = 1;
 const FALLOC_FL_PUNCH_HOLE = 2;
@@ -12,6 +12,14 @@ const ZEROS = new Uint8Array(65536);
 /** Logical blocks of storage that there is. Bytes. */
 const MIN_ALIGNMENT = 512;
 const MAX_ALIGNMENT = 4096;
+
+/** Bytes of a file, or of a block device. */
+export function fileSize(kernel: HostKernel, fd: number, device = fs.fstatSync(fd).isBlockDevice()): number {
+  if (!device) return fs.fstatSync(fd).size;
+  const size = new Uint8Array(8);
+  kernel.ioctlBuffer(fd, BLKGETSIZE64, size);
+  return Number(new DataView(size.buffer).getBigUint64(0, true));
+}
 
 export class HostBlockFile implements BlockFile {
   readonly #device: boolean;
@@ -36,10 +44,7 @@ export class HostBlockFile implements BlockFile {
   }
 
   size(): number {
-    if (!this.#device) return fs.fstatSync(this.fd).size;
-    const size = new Uint8Array(8);
-    this.kernel.ioctlBuffer(this.fd, BLKGETSIZE64, size);
-    return Number(new DataView(size.buffer).getBigUint64(0, true));
+    return fileSize(this.kernel, this.fd, this.#device);
   }
 
   read(offset: number, into: Uint8Array): void {

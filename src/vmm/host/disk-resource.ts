@@ -1,5 +1,6 @@
 /** What a disk holds on the host: its image with the files behind it, and their locks. */
 import fs from 'node:fs';
+import { fileSize } from '../../block/block-file.js';
 import { ImageError } from '../../block/formats/disk-image.js';
 import { PROBE_BYTES, probeFormat } from '../../block/formats/image-formats.js';
 import { openImage } from '../../block/formats/open-image.js';
@@ -7,7 +8,7 @@ import type { DiskConfig } from '../../config/device-config.js';
 import { undoAll } from '../../sys/close-all.js';
 import { type HostKernel, SystemError } from '../../sys/host-kernel.js';
 import { MachineError } from '../machine/machine-error.js';
-import { fileSize, Holding } from './holding.js';
+import { Holding } from './holding.js';
 
 export interface DiskResource {
   readonly id: string;

@@ -67,18 +67,6 @@ export class Holding {
   }
 }
 
-/** linux/fs.h: BLKGETSIZE64, _IOR(0x12, 114, size_t). */
-const BLKGETSIZE64 = 0x8008_1272;
-
-/** Bytes of a file or block device. */
-export function fileSize(kernel: HostKernel, fd: number): number {
-  const kind = fs.fstatSync(fd);
-  if (kind.isFile()) return kind.size;
-  const size = new BigUint64Array(1);
-  kernel.ioctlBuffer(fd, BLKGETSIZE64, new Uint8Array(size.buffer));
-  return Number(size[0]);
-}
-
 /** @returns undefined where the path leads nowhere, or nobody may look: opening it tells why */
 function statOf(file: string): fs.Stats | undefined {
   try {

@@ -3,6 +3,7 @@
  * starts, so that a mistake is told in one line; kept while the guest reboots; given back at the end.
  */
 import fs from 'node:fs';
+import { fileSize } from '../../block/block-file.js';
 import type { NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
 import { PMEM_ALIGNMENT } from '../../config/device-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
@@ -11,7 +12,7 @@ import { closeAll, undoAll } from '../../sys/close-all.js';
 import { type HostKernel, type HostMapping, SystemError } from '../../sys/host-kernel.js';
 import { MachineError } from '../machine/machine-error.js';
 import { type DiskResource, openDisk } from './disk-resource.js';
-import { FILE_OR_CHARACTER, fileSize, Holding } from './holding.js';
+import { FILE_OR_CHARACTER, Holding } from './holding.js';
 import { bindSocket } from './unix-socket.js';
 
 export interface NetResource {
