@@ -17,9 +17,9 @@ import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import {
-  attachSegments,
   interruptLine,
   type PciHandle,
+  PciSegments,
   type Platform,
   type PlatformEvent,
   pvpanic,
@@ -97,12 +97,12 @@ export function attachArm64Platform(
   const ged = new Ged(new StateBlock(gedLayout, handle.ged), line(handle.gedInterrupt));
   memory.insert(layout.GED, 1, ged);
   if (options.pvpanic) memory.insert(layout.PVPANIC, 1, pvpanic(handle.panics, emit));
-  attachSegments(handle, kernel, signals, memory);
+  const pci = new PciSegments(handle, kernel, signals, memory);
   // A guest of the devicetree hears of it by the GPIO, one of ACPI by the GED; neither knows the other's device.
   const powerButton = () => {
     ged.notify(GedEvent.PowerButton);
     gpio.setInput(POWER_BUTTON_LINE, true);
     setTimeout(() => gpio.setInput(POWER_BUTTON_LINE, false), BUTTON_MILLISECONDS).unref();
   };
-  return { ports: new Bus(), memory, serial, powerButton, endOfInterrupt: () => undefined };
+  return { ports: new Bus(), memory, serial, powerButton, endOfInterrupt: () => undefined, apply: pci.apply };
 }

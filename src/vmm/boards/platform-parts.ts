@@ -3,7 +3,7 @@ import type { Bus, InterruptLine } from '../../devices/bus.js';
 import { Pvpanic } from '../../devices/pvpanic.js';
 import type { InterruptHandle, VmHandle, VmSignals } from '../../hypervisor/hypervisor.js';
 import { ECAM_BUS_SIZE, HostBridge, PciEcam, PciSegment } from '../../pci/config-space.js';
-import { type PciFunction, PciWindow } from '../../pci/function.js';
+import { PciWindow } from '../../pci/function.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
 import { budgetLayout, MessageBudget } from '../../state/message-budget.js';
@@ -44,26 +44,61 @@ export interface Platform {
   powerButton(): void;
   /** A level-triggered interrupt of this vector has ended: the hypervisor tells it where the IOAPIC is the machine's own. */
   readonly endOfInterrupt: (vector: number) => void;
+  /** Follows what has changed of the machine. */
+  readonly apply: (change: PlatformChange) => void;
 }
 
-/** Puts the segments' configuration spaces and windows on the bus. @returns the segments, by number */
-export function attachSegments(handle: PciHandle, kernel: HostKernel, signals: VmSignals, memory: Bus): PciSegment[] {
-  const segments = handle.segments.map(() => new PciSegment());
-  segments[0].insert(0, new HostBridge());
-  const functions: PciFunction[][] = segments.map(() => []);
-  const intx = IntxLines.attach(handle.intx, signals);
-  for (const device of handle.virtio) {
-    const { pci } = new VirtioPciDevice(device, kernel, signals, intx);
-    segments[device.segment].insert(device.slot, pci);
-    functions[device.segment].push(pci);
+/** What every thread that has a view of the platform has to follow. Structured-cloneable. */
+export type PlatformChange =
+  { readonly kind: 'plug'; readonly device: VirtioPciHandle } | { readonly kind: 'unplug'; readonly device: string };
+
+/** One thread's view of the PCI segments and the functions on them. */
+export class PciSegments {
+  /** By number. */
+  readonly segments: readonly PciSegment[];
+  readonly #windows: readonly (readonly PciWindow[])[];
+  readonly #devices = new Map<string, VirtioPciDevice>();
+  readonly #intx: IntxLines;
+
+  /** Puts their configuration spaces and windows on the bus. */
+  constructor(
+    handle: PciHandle,
+    private readonly kernel: HostKernel,
+    private readonly signals: VmSignals,
+    memory: Bus,
+  ) {
+    this.segments = handle.segments.map(() => new PciSegment());
+    this.segments[0].insert(0, new HostBridge());
+    this.#windows = handle.segments.map(({ ecam, mmio32, mmio64 }, index) => {
+      memory.insert(ecam, ECAM_BUS_SIZE, new PciEcam(this.segments[index]));
+      return [mmio32, mmio64].map(({ start, end }) => {
+        const window = new PciWindow(start);
+        memory.insert(start, end - start, window);
+        return window;
+      });
+    });
+    this.#intx = IntxLines.attach(handle.intx, signals);
+    for (const device of handle.virtio) this.#plug(device);
   }
-  handle.segments.forEach(({ ecam, mmio32, mmio64 }, index) => {
-    memory.insert(ecam, ECAM_BUS_SIZE, new PciEcam(segments[index]));
-    for (const { start, end } of [mmio32, mmio64]) {
-      memory.insert(start, end - start, new PciWindow(start, functions[index]));
-    }
-  });
-  return segments;
+
+  readonly apply = (change: PlatformChange): void => {
+    if (change.kind === 'plug') this.#plug(change.device);
+    else this.#unplug(change.device);
+  };
+
+  #plug(handle: VirtioPciHandle): void {
+    const device = new VirtioPciDevice(handle, this.kernel, this.signals, this.#intx);
+    this.#devices.set(handle.id, device);
+    this.segments[handle.segment].insert(handle.slot, device.pci);
+    for (const window of this.#windows[handle.segment]) window.insert(device.pci);
+  }
+
+  #unplug(id: string): void {
+    const { handle, pci } = this.#devices.get(id)!;
+    this.#devices.delete(id);
+    this.segments[handle.segment].remove(handle.slot);
+    for (const window of this.#windows[handle.segment]) window.remove(pci);
+  }
 }
 
 /** An interrupt input as a device raises it. */

@@ -20,10 +20,10 @@ import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import {
-  attachSegments,
   interruptLine,
   monotonicClock,
   type PciHandle,
+  PciSegments,
   type Platform,
   type PlatformEvent,
   pvpanic,
@@ -121,11 +121,11 @@ export function attachX86Platform(
   const ioapic = options.ioapic ? new Ioapic(new StateBlock(ioapicLayout, handle.intx.ioapic), signals) : undefined;
   if (ioapic !== undefined) memory.insert(layout.IOAPIC, IOAPIC_SIZE, ioapic);
 
-  const segments = attachSegments(handle, kernel, signals, memory);
+  const pci = new PciSegments(handle, kernel, signals, memory);
   ports.insert(
     layout.PORT_PCI_CONFIG,
     PCI_CONFIG_PORTS,
-    new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), segments[0], reset),
+    new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), pci.segments[0], reset),
   );
   return {
     ports,
@@ -133,5 +133,6 @@ export function attachX86Platform(
     serial,
     powerButton: () => ged.notify(GedEvent.PowerButton),
     endOfInterrupt: (vector) => ioapic?.endOfInterrupt(vector),
+    apply: pci.apply,
   };
 }

@@ -80,7 +80,7 @@ export class Incarnation {
     const affinity = new Map((this.parts.config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
     this.#io.start();
     this.#board.vm.startTime();
-    this.#cpus.start(this.#handle, affinity, this.#held);
+    this.#cpus.start({ platform: this.#handle, affinity, held: this.#held });
   }
 
   powerButton(): void {
