@@ -97,6 +97,11 @@ export class PciFunction implements PciDevice {
     words[at + FunctionWord.interruptLine] = line;
   }
 
+  /** It answers nowhere. */
+  powerOff(): void {
+    this.#words[this.at + FunctionWord.command] = 0;
+  }
+
   get decoding(): boolean {
     return (this.#words[this.at + FunctionWord.command] & COMMAND_MEMORY) !== 0;
   }

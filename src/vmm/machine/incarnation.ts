@@ -62,8 +62,8 @@ export class Incarnation {
         logger: parts.logger,
       });
       undo.push(() => this.#devices.close());
-      this.#io = new IoManager(kernel, this.#devices.plan, parts.ioWorker, io);
-      this.#handle = this.#board.createPlatform(this.#devices.handles);
+      this.#io = new IoManager(kernel, parts.ioWorker, io);
+      this.#handle = this.#board.createPlatform(this.#devices.devices.map(({ handle }) => handle));
       this.#platform = attachPlatform(this.#handle, kernel, vm.signals, events.onEvent.bind(events));
       if (this.#platform.serial !== undefined) this.serial = new SerialPump(this.#platform.serial, backends.serial);
       const port = this.#devices.console;
@@ -78,7 +78,9 @@ export class Incarnation {
 
   start(): void {
     const affinity = new Map((this.parts.config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
-    this.#io.start();
+    for (const worker of this.#devices.workers) {
+      this.#io.start(this.#devices.workerData(worker, this.#devices.devices));
+    }
     this.#board.vm.startTime();
     this.#cpus.start({ platform: this.#handle, affinity, held: this.#held });
   }
