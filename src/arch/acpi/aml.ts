@@ -27,6 +27,11 @@ export function withPackageLength(content: Aml): Aml {
   throw new RangeError(`AML package of ${content.length} bytes`);
 }
 
+/** Upper-case digits for a name. */
+export function hex(value: number, digits: number): string {
+  return value.toString(16).toUpperCase().padStart(digits, '0');
+}
+
 function little(value: number, bytes: number): Aml {
   return Array.from({ length: bytes }, (_, index) => Math.floor(value / 2 ** (8 * index)) % 256);
 }
@@ -77,10 +82,21 @@ export function memoryRegion(path: string, address: number, length: number): Aml
   return [0x5b, 0x80, ...nameString(path), 0x00, ...integer(address), ...integer(length)];
 }
 
-/** Fields of a region, accessed byte-wise without lock; each is a name and its width in bits. */
-export function byteFields(region: string, ...fields: [name: string, bits: number][]): Aml {
-  const list = fields.flatMap(([field, bits]) => [...nameString(field), ...fieldWidth(bits)]);
-  return [0x5b, 0x81, ...withPackageLength([...nameString(region), 0x01, ...list])];
+/** How wide the accesses to a region's fields are: 20.2.5.2. */
+export const FieldAccess = { Byte: 1, Dword: 3 } as const;
+export type FieldAccess = (typeof FieldAccess)[keyof typeof FieldAccess];
+
+/** A gap between fields has no name. */
+export const GAP = '';
+
+/**
+ * Fields of a region, without lock; each is a name and its width in bits. A write to a part of an access's width has zeros in
+ * the rest of it: preserving that would read a register first, which may have effects, and write back bits that acknowledge.
+ */
+export function fields(region: string, access: FieldAccess, ...list: [name: string, bits: number][]): Aml {
+  const WRITE_AS_ZEROS = 2 << 5;
+  const bytes = list.flatMap(([field, bits]) => [...(field === GAP ? [0] : nameString(field)), ...fieldWidth(bits)]);
+  return [0x5b, 0x81, ...withPackageLength([...nameString(region), access | WRITE_AS_ZEROS, ...bytes])];
 }
 
 /** A field's width is encoded like a PkgLength that does not count itself. */
@@ -89,6 +105,8 @@ function fieldWidth(bits: number): Aml {
 }
 
 export const LOCAL0: Aml = [0x60];
+export const ARG0: Aml = [0x68];
+export const ARG1: Aml = [0x69];
 export const ARG3: Aml = [0x6b];
 
 export function returnValue(value: Aml): Aml {
@@ -104,6 +122,26 @@ export function store(source: Aml, target: Aml): Aml {
   return [0x70, ...source, ...target];
 }
 
+/** A call of a method. */
+export function call(path: string, ...args: Aml[]): Aml {
+  return [...nameString(path), ...args.flat()];
+}
+
+/** A mutex of synchronization level 0: 19.6.87. */
+export function mutex(path: string): Aml {
+  return [0x5b, 0x01, ...nameString(path), 0x00];
+}
+
+/** Terms that run with a mutex held, however long it takes to get it. */
+export function locked(path: string, ...terms: Aml[]): Aml {
+  const FOREVER = [0xff, 0xff];
+  return [0x5b, 0x23, ...nameString(path), ...FOREVER, ...terms.flat(), 0x5b, 0x27, ...nameString(path)];
+}
+
+export function shiftLeft(value: Aml, count: Aml, target: Aml): Aml {
+  return [0x79, ...value, ...count, ...target];
+}
+
 /** Bitwise and; the result is not stored. */
 export function and(left: Aml, right: Aml): Aml {
   return [0x7b, ...left, ...right, 0x00];
@@ -113,8 +151,8 @@ export function ifThen(predicate: Aml, ...terms: Aml[]): Aml {
   return [0xa0, ...withPackageLength([...predicate, ...terms.flat()])];
 }
 
-export function notify(path: string, value: number): Aml {
-  return [0x86, ...nameString(path), ...integer(value)];
+export function notify(path: string, value: Aml): Aml {
+  return [0x86, ...nameString(path), ...value];
 }
 
 /** A buffer of resource descriptors with the end tag; its checksum of 0 means none. */

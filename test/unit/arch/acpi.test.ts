@@ -21,6 +21,7 @@ function machine(vcpus: number, segments: number, pvpanic: boolean, bootVcpus = 
       mmio64: { start: (64 + segment) * GIB, end: (65 + segment) * GIB },
     })),
     gedAddress: layout.platformArea(46).ged,
+    pciHotplug: layout.platformArea(46).pciHotplug,
     serial: true,
     pvpanic,
   };
@@ -81,7 +82,7 @@ describe('ACPI tables', () => {
         true,
       );
       const devices = [...plain(dsl['DSDT']).matchAll(/Device \((\w+)\)/g)].map((match) => match[1]);
-      expect(devices).toHaveLength(segments + 5 + Number(pvpanic) + vcpus);
+      expect(devices).toHaveLength(segments * 33 + 6 + Number(pvpanic) + vcpus);
       expect(devices.includes('PEVT')).toBe(pvpanic);
     },
   );
@@ -252,14 +253,14 @@ describe('the DSDT', () => {
     expect(text).not.toMatch(/COM1|0x03F8/);
   });
 
-  test('has a generic event device whose method reads the register and notifies the power button', () => {
+  test('has a generic event device whose method reads the register calls the scans and notifies the power button', () => {
     const ged = deviceOf(dsdt, 'GED');
     expect(ged).toContain('Name (_HID, "ACPI0013" )');
     expect(ged).toContain('Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive, ,, ) { 0x0000000D, }');
     expect(ged).toContain('OperationRegion (GEDR, SystemMemory, 0x00003FFFFFFED000, One)');
-    expect(ged).toContain('Field (GEDR, ByteAcc, NoLock, Preserve) { GEVT, 8 }');
+    expect(ged).toContain('Field (GEDR, ByteAcc, NoLock, WriteAsZeros) { GEVT, 8 }');
     expect(ged).toContain(
-      'Method (_EVT, 1, Serialized) { Local0 = GEVT If ((Local0 & 0x08)) { Notify (\\_SB.PWRB, 0x80) } }',
+      'Method (_EVT, 1, Serialized) { Local0 = GEVT If ((Local0 & 0x04)) { \\_SB.PHPR.PSCN () } If ((Local0 & 0x08)) { Notify (\\_SB.PWRB, 0x80) } }',
     );
   });
 

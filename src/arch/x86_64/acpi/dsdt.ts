@@ -1,5 +1,7 @@
 /** The DSDT: what the guest cannot find by itself. One function for each device, in the order of the table. */
 import { genericEvents, hostBridge, powerButton, processor, pvpanicDevice } from '../../acpi/devices.js';
+import { GedEvent } from '../../acpi/config.js';
+import { PCI_SCAN, pciHotplug } from '../../acpi/hotplug.js';
 import * as layout from '../layout.js';
 import type { AcpiConfig } from './config.js';
 import {
@@ -27,6 +29,7 @@ export function dsdtTerms(config: AcpiConfig): Aml {
   return [
     ...scope(
       '\\_SB',
+      pciHotplug(config.pciHotplug, config.pciSegments.length),
       ...config.pciSegments.map((windows, segment) =>
         hostBridge(windows, segment, layout.IRQ_INTX, segment === 0 ? ports : []),
       ),
@@ -35,7 +38,7 @@ export function dsdtTerms(config: AcpiConfig): Aml {
       clock(),
       powerButton(),
       ...(config.pvpanic ? [pvpanicDevice(io(layout.PORT_PVPANIC, 1))] : []),
-      genericEvents(config.gedAddress, layout.IRQ_GED),
+      genericEvents(config.gedAddress, layout.IRQ_GED, new Map([[GedEvent.Pci, PCI_SCAN]])),
       ...config.apicIds.slice(0, config.bootVcpus).map((_, id) => processor(id)),
     ),
     ...name('\\_S5', packageOf(integer(SLEEP_TYPE_S5), integer(0), integer(0), integer(0))),
