@@ -44,7 +44,7 @@ export function buildArm64Acpi(
   start: number,
   end: number,
 ): { rsdp: number; tables: PlacedTable[] } {
-  return placeTables(start, end, Uint8Array.from(dsdtTerms(config)), (dsdt) => [
+  return placeTables(start, end, dsdtTerms(config), (dsdt) => [
     buildFadt(dsdt),
     buildMadt(config),
     buildGtdt(),

@@ -21,7 +21,7 @@ function dsdt(segments: number): Uint8Array {
     serial: true,
     pvpanic: true,
   });
-  return placeTables(0, 2 ** 20, Uint8Array.from(terms), () => []).tables[0].bytes;
+  return placeTables(0, 2 ** 20, terms, () => []).tables[0].bytes;
 }
 
 /** The interpreter prints 32 bits of an address. */

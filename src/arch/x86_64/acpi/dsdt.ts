@@ -26,8 +26,8 @@ const SLEEP_TYPE_S5 = 5;
 export function dsdtTerms(config: AcpiConfig): Aml {
   // Segment 0 alone has I/O ports.
   const ports = [io(layout.PORT_PCI_CONFIG, 8), wordIo(0, 0xcf7), wordIo(0xd00, 0xffff)];
-  return [
-    ...scope(
+  return (
+    scope(
       '\\_SB',
       pciHotplug(config.pciHotplug, config.pciSegments.length),
       ...config.pciSegments.map((windows, segment) =>
@@ -40,9 +40,8 @@ export function dsdtTerms(config: AcpiConfig): Aml {
       ...(config.pvpanic ? [pvpanicDevice(io(layout.PORT_PVPANIC, 1))] : []),
       genericEvents(config.gedAddress, layout.IRQ_GED, new Map([[GedEvent.Pci, PCI_SCAN]])),
       ...config.apicIds.slice(0, config.bootVcpus).map((_, id) => processor(id)),
-    ),
-    ...name('\\_S5', packageOf(integer(SLEEP_TYPE_S5), integer(0), integer(0), integer(0))),
-  ];
+    ) + name('\\_S5', packageOf(integer(SLEEP_TYPE_S5), integer(0), integer(0), integer(0)))
+  );
 }
 
 /** Reserves the fixed registers, and the configuration space, without which Linux does not use it. */

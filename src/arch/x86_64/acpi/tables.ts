@@ -77,7 +77,7 @@ function buildMadt({ apicIds, bootVcpus }: AcpiConfig): Uint8Array {
  * @throws AcpiError when they do not fit below ACPI_END
  */
 export function buildAcpiTables(config: AcpiConfig): { rsdp: number; tables: PlacedTable[] } {
-  return placeTables(layout.EBDA_START, layout.ACPI_END, Uint8Array.from(dsdtTerms(config)), (dsdt) => [
+  return placeTables(layout.EBDA_START, layout.ACPI_END, dsdtTerms(config), (dsdt) => [
     buildFadt(dsdt),
     buildMadt(config),
     buildMcfg(config.pciSegments),
