@@ -16,8 +16,9 @@ import {
   scope,
   string,
 } from '../acpi/aml.js';
-import type { PciSegmentWindows } from '../acpi/config.js';
+import { GedEvent, type PciSegmentWindows } from '../acpi/config.js';
 import { genericEvents, hostBridge, powerButton, processor, pvpanicDevice } from '../acpi/devices.js';
+import { PCI_SCAN, pciHotplug } from '../acpi/hotplug.js';
 import { buildMcfg, HEADER_SIZE, type PlacedTable, placeTables, sealTable } from '../acpi/tables.js';
 import * as layout from './layout.js';
 
@@ -28,6 +29,8 @@ export interface Arm64AcpiConfig {
   readonly pvpanic: boolean;
   /** By segment number. */
   readonly segments: readonly PciSegmentWindows[];
+  /** Guest physical address of the PCI hotplug controller's registers. */
+  readonly pciHotplug: number;
 }
 
 /** Interrupts by their identifiers in the GIC: private ones from 16, shared ones from 32. */
@@ -41,7 +44,7 @@ export function buildArm64Acpi(
   start: number,
   end: number,
 ): { rsdp: number; tables: PlacedTable[] } {
-  return placeTables(start, end, Uint8Array.from(dsdtTerms(config)), (dsdt) => [
+  return placeTables(start, end, dsdtTerms(config), (dsdt) => [
     buildFadt(dsdt),
     buildMadt(config),
     buildGtdt(),
@@ -175,12 +178,13 @@ function buildIort({ segments }: Arm64AcpiConfig): Uint8Array {
   return sealTable('IORT', 0, bytes);
 }
 
-function dsdtTerms({ mpidrs, serial, pvpanic, segments }: Arm64AcpiConfig): Aml {
+function dsdtTerms({ mpidrs, serial, pvpanic, segments, pciHotplug: registers }: Arm64AcpiConfig): Aml {
   const coherent = [name('_CCA', integer(1))];
   const spaces = segments.map(({ ecam }) => memory32Fixed(ecam, layout.ECAM_SEGMENT_SIZE));
   return scope(
     '\\_SB',
     ...mpidrs.map((_, id) => processor(id)),
+    pciHotplug(registers, segments.length),
     ...segments.map((windows, segment) => hostBridge(windows, segment, layout.SPI_INTX.map(gsi), [], coherent)),
     // Reserves the configuration spaces, without which Linux does not use them.
     device(
@@ -192,7 +196,7 @@ function dsdtTerms({ mpidrs, serial, pvpanic, segments }: Arm64AcpiConfig): Aml 
     ...(serial ? [serialPort()] : []),
     powerButton(),
     ...(pvpanic ? [pvpanicDevice(memory32Fixed(layout.PVPANIC, 2))] : []),
-    genericEvents(layout.GED, gsi(layout.SPI_GED)),
+    genericEvents(layout.GED, gsi(layout.SPI_GED), new Map([[GedEvent.Pci, PCI_SCAN]])),
   );
 }
 

@@ -134,11 +134,13 @@ export class X86Board implements Board {
   #writeTables(memory: GuestMemory): number {
     const { cpus, serial, pvpanic, memory: ram } = this.config;
     const apicIds = Array.from({ length: cpus.max_vcpus }, (_, id) => apicId(id, this.#topology));
+    const area = layout.platformArea(this.#physicalBits);
     const acpi = buildAcpiTables({
       apicIds,
       bootVcpus: cpus.boot_vcpus,
       pciSegments: this.segments,
-      gedAddress: layout.platformArea(this.#physicalBits).ged,
+      gedAddress: area.ged,
+      pciHotplug: area.pciHotplug,
       serial: serial.mode !== 'Off',
       pvpanic,
     });

@@ -16,7 +16,8 @@ function tablesOf(vcpus: number, segments: number, more: { serial?: boolean; pvp
     end: 2 ** 40,
   });
   const mpidrs = Array.from({ length: vcpus }, (_, id) => (id & 15) | ((id >> 4) << 8));
-  const config = { mpidrs, serial: true, pvpanic: true, segments: windows, ...more };
+  const { PCI_HOTPLUG: pciHotplug } = layout;
+  const config = { mpidrs, serial: true, pvpanic: true, segments: windows, pciHotplug, ...more };
   const { tables } = buildArm64Acpi(config, START, END);
   const signature = (bytes: Uint8Array) => Buffer.from(bytes.subarray(0, 4)).toString('latin1');
   // iasl takes an RSDP for something else: it has no header.
@@ -61,7 +62,7 @@ describe('the ACPI tables of an aarch64 machine', () => {
   });
 
   test('are refused where they have no room', () => {
-    const config = { mpidrs: [0], serial: true, pvpanic: true, segments: [] };
+    const config = { mpidrs: [0], serial: true, pvpanic: true, segments: [], pciHotplug: 0 };
     expect(() => buildArm64Acpi(config, START, START + 256)).toThrow(AcpiError);
   });
 });

@@ -9,6 +9,8 @@ export interface AcpiConfig {
   readonly pciSegments: readonly PciSegmentWindows[];
   /** Guest physical address of the GED's event register. */
   readonly gedAddress: number;
+  /** Guest physical address of the PCI hotplug controller's registers. */
+  readonly pciHotplug: number;
   readonly serial: boolean;
   readonly pvpanic: boolean;
 }

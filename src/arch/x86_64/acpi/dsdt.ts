@@ -1,5 +1,7 @@
 /** The DSDT: what the guest cannot find by itself. One function for each device, in the order of the table. */
 import { genericEvents, hostBridge, powerButton, processor, pvpanicDevice } from '../../acpi/devices.js';
+import { GedEvent } from '../../acpi/config.js';
+import { PCI_SCAN, pciHotplug } from '../../acpi/hotplug.js';
 import * as layout from '../layout.js';
 import type { AcpiConfig } from './config.js';
 import {
@@ -24,9 +26,10 @@ const SLEEP_TYPE_S5 = 5;
 export function dsdtTerms(config: AcpiConfig): Aml {
   // Segment 0 alone has I/O ports.
   const ports = [io(layout.PORT_PCI_CONFIG, 8), wordIo(0, 0xcf7), wordIo(0xd00, 0xffff)];
-  return [
-    ...scope(
+  return (
+    scope(
       '\\_SB',
+      pciHotplug(config.pciHotplug, config.pciSegments.length),
       ...config.pciSegments.map((windows, segment) =>
         hostBridge(windows, segment, layout.IRQ_INTX, segment === 0 ? ports : []),
       ),
@@ -35,11 +38,10 @@ export function dsdtTerms(config: AcpiConfig): Aml {
       clock(),
       powerButton(),
       ...(config.pvpanic ? [pvpanicDevice(io(layout.PORT_PVPANIC, 1))] : []),
-      genericEvents(config.gedAddress, layout.IRQ_GED),
+      genericEvents(config.gedAddress, layout.IRQ_GED, new Map([[GedEvent.Pci, PCI_SCAN]])),
       ...config.apicIds.slice(0, config.bootVcpus).map((_, id) => processor(id)),
-    ),
-    ...name('\\_S5', packageOf(integer(SLEEP_TYPE_S5), integer(0), integer(0), integer(0))),
-  ];
+    ) + name('\\_S5', packageOf(integer(SLEEP_TYPE_S5), integer(0), integer(0), integer(0)))
+  );
 }
 
 /** Reserves the fixed registers, and the configuration space, without which Linux does not use it. */

@@ -1,7 +1,7 @@
 /**
  * ACPI tables of a hardware-reduced machine (ACPI 6.5, chapter 5): RSDP, XSDT, FADT, MADT, MCFG, DSDT.
  *
- * Not here yet: SRAT and SLIT, which need a NUMA description; the hotplug controllers.
+ * Not here yet: SRAT and SLIT, which need a NUMA description; CPU and memory hotplug.
  */
 import { buildMcfg, HEADER_SIZE, type PlacedTable, placeTables, sealTable } from '../../acpi/tables.js';
 import * as layout from '../layout.js';
@@ -77,7 +77,7 @@ function buildMadt({ apicIds, bootVcpus }: AcpiConfig): Uint8Array {
  * @throws AcpiError when they do not fit below ACPI_END
  */
 export function buildAcpiTables(config: AcpiConfig): { rsdp: number; tables: PlacedTable[] } {
-  return placeTables(layout.EBDA_START, layout.ACPI_END, Uint8Array.from(dsdtTerms(config)), (dsdt) => [
+  return placeTables(layout.EBDA_START, layout.ACPI_END, dsdtTerms(config), (dsdt) => [
     buildFadt(dsdt),
     buildMadt(config),
     buildMcfg(config.pciSegments),
