@@ -25,7 +25,17 @@ export interface Api {
 /** What of a machine the API uses. */
 export type ApiMachine = Pick<
   Machine,
-  'counters' | 'info' | 'powerButton' | 'reset' | 'resizeBalloon' | 'resizeDisk' | 'stop'
+  | 'addDevice'
+  | 'counters'
+  | 'info'
+  | 'pause'
+  | 'powerButton'
+  | 'removeDevice'
+  | 'reset'
+  | 'resizeBalloon'
+  | 'resizeDisk'
+  | 'resume'
+  | 'stop'
 >;
 
 /** An answer: its body, or nothing; then what is to happen once it has been sent. */
@@ -60,6 +70,9 @@ const resizeDiskSchema = z.strictObject(
   { error: 'accepted is {"id": DISK, "desired_size": BYTES, "shrink": true or false}' },
 );
 
+const deviceSchema = z.looseObject({}, { error: 'accepted is the configuration of a device' });
+const removeSchema = z.looseObject({ id: z.string({ error: 'id: accepted is the name of a device' }) });
+
 function check<T>(schema: z.ZodMiniType<T>, body: unknown): T {
   const checked = schema.safeParse(body);
   if (checked.success) return checked.data;
@@ -81,6 +94,24 @@ function handlers(machine: ApiMachine, version: string): Readonly<Partial<Record
       machine.reset('vm.reboot');
       return done;
     },
+    ...Object.fromEntries(
+      (['disk', 'net', 'pmem', 'vsock'] as const).map((kind) => [
+        `PUT vm.add-${kind}`,
+        async (body: unknown) => ({ body: await machine.addDevice(kind, check(deviceSchema, body)) }),
+      ]),
+    ),
+    'PUT vm.remove-device': async (body) => {
+      await machine.removeDevice(check(removeSchema, body).id);
+      return done;
+    },
+    'PUT vm.pause': async () => {
+      await machine.pause();
+      return done;
+    },
+    'PUT vm.resume': async () => {
+      await machine.resume();
+      return done;
+    },
     'PUT vm.resize': (body) => {
       const { desired_balloon: size } = check(resizeSchema, body);
       if (typeof size === 'number') machine.resizeBalloon(size);
@@ -94,7 +125,7 @@ function handlers(machine: ApiMachine, version: string): Readonly<Partial<Record
   };
 }
 
-const STATUS = { invalid: 400, unknown: 404, failed: 500 } as const;
+const STATUS = { invalid: 400, unknown: 404, conflict: 409, busy: 429, failed: 500 } as const;
 
 async function readBody(request: http.IncomingMessage): Promise<unknown> {
   const chunks: Buffer[] = [];

@@ -1,10 +1,11 @@
 /** The composition root of a vCPU thread: it attaches to its vCPU, builds its own view of the devices, and runs. */
 import fs from 'node:fs';
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
+import type { GuestMemory } from '../memory/guest-memory.js';
 import { StateBlock } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { VcpuMessage, VcpuWorkerData } from '../vmm/cpus/cpu-manager.js';
-import { attachMemory } from '../vmm/memory/memory-manager.js';
+import { attachMemory, attachPart } from '../vmm/memory/memory-manager.js';
 import { attachPlatform } from '../vmm/boards/platform.js';
 import type { PlatformChange } from '../vmm/boards/platform-parts.js';
 import { command, runVcpu, VcpuCommand, vcpuControlLayout } from '../vmm/cpus/vcpu-loop.js';
@@ -31,7 +32,11 @@ export function runVcpuThread(kernel: HostKernel): void {
   // The thread's name, for tools such as top and taskset.
   fs.writeFileSync(`/proc/self/task/${kernel.threadId()}/comm`, data.name);
   if (data.affinity !== undefined) kernel.setAffinity(data.affinity);
-  const vcpu = attachVcpu(data.hypervisor, kernel, data.vcpu, () => attachMemory(data.memory, kernel));
+  let guestMemory: GuestMemory | undefined;
+  const vcpu = attachVcpu(data.hypervisor, kernel, data.vcpu, () => {
+    guestMemory = attachMemory(data.memory, kernel);
+    return guestMemory;
+  });
   Atomics.store(control.words, threadId, vcpu.enterThread());
   let changes = 0;
   const end = runVcpu(vcpu, control, ports, memory, {
@@ -39,7 +44,10 @@ export function runVcpuThread(kernel: HostKernel): void {
     held: (time) => post({ kind: 'held', time }),
     attend: () => {
       for (let next = receiveMessageOnPort(parentPort!); next !== undefined; next = receiveMessageOnPort(parentPort!)) {
-        apply(next.message as PlatformChange);
+        const change = next.message as PlatformChange;
+        if (change.kind === 'add-memory') guestMemory?.add(attachPart(change.part, kernel));
+        else if (change.kind === 'remove-memory') guestMemory?.remove(change.part.range.address);
+        else apply(change);
         changes++;
       }
       post({ kind: 'attended', changes });

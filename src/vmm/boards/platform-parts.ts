@@ -1,5 +1,7 @@
 /** What the platforms of all architectures share: the events that devices tell main, and the PCI segments. */
 import type { Bus, InterruptLine } from '../../devices/bus.js';
+import { type Ged, GedEvent } from '../../devices/ged.js';
+import { PciHotplug, pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { Pvpanic } from '../../devices/pvpanic.js';
 import type { InterruptHandle, VmHandle, VmSignals } from '../../hypervisor/hypervisor.js';
 import { ECAM_BUS_SIZE, HostBridge, PciEcam, PciSegment } from '../../pci/config-space.js';
@@ -12,6 +14,7 @@ import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { VirtioPciDevice } from '../../virtio/transport/pci-transport.js';
 import type { BytePort } from '../host/serial-pump.js';
+import type { MemoryPart } from '../memory/memory-manager.js';
 
 /** Something that a device has to tell main. */
 export type PlatformEvent =
@@ -20,6 +23,8 @@ export type PlatformEvent =
   | { readonly kind: 'reset' }
   | { readonly kind: 'power-off' }
   | { readonly kind: 'guest-panic'; readonly event: number; readonly untold: number }
+  /** The guest has let a slot go that it was asked for. */
+  | { readonly kind: 'ejected'; readonly segment: number; readonly slot: number }
   | { readonly kind: 'boot-mark'; readonly value: number; readonly microseconds: number };
 
 /** A guest's panic as told from one thread's view of its device. @param block of the device's budget */
@@ -44,13 +49,43 @@ export interface Platform {
   powerButton(): void;
   /** A level-triggered interrupt of this vector has ended: the hypervisor tells it where the IOAPIC is the machine's own. */
   readonly endOfInterrupt: (vector: number) => void;
+  /** Tells the guest which PCI slots something came to, and which it shall let go. */
+  readonly slots: SlotEvents;
   /** Follows what has changed of the machine. */
   readonly apply: (change: PlatformChange) => void;
 }
 
-/** What every thread that has a view of the platform has to follow. Structured-cloneable. */
+/** For ACPI's guests; others find out by looking at the bus again. */
+export interface SlotEvents {
+  came(segment: number, slot: number): void;
+  /** Asks, or asks again. It is answered by the event `ejected`, if at all. */
+  shallGo(segment: number, slot: number): void;
+}
+
+/** @param block of the controller */
+export function pciHotplug(block: SharedArrayBuffer, emit: (event: PlatformEvent) => void): PciHotplug {
+  const state = new StateBlock(pciHotplugLayout, block);
+  return new PciHotplug(state, (segment, slot) => emit({ kind: 'ejected', segment, slot }));
+}
+
+export function slotEvents(controller: PciHotplug, ged: Ged): SlotEvents {
+  return {
+    came: (segment, slot) => {
+      controller.plug(segment, slot);
+      ged.notify(GedEvent.Pci);
+    },
+    shallGo: (segment, slot) => {
+      controller.unplug(segment, slot);
+      ged.notify(GedEvent.Pci);
+    },
+  };
+}
+
+/** What every thread that has a view of the machine has to follow. Structured-cloneable. */
 export type PlatformChange =
-  { readonly kind: 'plug'; readonly device: VirtioPciHandle } | { readonly kind: 'unplug'; readonly device: string };
+  | { readonly kind: 'plug'; readonly device: VirtioPciHandle }
+  | { readonly kind: 'unplug'; readonly device: string }
+  | { readonly kind: 'add-memory' | 'remove-memory'; readonly part: MemoryPart };
 
 /** One thread's view of the PCI segments and the functions on them. */
 export class PciSegments {
@@ -83,7 +118,7 @@ export class PciSegments {
 
   readonly apply = (change: PlatformChange): void => {
     if (change.kind === 'plug') this.#plug(change.device);
-    else this.#unplug(change.device);
+    else if (change.kind === 'unplug') this.#unplug(change.device);
   };
 
   #plug(handle: VirtioPciHandle): void {

@@ -108,12 +108,14 @@ export class X86Board implements Board {
 
   createPlatform(virtio: readonly VirtioPciHandle[]): X86PlatformHandle {
     const { serial, pvpanic } = this.config;
+    const area = layout.platformArea(this.#physicalBits);
     return createX86Platform(this.vm, virtio, this.intx, {
       segments: this.segments,
       serial: serial.mode !== 'Off',
       pvpanic,
       ioapic: !this.vm.ioapic,
-      gedAddress: layout.platformArea(this.#physicalBits).ged,
+      gedAddress: area.ged,
+      pciHotplugAddress: area.pciHotplug,
       lowRam: this.ram[0].size,
       highRam: this.ram.at(1)?.size ?? 0,
     });

@@ -15,6 +15,7 @@ import type { InterruptHandle, Vm, VmSignals } from '../../hypervisor/hypervisor
 import { PCI_CONFIG_PORTS, PciConfigPorts, pciPortsLayout } from '../../pci/config-space.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
+import { PCI_HOTPLUG_SIZE, pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { budgetLayout } from '../../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
@@ -25,8 +26,10 @@ import {
   type PciHandle,
   PciSegments,
   type Platform,
+  pciHotplug,
   type PlatformEvent,
   pvpanic,
+  slotEvents,
 } from './platform-parts.js';
 
 export interface X86PlatformOptions {
@@ -36,6 +39,8 @@ export interface X86PlatformOptions {
   readonly ioapic: boolean;
   /** Guest physical address of the GED's register. */
   readonly gedAddress: number;
+  /** Of the PCI hotplug controller. */
+  readonly pciHotplugAddress: number;
   /** Bytes of RAM below and above the 32-bit hole. */
   readonly lowRam: number;
   readonly highRam: number;
@@ -52,6 +57,7 @@ export interface X86PlatformHandle extends PciHandle {
   readonly debugPort: SharedArrayBuffer;
   readonly ged: SharedArrayBuffer;
   readonly gedInterrupt: InterruptHandle;
+  readonly pciHotplug: SharedArrayBuffer;
   readonly panics: SharedArrayBuffer;
   readonly pciPorts: SharedArrayBuffer;
   /** When the machine was switched on, nanoseconds of the monotonic clock. */
@@ -78,6 +84,7 @@ export function createX86Platform(
     debugPort: blank(debugPortLayout),
     ged: blank(gedLayout),
     gedInterrupt: vm.createInterrupt(layout.IRQ_GED),
+    pciHotplug: blank(pciHotplugLayout),
     panics: blank(budgetLayout),
     pciPorts: blank(pciPortsLayout),
     vm: vm.handle,
@@ -118,6 +125,8 @@ export function attachX86Platform(
   if (options.pvpanic) ports.insert(layout.PORT_PVPANIC, 1, pvpanic(handle.panics, emit));
   const ged = new Ged(new StateBlock(gedLayout, handle.ged), line(handle.gedInterrupt));
   memory.insert(options.gedAddress, 1, ged);
+  const hotplug = pciHotplug(handle.pciHotplug, emit);
+  memory.insert(options.pciHotplugAddress, PCI_HOTPLUG_SIZE, hotplug);
   const ioapic = options.ioapic ? new Ioapic(new StateBlock(ioapicLayout, handle.intx.ioapic), signals) : undefined;
   if (ioapic !== undefined) memory.insert(layout.IOAPIC, IOAPIC_SIZE, ioapic);
 
@@ -133,6 +142,7 @@ export function attachX86Platform(
     serial,
     powerButton: () => ged.notify(GedEvent.PowerButton),
     endOfInterrupt: (vector) => ioapic?.endOfInterrupt(vector),
+    slots: slotEvents(hotplug, ged),
     apply: pci.apply,
   };
 }

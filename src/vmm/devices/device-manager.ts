@@ -334,6 +334,10 @@ export class DeviceManager {
     return [...this.#workers.values()];
   }
 
+  get(id: string): PlacedDevice | undefined {
+    return this.#placed.get(id);
+  }
+
   get devices(): readonly PlacedDevice[] {
     return [...this.#placed.values()];
   }

@@ -139,6 +139,10 @@ export class IoManager {
     return serving.length;
   }
 
+  has(worker: string): boolean {
+    return this.#threads.some(({ data }) => data.name === worker);
+  }
+
   /** Has a worker that runs serve a device. @returns why it cannot; undefined: it does */
   async serve(worker: string, device: ServedDevice): Promise<string | undefined> {
     const thread = this.#threads.find(({ data }) => data.name === worker)!;

@@ -5,13 +5,20 @@ import { closeAll, undoAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { Board } from '../boards/board.js';
 import { createBoard } from '../boards/boards.js';
-import { type DeviceCounters, DeviceManager } from '../devices/device-manager.js';
+import {
+  type DeviceCounters,
+  DeviceManager,
+  type DeviceResource,
+  pciAddress,
+  type PlacedDevice,
+  servedDevice,
+} from '../devices/device-manager.js';
 import { CpuManager, type CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { MachineError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
-import { MemoryManager } from '../memory/memory-manager.js';
+import { MemoryManager, type MemoryPart } from '../memory/memory-manager.js';
 import { attachPlatform, type PlatformHandle } from '../boards/platform.js';
-import type { Platform } from '../boards/platform-parts.js';
+import type { Platform, PlatformChange } from '../boards/platform-parts.js';
 import type { HostResources } from '../host/host-resources.js';
 import { type IoEvents, IoManager } from '../devices/io-manager.js';
 import type { SerialBackend } from '../host/serial-backend.js';
@@ -83,6 +90,79 @@ export class Incarnation {
     }
     this.#board.vm.startTime();
     this.#cpus.start({ platform: this.#handle, affinity, held: this.#held });
+  }
+
+  /**
+   * Plugs one more device in, and tells the guest.
+   *
+   * @returns where it is on PCI
+   * @throws MachineError when it does not fit or cannot be served; nothing has changed then
+   */
+  async plug(resource: DeviceResource): Promise<string> {
+    const device = this.#devices.add(resource);
+    const { handle, memory } = device;
+    try {
+      if (memory !== undefined) await this.#changeMemory('add-memory', memory);
+      for (const [worker, queues] of device.served) {
+        if (!this.#io.has(worker.name)) this.#io.start(this.#devices.workerData(worker, []));
+        const failure = await this.#io.serve(worker.name, servedDevice(device, queues));
+        if (failure !== undefined) throw new MachineError(`${handle.id}: ${failure}`);
+      }
+      await this.#changePlatform({ kind: 'plug', device: handle });
+    } catch (error) {
+      await this.#release(device);
+      throw error;
+    }
+    this.#platform.slots.came(handle.segment, handle.slot);
+    return pciAddress(handle);
+  }
+
+  /** Asks the guest to let a device go. Its answer is the event `ejected`, if it gives one. */
+  askToUnplug(id: string): void {
+    const { segment, slot } = this.#devices.get(id)!.handle;
+    this.#platform.slots.shallGo(segment, slot);
+  }
+
+  /** The name of the device in a slot. */
+  deviceAt(segment: number, slot: number): string | undefined {
+    return this.#devices.devices.find(({ handle }) => handle.segment === segment && handle.slot === slot)?.handle.id;
+  }
+
+  /** Takes out a device that the guest has let go. @returns where it was, and what failed as it was closed */
+  async unplug(id: string): Promise<{ readonly address: string; readonly failure: string | undefined }> {
+    const device = this.#devices.get(id)!;
+    await this.#changePlatform({ kind: 'unplug', device: id });
+    const failure = await this.#release(device);
+    return { address: pciAddress(device.handle), failure };
+  }
+
+  /** No vCPU thread knows the device. @returns what failed as it was closed */
+  async #release(device: PlacedDevice): Promise<string | undefined> {
+    const failure = await this.#io.drop(device.handle.id);
+    for (const { name, own } of device.served.keys()) if (own && this.#io.has(name)) await this.#io.end(name);
+    if (device.memory !== undefined) await this.#changeMemory('remove-memory', device.memory);
+    this.#devices.remove(device.handle.id);
+    return failure;
+  }
+
+  async #changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<void> {
+    await Promise.all([this.#io.changeMemory(kind, part), this.#cpus.change({ kind, part })]);
+  }
+
+  async #changePlatform(change: PlatformChange): Promise<void> {
+    await this.#cpus.change(change);
+    this.#platform.apply(change);
+  }
+
+  /** Resolves when no vCPU runs, and no device touches guest memory. */
+  async pause(): Promise<void> {
+    await this.#cpus.pause();
+    await this.#io.pause();
+  }
+
+  resume(): void {
+    this.#io.resume();
+    this.#cpus.resume();
   }
 
   powerButton(): void {

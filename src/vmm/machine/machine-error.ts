@@ -15,7 +15,8 @@ export class RequestError extends Error {
 
   constructor(
     message: string,
-    readonly kind: 'invalid' | 'unknown' | 'failed',
+    /** `conflict`: somebody has it already; `busy`: later, perhaps. */
+    readonly kind: 'invalid' | 'unknown' | 'conflict' | 'busy' | 'failed',
   ) {
     super(message);
   }

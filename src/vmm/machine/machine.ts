@@ -8,6 +8,8 @@ import type { PlatformEvent } from '../boards/platform-parts.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FalseStarts } from './false-starts.js';
+import type { DeviceKind } from '../devices/device-names.js';
+import { Hotplug, type PciDeviceInfo, type Running } from './hotplug.js';
 import { GuestLog } from '../log/guest-log.js';
 import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
 import { isTerminal } from '../host/host-output.js';
@@ -73,7 +75,13 @@ export class Machine {
   /** Everything that a guest can make main say. */
   readonly #guestLog: GuestLog;
 
+  readonly #hotplug: Hotplug;
+
   constructor(private readonly parts: MachineParts) {
+    this.#hotplug = new Hotplug(parts.config, parts.logger, {
+      onRemoved: () => undefined,
+      onCloseFailed: (id, reason) => parts.logger.warn(`${id}: It may lack what the guest wrote last: ${reason}`),
+    });
     this.#guestLog = new GuestLog((level, line) => parts.logger[level](line));
   }
 
@@ -206,6 +214,28 @@ export class Machine {
     if (failure !== '') throw new RequestError(failure, 'failed');
   }
 
+  #running(): Running | undefined {
+    const [resources, incarnation] = [this.#resources, this.#current];
+    return resources === undefined ? undefined : { resources, incarnation };
+  }
+
+  addDevice(kind: DeviceKind, device: object): Promise<PciDeviceInfo | undefined> {
+    return this.#hotplug.add(kind, device, () => this.#running());
+  }
+
+  removeDevice(id: string): Promise<void> {
+    return this.#hotplug.remove(id, () => this.#running());
+  }
+
+  async pause(): Promise<void> {
+    await this.#current?.pause();
+  }
+
+  resume(): Promise<void> {
+    this.#current?.resume();
+    return Promise.resolve();
+  }
+
   /** A worker has answered. @param size the disk's size now; undefined: as before */
   #resized(id: string, failure: string, size?: number): void {
     const resizing = this.#resizing.get(id);
@@ -232,6 +262,7 @@ export class Machine {
         this.#finish({ kind: 'failed', error: new MachineError(`The thread of vCPU ${vcpu} broke`, { cause: error }) });
       },
     };
+    this.#hotplug.restart(resources);
     const incarnation = new Incarnation(this.parts, resources, backends, cpuEvents, {
       onLog: (level, line) => logger[level](line),
       onDevice: (device, message) => this.#onDevice(device, message as DeviceMessage),
@@ -251,6 +282,7 @@ export class Machine {
       end = await ended;
     } finally {
       this.#current = undefined;
+      await this.#hotplug.idle();
       await incarnation.close();
       for (const { settle } of this.#resizing.values()) settle('The machine was reset');
       this.#resizing.clear();
@@ -305,6 +337,16 @@ export class Machine {
       case 'power-off':
         log.log('machine', 'info', 'The guest powers the machine off');
         this.#finish({ kind: 'power-off' });
+        break;
+      case 'ejected':
+        this.#hotplug
+          .ejected(event.segment, event.slot, () => this.#running())
+          .catch((error: unknown) =>
+            this.#finish({
+              kind: 'failed',
+              error: new MachineError('A device could not be removed', { cause: error }),
+            }),
+          );
         break;
       case 'guest-panic':
         log.leftOut('pvpanic', 'warn', event.untold);

@@ -25,6 +25,10 @@ function machine(): ApiMachine {
     reset: (reason) => asked.push(reason),
     stop: (reason) => asked.push(reason),
     resizeBalloon: (size) => asked.push({ balloon: size }),
+    addDevice: () => Promise.resolve(undefined),
+    removeDevice: () => Promise.resolve(),
+    pause: () => Promise.resolve(),
+    resume: () => Promise.resolve(),
     resizeDisk: (id, size, shrink) => {
       if (id === 'none') return Promise.reject(new RequestError('The machine has no disk none', 'unknown'));
       if (id === 'stuck') return Promise.reject(new RequestError('No space', 'failed'));
