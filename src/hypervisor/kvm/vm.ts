@@ -60,10 +60,6 @@ export class KvmVmBase {
     return { eventfd };
   }
 
-  startTime(): void {
-    // KVM starts the clocks of all vCPUs together by itself: each new one takes the time of the first.
-  }
-
   allocateMsiRoute(): number {
     const free = this.#freeRoutes.pop();
     if (free !== undefined) return free;

@@ -266,6 +266,10 @@ class MshvVm implements X86Vm {
     this.#hypercalls.setProperty(abi.HV_PARTITION_PROPERTY.TIME_FREEZE, 0n);
   }
 
+  stopTime(): void {
+    this.#hypercalls.setProperty(abi.HV_PARTITION_PROPERTY.TIME_FREEZE, 1n);
+  }
+
   allocateMsiRoute(): number {
     const free = this.#freeRoutes.pop();
     if (free !== undefined) return free;

@@ -119,5 +119,6 @@ export function attachArm64Platform(
     endOfInterrupt: () => undefined,
     slots: slotEvents(hotplug, ged),
     apply: pci.apply,
+    setBack: () => undefined,
   };
 }

@@ -53,6 +53,8 @@ export interface Platform {
   readonly slots: SlotEvents;
   /** Follows what has changed of the machine. */
   readonly apply: (change: PlatformChange) => void;
+  /** Clocks of the machine's own stood still for so many nanoseconds. While no vCPU runs. */
+  setBack(nanoseconds: number): void;
 }
 
 /** For ACPI's guests; others find out by looking at the bus again. */

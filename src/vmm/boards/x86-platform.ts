@@ -3,7 +3,7 @@
  * touches them.
  */
 import * as layout from '../../arch/x86_64/layout.js';
-import { ACPI_SLEEP_PORTS, AcpiPmTimer, AcpiSleep } from '../../devices/acpi-pm.js';
+import { ACPI_SLEEP_PORTS, AcpiPmTimer, AcpiSleep, pmTimerLayout } from '../../devices/acpi-pm.js';
 import { Bus } from '../../devices/bus.js';
 import { DebugPort, debugPortLayout } from '../../devices/debug-port.js';
 import { Ged, GedEvent, gedLayout } from '../../devices/ged.js';
@@ -60,6 +60,7 @@ export interface X86PlatformHandle extends PciHandle {
   readonly pciHotplug: SharedArrayBuffer;
   readonly panics: SharedArrayBuffer;
   readonly pciPorts: SharedArrayBuffer;
+  readonly pmTimer: SharedArrayBuffer;
   /** When the machine was switched on, nanoseconds of the monotonic clock. */
   readonly started: number;
 }
@@ -87,6 +88,7 @@ export function createX86Platform(
     pciHotplug: blank(pciHotplugLayout),
     panics: blank(budgetLayout),
     pciPorts: blank(pciPortsLayout),
+    pmTimer: blank(pmTimerLayout),
     vm: vm.handle,
     virtio,
     intx,
@@ -121,7 +123,8 @@ export function attachX86Platform(
   );
   ports.insert(layout.PORT_DEBUG, 1, debugPort);
   ports.insert(layout.PORT_ACPI_SLEEP, ACPI_SLEEP_PORTS, new AcpiSleep(reset, () => emit({ kind: 'power-off' })));
-  ports.insert(layout.PORT_PM_TIMER, 4, new AcpiPmTimer(monotonicClock));
+  const pmTimer = new AcpiPmTimer(new StateBlock(pmTimerLayout, handle.pmTimer), monotonicClock);
+  ports.insert(layout.PORT_PM_TIMER, 4, pmTimer);
   if (options.pvpanic) ports.insert(layout.PORT_PVPANIC, 1, pvpanic(handle.panics, emit));
   const ged = new Ged(new StateBlock(gedLayout, handle.ged), line(handle.gedInterrupt));
   memory.insert(options.gedAddress, 1, ged);
@@ -144,5 +147,6 @@ export function attachX86Platform(
     endOfInterrupt: (vector) => ioapic?.endOfInterrupt(vector),
     slots: slotEvents(hotplug, ged),
     apply: pci.apply,
+    setBack: (nanoseconds) => pmTimer.setBack(nanoseconds),
   };
 }

@@ -18,7 +18,7 @@ import { MachineError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
 import { MemoryManager, type MemoryPart } from '../memory/memory-manager.js';
 import { attachPlatform, type PlatformHandle } from '../boards/platform.js';
-import type { Platform, PlatformChange } from '../boards/platform-parts.js';
+import { monotonicClock, type Platform, type PlatformChange } from '../boards/platform-parts.js';
 import type { HostResources } from '../host/host-resources.js';
 import { type IoEvents, IoManager } from '../devices/io-manager.js';
 import type { SerialBackend } from '../host/serial-backend.js';
@@ -36,6 +36,8 @@ export class Incarnation {
   readonly #held: boolean;
   readonly #handle: PlatformHandle;
   readonly #platform: Platform;
+  /** When it was paused, nanoseconds of the monotonic clock. */
+  #paused = 0;
 
   /** @throws MachineError, BootError, HypervisorError or SystemError; nothing is left behind then */
   constructor(
@@ -158,9 +160,14 @@ export class Incarnation {
   async pause(): Promise<void> {
     await this.#cpus.pause();
     await this.#io.pause();
+    this.#board.vm.stopTime();
+    this.#paused = monotonicClock();
   }
 
+  /** After `pause`. The guest goes on as if no time had passed, but for the wall clock. */
   resume(): void {
+    this.#platform.setBack(monotonicClock() - this.#paused);
+    this.#board.vm.startTime();
     this.#io.resume();
     this.#cpus.resume();
   }
