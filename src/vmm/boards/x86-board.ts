@@ -33,7 +33,7 @@ export class X86Board implements Board {
   readonly #physicalBits: number;
   readonly #supported: readonly CpuidEntry[];
   readonly #topology: Topology;
-  #vcpus: X86Vcpu[] = [];
+  readonly #vcpus: X86Vcpu[] = [];
 
   /** @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError */
   constructor(
@@ -84,26 +84,33 @@ export class X86Board implements Board {
   }
 
   createVcpus(): X86Vcpu[] {
-    const { boot_vcpus: count } = this.config.cpus;
-    const topology = this.#topology;
     try {
-      for (let id = 0; id < count; id++) {
-        const vcpu = this.vm.createVcpu(apicId(id, topology));
-        this.#vcpus.push(vcpu);
-        const tscKhz = this.vm.tscKhz();
-        const supported = this.#supported;
-        vcpu.setCpuid(buildCpuid({ supported, vcpu: id, topology, physicalBits: this.#physicalBits, tscKhz }));
-        vcpu.setMsrs(initialMsrs());
-        vcpu.setFpu(BOOT_FPU);
-        vcpu.setLocalInterrupts();
-      }
+      for (let id = 0; id < this.config.cpus.boot_vcpus; id++) this.plugVcpu();
     } catch (error) {
       undoAll(
         error,
         this.#vcpus.map((vcpu) => () => vcpu.close()),
       );
     }
-    return this.#vcpus;
+    return [...this.#vcpus];
+  }
+
+  plugVcpu(): X86Vcpu {
+    const id = this.#vcpus.length;
+    const topology = this.#topology;
+    const vcpu = this.vm.createVcpu(apicId(id, topology));
+    try {
+      const tscKhz = this.vm.tscKhz();
+      const supported = this.#supported;
+      vcpu.setCpuid(buildCpuid({ supported, vcpu: id, topology, physicalBits: this.#physicalBits, tscKhz }));
+      vcpu.setMsrs(initialMsrs());
+      vcpu.setFpu(BOOT_FPU);
+      vcpu.setLocalInterrupts();
+    } catch (error) {
+      undoAll(error, [() => vcpu.close()]);
+    }
+    this.#vcpus.push(vcpu);
+    return vcpu;
   }
 
   createPlatform(virtio: readonly VirtioPciHandle[]): X86PlatformHandle {

@@ -67,13 +67,10 @@ export interface CpuManagerEvents {
   onCrash(vcpu: number, error: Error): void;
 }
 
-/** What the threads are started with. */
+/** What a thread is started with: the machine as it is by then. */
 export interface CpuStart {
   readonly platform: PlatformHandle;
-  /** Host CPUs for each vCPU that is bound, by its number. */
-  readonly affinity: ReadonlyMap<number, readonly number[]>;
-  /** No vCPU runs before the threads of all are ready to. */
-  readonly held: boolean;
+  readonly memory: MemoryHandle;
 }
 
 export class CpuManager {
@@ -84,44 +81,41 @@ export class CpuManager {
   /** Told whenever a thread has said something. */
   readonly #listeners = new Set<() => void>();
 
-  /** @param vcpus created and set up; closed by `close` */
+  /**
+   * @param vcpus created and set up; closed by `close`
+   * @param affinity host CPUs for each vCPU that is bound, by its number
+   */
   constructor(
     private readonly hypervisor: HypervisorName,
     vcpus: readonly Vcpu[],
-    private readonly memory: MemoryHandle,
+    private readonly affinity: ReadonlyMap<number, readonly number[]>,
     private readonly workerScript: URL,
     private readonly events: CpuManagerEvents,
   ) {
-    this.#threads = vcpus.map((vcpu) => ({
-      vcpu,
-      control: new StateBlock(vcpuControlLayout),
-      holds: 0,
-      held: 0,
-      told: 0,
-      made: 0,
-    }));
+    this.#threads = vcpus.map(newThread);
   }
 
-  start(start: CpuStart): void {
-    if (start.held) this.#threads.forEach(holdThread);
+  /** @param held no vCPU runs before the threads of all are ready to */
+  start(start: CpuStart, held: boolean): void {
+    if (held) this.#threads.forEach(holdThread);
     for (const thread of this.#threads) this.#startThread(thread, start);
-    if (!start.held) return;
+    if (!held) return;
     void this.#until(isHeld).then(() => {
       if (!this.#paused) this.resume();
     });
   }
 
-  #startThread(thread: Thread, { platform, affinity }: CpuStart): void {
+  #startThread(thread: Thread, { platform, memory }: CpuStart): void {
     const id = this.#threads.indexOf(thread);
     const name = `vcpu${id}`;
     const data: VcpuWorkerData = {
       name,
       hypervisor: this.hypervisor,
       vcpu: thread.vcpu.handle,
-      memory: this.memory,
+      memory,
       control: thread.control.buffer,
       platform,
-      affinity: affinity.get(id),
+      affinity: this.affinity.get(id),
     };
     const worker = new Worker(this.workerScript, {
       workerData: data,
@@ -208,6 +202,35 @@ export class CpuManager {
     for (const { control } of this.#threads) letGo(control);
   }
 
+  /** vCPUs that have been created, present or not: the next one's number. */
+  get created(): number {
+    return this.#threads.length;
+  }
+
+  /** One more, which the guest starts. @param vcpu created and set up; closed by `close` */
+  add(vcpu: Vcpu, start: CpuStart): void {
+    const thread = newThread(vcpu);
+    this.#threads.push(thread);
+    if (this.#paused) holdThread(thread);
+    this.#startThread(thread, start);
+  }
+
+  /** The guest has let a vCPU go. No hypervisor deletes one: it stays as it is, without a thread. */
+  async park(id: number): Promise<void> {
+    const thread = this.#threads[id];
+    command(thread.control, VcpuCommand.stop);
+    await this.#until((other) => other !== thread);
+  }
+
+  /** One that was parked is there again, until the guest starts it (INIT, SIPI) where it was. */
+  unpark(id: number, start: CpuStart): void {
+    const thread = this.#threads[id];
+    thread.control.words[vcpuControlLayout.at.command] = 0;
+    Object.assign(thread, { holds: 0, held: 0, told: 0, made: 0 });
+    if (this.#paused) holdThread(thread);
+    this.#startThread(thread, start);
+  }
+
   /** Ends every vCPU thread; resolves when they are gone. */
   async stop(): Promise<void> {
     for (const thread of this.#threads) command(thread.control, VcpuCommand.stop);
@@ -252,6 +275,10 @@ export class CpuManager {
       ),
     );
   }
+}
+
+function newThread(vcpu: Vcpu): Thread {
+  return { vcpu, control: new StateBlock(vcpuControlLayout), holds: 0, held: 0, told: 0, made: 0 };
 }
 
 function holdThread(thread: Thread): void {

@@ -13,7 +13,7 @@ import {
   type PlacedDevice,
   servedDevice,
 } from '../devices/device-manager.js';
-import { CpuManager, type CpuManagerEvents } from '../cpus/cpu-manager.js';
+import { CpuManager, type CpuManagerEvents, type CpuStart } from '../cpus/cpu-manager.js';
 import { MachineError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
 import { MemoryManager, type MemoryPart } from '../memory/memory-manager.js';
@@ -79,19 +79,25 @@ export class Incarnation {
       if (port !== undefined) this.console = new SerialPump(consolePort(port, kernel), backends.console);
 
       this.#held = this.#board.boot(this.#memory.memory);
-      this.#cpus = new CpuManager(hypervisor.name, vcpus, this.#devices.memory, parts.vcpuWorker, events);
+      const affinity = new Map((config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
+      this.#cpus = new CpuManager(hypervisor.name, vcpus, affinity, parts.vcpuWorker, events);
     } catch (error) {
       undoAll(error, undo.reverse());
     }
   }
 
   start(): void {
-    const affinity = new Map((this.parts.config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
     for (const worker of this.#devices.workers) {
       this.#io.start(this.#devices.workerData(worker, this.#devices.devices));
     }
     this.#board.vm.startTime();
-    this.#cpus.start({ platform: this.#handle, affinity, held: this.#held });
+    this.#cpus.start(this.#present(), this.#held);
+  }
+
+  /** The machine as a vCPU thread that starts now finds it. */
+  #present(): CpuStart {
+    const virtio = this.#devices.devices.map(({ handle }) => handle);
+    return { platform: { ...this.#handle, virtio }, memory: this.#devices.memory };
   }
 
   /**

@@ -1,8 +1,7 @@
 /** The vCPU threads' start, with threads that only tell when they would run. */
 import { expect, test } from '@jest/globals';
 import type { Vcpu } from '../../../src/hypervisor/hypervisor.js';
-import { CpuManager } from '../../../src/vmm/cpus/cpu-manager.js';
-import type { MemoryHandle } from '../../../src/vmm/memory/memory-manager.js';
+import { CpuManager, type CpuStart } from '../../../src/vmm/cpus/cpu-manager.js';
 import type { PlatformHandle } from '../../../src/vmm/boards/platform.js';
 import type { PlatformEvent } from '../../../src/vmm/boards/platform-parts.js';
 import { VcpuCommand, vcpuControlLayout } from '../../../src/vmm/cpus/vcpu-loop.js';
@@ -60,9 +59,9 @@ function threads() {
   const script = new URL(
     `data:text/javascript,${encodeURIComponent(`import { createRequire } from 'node:module'; const require = createRequire('/'); ${THREAD}`)}`,
   );
-  const manager = new CpuManager('kvm', [vcpu, vcpu, vcpu], {} as MemoryHandle, script, events);
-  const start = (held: boolean) =>
-    manager.start({ platform: { shared: shared.buffer } as unknown as PlatformHandle, affinity: new Map(), held });
+  const manager = new CpuManager('kvm', [vcpu, vcpu, vcpu], new Map(), script, events);
+  const machine: CpuStart = { platform: { shared: shared.buffer } as unknown as PlatformHandle, memory: [] };
+  const start = (held: boolean) => manager.start(machine, held);
   const ran = async (count: number) => {
     while (up.length < count) await new Promise<void>((resolve) => listeners.push(resolve));
   };
