@@ -1,7 +1,7 @@
 /** Devices that come and go while a guest runs. */
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
-import { type ApiAnswer, Conversation, DONE, LISTEN, request } from '../support/conversation.js';
+import { ApiClient, Conversation, DONE, LISTEN } from '../support/conversation.js';
 import { Guest, testFolder } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
 
@@ -10,9 +10,6 @@ const scratch = `/tmp/hotplug-${process.pid}`;
 const socket = `${scratch}/api`;
 let host: TestHost;
 let cloud: Kernel;
-
-const api = (method: 'GET' | 'PUT', name: string, body?: unknown): Promise<ApiAnswer> =>
-  request(host, socket, method, name, body);
 
 beforeAll(async () => {
   host = await TestHost.open();
@@ -36,16 +33,17 @@ test('a disk comes and goes', async () => {
     task: { command: LISTEN, modules: { kernel: cloud, names: ['virtio_pci', 'virtio_blk', 'virtio_net'] } },
     vmm: ['-v', '--api-socket', `path=${socket}`],
   });
+  const api = new ApiClient(host, socket);
   const shell = new Conversation(guest);
   await shell.listens();
   for (let round = 0; round < 3; round++) {
-    const answer = await api('PUT', 'vm.add-disk', { path: `${scratch}/raw`, id: 'one' });
+    const answer = await api.put('vm.add-disk', { path: `${scratch}/raw`, id: 'one' });
     expect(answer).toMatchObject({ status: 200, body: { id: 'one' } });
     expect(await shell.run('until [ -b /dev/vda ]; do sleep 0.1; done; head -c 7 /dev/vda')).toContain('plugged');
-    expect(await api('PUT', 'vm.remove-device', { id: 'one' })).toEqual(DONE);
+    expect(await api.put('vm.remove-device', { id: 'one' })).toEqual(DONE);
     await shell.run('until [ ! -b /dev/vda ]; do sleep 0.1; done');
     await guest.waitForLog(/one: removed[^]*/);
   }
-  expect(await api('PUT', 'vmm.shutdown')).toEqual(DONE);
+  expect(await api.put('vmm.shutdown')).toEqual(DONE);
   expect(await guest.end()).toMatchObject({ status: 0 });
 });
