@@ -1,7 +1,7 @@
 /**
  * The PCI hotplug controller: registers by which the guest learns which slots something came to and which shall be let go, and by
  * which it lets them go. ACPI leaves them to the machine; these are Cloud Hypervisor's. The DSDT's PHPR uses them
- * (src/arch/acpi/hotplug.ts), after an event of the GED.
+ * (src/arch/acpi/pci-hotplug.ts), after an event of the GED.
  *
  *     0  PCIU  slots that something came to, a bit for each; reading clears
  *     4  PCID  slots that shall be let go, a bit for each; reading clears

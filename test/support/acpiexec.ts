@@ -2,10 +2,11 @@
  * ACPICA's interpreter, `acpiexec` (package acpica-tools): runs the methods of a DSDT over memory that it makes up for the
  * operation regions. What is written there is read again; a register with effects it does not know.
  */
-import { spawnSync } from 'node:child_process';
-import { writeFileSync } from 'node:fs';
+import { execFile } from 'node:child_process';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { inScratch } from './iasl.js';
+import { promisify } from 'node:util';
 
 /** An access to an operation region. */
 export interface RegionAccess {
@@ -33,21 +34,12 @@ export interface Evaluation {
  * @param call path and arguments, such as `\_SB.PC00.S001._EJ0 1`
  * @param fields initial values of fields of operation regions, by path; others are 0
  */
-export function evaluate(dsdt: Uint8Array, call: string, fields: Readonly<Record<string, number>> = {}): Evaluation {
-  const output = inScratch((directory) => {
-    writeFileSync(join(directory, 'dsdt.aml'), dsdt);
-    const values = Object.entries(fields).map(([path, value]) => `${path} 0x${value.toString(16)}\n`);
-    writeFileSync(join(directory, 'fields'), values.join(''));
-    const init = values.length > 0 ? ['-fi', 'fields'] : [];
-    const { error, stdout, stderr } = spawnSync('acpiexec', ['-vr', ...init, '-b', `evaluate ${call}`, 'dsdt.aml'], {
-      cwd: directory,
-      encoding: 'utf8',
-      maxBuffer: 2 ** 26,
-      timeout: 60_000,
-    });
-    if (error !== undefined) throw error;
-    return stdout + stderr;
-  });
+export async function evaluate(
+  dsdt: Uint8Array,
+  call: string,
+  fields: Readonly<Record<string, number>> = {},
+): Promise<Evaluation> {
+  const output = await interpret(dsdt, call, fields);
   const complaints = output.split('\n').filter((line) => /\bACPI.*(Error|Warning)|\bAE_|exception/i.test(line));
   const start = output.indexOf('\nEvaluating ');
   if (start < 0) throw new Error(output);
@@ -62,6 +54,23 @@ export function evaluate(dsdt: Uint8Array, call: string, fields: Readonly<Record
     .map(([, device, value]) => `${device} ${Number(value)}`)
     .sort();
   return { accesses, notifications, result: resultOf(text), complaints };
+}
+
+/** It sleeps a second before it ends: tests run several at once. */
+async function interpret(dsdt: Uint8Array, call: string, fields: Readonly<Record<string, number>>): Promise<string> {
+  const directory = await mkdtemp(join(tmpdir(), 'vmm-acpiexec-'));
+  try {
+    const values = Object.entries(fields).map(([path, value]) => `${path} 0x${value.toString(16)}\n`);
+    await writeFile(join(directory, 'fields'), values.join(''));
+    await writeFile(join(directory, 'dsdt.aml'), dsdt);
+    const init = values.length > 0 ? ['-fi', 'fields'] : [];
+    const args = ['-vr', ...init, '-b', `evaluate ${call}`, 'dsdt.aml'];
+    const limits = { cwd: directory, maxBuffer: 2 ** 26, timeout: 60_000 };
+    const { stdout, stderr } = await promisify(execFile)('acpiexec', args, limits);
+    return stdout + stderr;
+  } finally {
+    await rm(directory, { recursive: true, force: true });
+  }
 }
 
 function resultOf(text: string): Evaluation['result'] {

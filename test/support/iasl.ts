@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
 /** Runs `work` in a directory of its own that is gone afterwards. */
-export function inScratch<T>(work: (directory: string) => T): T {
+function inScratch<T>(work: (directory: string) => T): T {
   const directory = mkdtempSync(join(tmpdir(), 'vmm-iasl-'));
   try {
     return work(directory);

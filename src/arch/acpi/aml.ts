@@ -6,7 +6,7 @@
 /** Bytes, each a character up to U+00FF: terms nest deeply, and V8 joins strings without copying them. */
 export type Aml = string;
 
-function bytes(...values: number[]): Aml {
+export function bytes(...values: number[]): Aml {
   return String.fromCharCode(...values);
 }
 
@@ -128,12 +128,33 @@ export function store(source: Aml, target: Aml): Aml {
   return bytes(0x70) + source + target;
 }
 
+export function increment(target: Aml): Aml {
+  return bytes(0x75) + target;
+}
+
+/** Sum; the result is not stored. */
+export function add(left: Aml, right: Aml): Aml {
+  return bytes(0x72) + left + right + bytes(0x00);
+}
+
+export function subtract(left: Aml, right: Aml, target: Aml): Aml {
+  return bytes(0x74) + left + right + target;
+}
+
+export function equal(left: Aml, right: Aml): Aml {
+  return bytes(0x93) + left + right;
+}
+
+export function lessThan(left: Aml, right: Aml): Aml {
+  return bytes(0x95) + left + right;
+}
+
 /** A call of a method. */
 export function call(path: string, ...args: Aml[]): Aml {
   return nameString(path) + args.join('');
 }
 
-/** A mutex of synchronization level 0: 19.6.87. */
+/** A mutex of synchronization level 0: 20.2.5.2. */
 export function mutex(path: string): Aml {
   return bytes(0x5b, 0x01) + nameString(path) + bytes(0x00);
 }
@@ -157,14 +178,26 @@ export function ifThen(predicate: Aml, ...terms: Aml[]): Aml {
   return bytes(0xa0) + withPackageLength(predicate + terms.join(''));
 }
 
+export function whileTrue(predicate: Aml, ...terms: Aml[]): Aml {
+  return bytes(0xa2) + withPackageLength(predicate + terms.join(''));
+}
+
 export function notify(path: string, value: Aml): Aml {
   return bytes(0x86) + nameString(path) + value;
 }
 
+export function buffer(content: Aml): Aml {
+  return bytes(0x11) + withPackageLength(integer(content.length) + content);
+}
+
+/** Names the 64 bits of a buffer from a byte on. */
+export function qwordField(source: Aml, byte: number, path: string): Aml {
+  return bytes(0x8f) + source + integer(byte) + nameString(path);
+}
+
 /** A buffer of resource descriptors with the end tag; its checksum of 0 means none. */
 export function resourceTemplate(...descriptors: Aml[]): Aml {
-  const content = descriptors.join('') + bytes(0x79, 0x00);
-  return bytes(0x11) + withPackageLength(integer(content.length) + content);
+  return buffer(descriptors.join('') + bytes(0x79, 0x00));
 }
 
 /** I/O ports, 16-bit decoded: 6.4.2.5. */
@@ -200,6 +233,8 @@ export function wordIo(first: number, last: number): Aml {
 }
 
 const READ_WRITE = 0x01;
+/** Of ordinary memory; other windows are of registers. */
+export const CACHEABLE = 0x02;
 
 /** @param end exclusive */
 export function dwordMemory(start: number, end: number): Aml {
@@ -207,6 +242,8 @@ export function dwordMemory(start: number, end: number): Aml {
 }
 
 /** @param end exclusive */
-export function qwordMemory(start: number, end: number): Aml {
-  return bytes(0x8a) + little(43, 2) + bytes(0x00, WINDOW_FLAGS, READ_WRITE) + addressRange(start, end - 1, 8);
+export function qwordMemory(start: number, end: number, caching = 0): Aml {
+  return (
+    bytes(0x8a) + little(43, 2) + bytes(0x00, WINDOW_FLAGS, READ_WRITE | caching) + addressRange(start, end - 1, 8)
+  );
 }

@@ -17,5 +17,7 @@ export interface PciSegmentWindows {
 export const GedEvent = { Cpu: 1, Memory: 2, Pci: 4, PowerButton: 8 } as const;
 export type GedEvent = (typeof GedEvent)[keyof typeof GedEvent];
 
-/** Registers of the PCI hotplug controller, in bytes: src/devices/pci-hotplug.ts. */
+/** Registers of the hotplug controllers, in bytes: src/devices/{pci,cpu,memory}-hotplug.ts. */
 export const PCI_HOTPLUG_SIZE = 0x10;
+export const CPU_HOTPLUG_SIZE = 0xc;
+export const MEMORY_HOTPLUG_SIZE = 0x18;

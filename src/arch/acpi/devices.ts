@@ -29,7 +29,7 @@ import {
 } from './aml.js';
 import { intxLine } from '../pci-intx.js';
 import { GedEvent, type PciSegmentWindows } from './config.js';
-import { pciSlots } from './hotplug.js';
+import { pciSlots } from './pci-hotplug.js';
 
 /**
  * A PCI Express host bridge with one bus.
@@ -112,6 +112,11 @@ export function genericEvents(register: number, gsi: number, scans: ReadonlyMap<
   );
 }
 
-export function processor(id: number): Aml {
-  return device(`C${hex(id, 3)}`, name('_HID', string('ACPI0007')), name('_UID', integer(id)));
+export function processorName(id: number): string {
+  return `C${hex(id, 3)}`;
+}
+
+/** @param more terms beyond these */
+export function processor(id: number, ...more: Aml[]): Aml {
+  return device(processorName(id), name('_HID', string('ACPI0007')), name('_UID', integer(id)), ...more);
 }

@@ -150,6 +150,7 @@ export class X86Board implements Board {
       pciSegments: this.segments,
       gedAddress: area.ged,
       pciHotplug: area.pciHotplug,
+      cpuHotplug: area.cpuHotplug,
       serial: serial.mode !== 'Off',
       pvpanic,
     });

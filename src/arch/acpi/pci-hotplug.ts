@@ -1,10 +1,4 @@
-/**
- * What the DSDT has for hotplug: for each controller a device with its registers and a method that looks what came and what
- * shall go, and for each thing that can come and go a device with _EJ0 (ACPI 6.5, 6.3). Names and registers are Cloud Hypervisor's.
- *
- * The generic event device calls the methods; they notify the devices concerned: 5.6.6, table 5.167. A controller's mutex keeps what selects
- * a register's meaning together with the access to it.
- */
+/** PCI hotplug in the DSDT: hotplug-controller.ts says how it works. */
 import {
   type Aml,
   and,
@@ -12,7 +6,6 @@ import {
   ARG1,
   call,
   device,
-  eisaId,
   FieldAccess,
   fields,
   hex,
@@ -24,31 +17,12 @@ import {
   mutex,
   name,
   notify,
-  qwordMemory,
   reference,
-  resourceTemplate,
   shiftLeft,
   store,
-  string,
 } from './aml.js';
 import { PCI_HOTPLUG_SIZE } from './config.js';
-
-const DEVICE_CHECK = integer(1);
-const EJECT_REQUEST = integer(3);
-
-/** A device of no class that has registers of its own. */
-function controller(path: string, uid: string, registers: number, size: number, ...terms: Aml[]): Aml {
-  /** Present, working and using its registers, but nothing that a user cares for: 6.3.7. */
-  const STATUS = 0x0b;
-  return device(
-    path,
-    name('_HID', eisaId('PNP0A06')),
-    name('_STA', integer(STATUS)),
-    name('_UID', string(uid)),
-    name('_CRS', resourceTemplate(qwordMemory(registers, registers + size))),
-    ...terms,
-  );
-}
+import { controller, DEVICE_CHECK, EJECT_REQUEST, numbered } from './hotplug-controller.js';
 
 export const PCI_SCAN = '\\_SB.PHPR.PSCN';
 
@@ -74,7 +48,7 @@ export function pciHotplug(registers: number, segments: number): Aml {
  * is one or not: _ADR, 6.1.1.
  */
 export function pciSlots(segment: number): Aml[] {
-  const slots = Array.from({ length: 32 }, (_, slot) => ({ slot, path: `S${slot.toString().padStart(3, '0')}` }));
+  const slots = Array.from({ length: 32 }, (_, slot) => ({ slot, path: numbered('S', slot) }));
   const register = (field: string) => reference(`\\_SB.PHPR.${field}`);
   return [
     // Tells the slots of a bitmap. An object cannot be computed, so each has a branch.
