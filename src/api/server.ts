@@ -34,6 +34,7 @@ export type ApiMachine = Pick<
   | 'reset'
   | 'resizeBalloon'
   | 'resizeDisk'
+  | 'resizeVcpus'
   | 'resume'
   | 'stop'
 >;
@@ -48,6 +49,7 @@ type Handler = (body: unknown) => Answer | Promise<Answer>;
 
 const bytes = (error: string) => z.int({ error }).check(z.gte(0, { error }));
 const balloonError = 'desired_balloon: accepted is a number of bytes';
+const vcpusError = 'desired_vcpus: accepted is a number from 1 on';
 const diskSizeError = `desired_size: accepted is a multiple of ${SECTOR} bytes`;
 
 const resizeError = 'accepted is {"desired_balloon": BYTES}';
@@ -55,7 +57,11 @@ const resizeError = 'accepted is {"desired_balloon": BYTES}';
 const unset = z.optional(z.null({ error: resizeError }));
 /** The other two fields that Cloud Hypervisor has here change vCPUs and RAM. */
 const resizeSchema = z.strictObject(
-  { desired_balloon: z.nullish(bytes(balloonError)), desired_vcpus: unset, desired_ram: unset },
+  {
+    desired_balloon: z.nullish(bytes(balloonError)),
+    desired_vcpus: z.nullish(z.int({ error: vcpusError }).check(z.gte(1, { error: vcpusError }))),
+    desired_ram: unset,
+  },
   { error: resizeError },
 );
 const resizeDiskSchema = z.strictObject(
@@ -112,8 +118,9 @@ function handlers(machine: ApiMachine, version: string): Readonly<Partial<Record
       await machine.resume();
       return done;
     },
-    'PUT vm.resize': (body) => {
-      const { desired_balloon: size } = check(resizeSchema, body);
+    'PUT vm.resize': async (body) => {
+      const { desired_balloon: size, desired_vcpus: vcpus } = check(resizeSchema, body);
+      if (typeof vcpus === 'number') await machine.resizeVcpus(vcpus);
       if (typeof size === 'number') machine.resizeBalloon(size);
       return done;
     },

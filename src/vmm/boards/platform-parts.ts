@@ -25,6 +25,7 @@ export type PlatformEvent =
   | { readonly kind: 'guest-panic'; readonly event: number; readonly untold: number }
   /** The guest has let a slot go that it was asked for. */
   | { readonly kind: 'ejected'; readonly segment: number; readonly slot: number }
+  | { readonly kind: 'vcpu-ejected'; readonly vcpu: number }
   | { readonly kind: 'boot-mark'; readonly value: number; readonly microseconds: number };
 
 /** A guest's panic as told from one thread's view of its device. @param block of the device's budget */
@@ -51,6 +52,8 @@ export interface Platform {
   readonly endOfInterrupt: (vector: number) => void;
   /** Tells the guest which PCI slots something came to, and which it shall let go. */
   readonly slots: SlotEvents;
+  /** Tells the guest of vCPUs; undefined where it can be given none. */
+  readonly vcpus?: VcpuEvents | undefined;
   /** Follows what has changed of the machine. */
   readonly apply: (change: PlatformChange) => void;
   /** Clocks of the machine's own stood still for so many nanoseconds. While no vCPU runs. */
@@ -62,6 +65,12 @@ export interface SlotEvents {
   came(segment: number, slot: number): void;
   /** Asks, or asks again. It is answered by the event `ejected`, if at all. */
   shallGo(segment: number, slot: number): void;
+}
+
+export interface VcpuEvents {
+  came(vcpu: number): void;
+  /** Asks, or asks again. It is answered by the event `vcpu-ejected`, if at all. */
+  shallGo(vcpu: number): void;
 }
 
 /** @param block of the controller */

@@ -114,7 +114,7 @@ export class X86Board implements Board {
   }
 
   createPlatform(virtio: readonly VirtioPciHandle[]): X86PlatformHandle {
-    const { serial, pvpanic } = this.config;
+    const { serial, pvpanic, cpus } = this.config;
     const area = layout.platformArea(this.#physicalBits);
     return createX86Platform(this.vm, virtio, this.intx, {
       segments: this.segments,
@@ -123,6 +123,9 @@ export class X86Board implements Board {
       ioapic: !this.vm.ioapic,
       gedAddress: area.ged,
       pciHotplugAddress: area.pciHotplug,
+      cpuHotplugAddress: cpus.max_vcpus > cpus.boot_vcpus ? area.cpuHotplug : undefined,
+      vcpus: cpus.max_vcpus,
+      bootVcpus: cpus.boot_vcpus,
       lowRam: this.ram[0].size,
       highRam: this.ram.at(1)?.size ?? 0,
     });

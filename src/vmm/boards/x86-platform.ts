@@ -5,6 +5,7 @@
 import * as layout from '../../arch/x86_64/layout.js';
 import { ACPI_SLEEP_PORTS, AcpiPmTimer, AcpiSleep, pmTimerLayout } from '../../devices/acpi-pm.js';
 import { Bus } from '../../devices/bus.js';
+import { CPU_HOTPLUG_SIZE, CpuHotplug, cpuHotplugLayout } from '../../devices/cpu-hotplug.js';
 import { DebugPort, debugPortLayout } from '../../devices/debug-port.js';
 import { Ged, GedEvent, gedLayout } from '../../devices/ged.js';
 import { I8042, I8042_PORTS } from '../../devices/i8042.js';
@@ -41,6 +42,11 @@ export interface X86PlatformOptions {
   readonly gedAddress: number;
   /** Of the PCI hotplug controller. */
   readonly pciHotplugAddress: number;
+  /** Of the CPU hotplug controller; undefined: all vCPUs are there that can be. */
+  readonly cpuHotplugAddress: number | undefined;
+  /** That can be there. */
+  readonly vcpus: number;
+  readonly bootVcpus: number;
   /** Bytes of RAM below and above the 32-bit hole. */
   readonly lowRam: number;
   readonly highRam: number;
@@ -58,6 +64,7 @@ export interface X86PlatformHandle extends PciHandle {
   readonly ged: SharedArrayBuffer;
   readonly gedInterrupt: InterruptHandle;
   readonly pciHotplug: SharedArrayBuffer;
+  readonly cpuHotplug: SharedArrayBuffer;
   readonly panics: SharedArrayBuffer;
   readonly pciPorts: SharedArrayBuffer;
   readonly pmTimer: SharedArrayBuffer;
@@ -75,6 +82,9 @@ export function createX86Platform(
   const blank = (blockLayout: StateLayout) => new StateBlock(blockLayout).buffer;
   const rtc = new StateBlock(rtcLayout);
   new RtcCmos(rtc, Date.now).powerOn(options.lowRam, options.highRam);
+  const vcpus = new StateBlock(cpuHotplugLayout(options.vcpus));
+  const present = new CpuHotplug(vcpus, () => undefined);
+  for (let vcpu = 0; vcpu < options.bootVcpus; vcpu++) present.enable(vcpu);
   return {
     architecture: 'x86_64',
     options,
@@ -86,6 +96,7 @@ export function createX86Platform(
     ged: blank(gedLayout),
     gedInterrupt: vm.createInterrupt(layout.IRQ_GED),
     pciHotplug: blank(pciHotplugLayout),
+    cpuHotplug: vcpus.buffer,
     panics: blank(budgetLayout),
     pciPorts: blank(pciPortsLayout),
     pmTimer: blank(pmTimerLayout),
@@ -130,6 +141,10 @@ export function attachX86Platform(
   memory.insert(options.gedAddress, 1, ged);
   const hotplug = pciHotplug(handle.pciHotplug, emit);
   memory.insert(options.pciHotplugAddress, PCI_HOTPLUG_SIZE, hotplug);
+  const vcpuHotplug = new CpuHotplug(new StateBlock(cpuHotplugLayout(options.vcpus), handle.cpuHotplug), (vcpu) =>
+    emit({ kind: 'vcpu-ejected', vcpu }),
+  );
+  if (options.cpuHotplugAddress !== undefined) memory.insert(options.cpuHotplugAddress, CPU_HOTPLUG_SIZE, vcpuHotplug);
   const ioapic = options.ioapic ? new Ioapic(new StateBlock(ioapicLayout, handle.intx.ioapic), signals) : undefined;
   if (ioapic !== undefined) memory.insert(layout.IOAPIC, IOAPIC_SIZE, ioapic);
 
@@ -146,6 +161,16 @@ export function attachX86Platform(
     powerButton: () => ged.notify(GedEvent.PowerButton),
     endOfInterrupt: (vector) => ioapic?.endOfInterrupt(vector),
     slots: slotEvents(hotplug, ged),
+    vcpus: {
+      came: (vcpu) => {
+        vcpuHotplug.plug(vcpu);
+        ged.notify(GedEvent.Cpu);
+      },
+      shallGo: (vcpu) => {
+        vcpuHotplug.unplug(vcpu);
+        ged.notify(GedEvent.Cpu);
+      },
+    },
     apply: pci.apply,
     setBack: (nanoseconds) => pmTimer.setBack(nanoseconds),
   };

@@ -43,6 +43,7 @@ export class Hotplug {
   readonly #names = new DeviceNames();
   /** Those that the guest has been asked to let go. */
   readonly #leaving = new Set<string>();
+  readonly #leavingVcpus = new Set<number>();
   #last: Promise<unknown> = Promise.resolve();
 
   /** @param config whose devices get their names; it is changed as they come and go */
@@ -91,7 +92,9 @@ export class Hotplug {
     }
     const section = SECTIONS[kind];
     const several = section === 'vsock' ? undefined : config[section];
-    const wanted = { ...config, [section]: several === undefined ? device : [...several, device] };
+    // A queue for each vCPU that can be there.
+    const cpus = { ...config.cpus, boot_vcpus: config.cpus.max_vcpus };
+    const wanted = { ...config, cpus, [section]: several === undefined ? device : [...several, device] };
     const { success, data, error } = vmConfigSchema.safeParse(wanted);
     const issue = success ? findHostProblem(data, readHostFacts()) : error.issues[0];
     if (issue !== undefined) {
@@ -149,8 +152,55 @@ export class Hotplug {
     });
   }
 
+  /**
+   * Gives the guest more vCPUs, or asks it to let the last ones go.
+   *
+   * @throws RequestError; HypervisorError or SystemError, after as many as could be had
+   */
+  resizeVcpus(desired: number, running: () => Running | undefined): Promise<void> {
+    return this.#next(async () => {
+      const { cpus } = this.config;
+      const { max_vcpus: max, boot_vcpus: present } = cpus;
+      if (desired > max) throw new RequestError(`desired_vcpus: accepted is a number from 1 to ${max}`, 'invalid');
+      if (desired === present) return;
+      const incarnation = running()?.incarnation;
+      if (incarnation === undefined) {
+        cpus.boot_vcpus = desired;
+        return;
+      }
+      if (!incarnation.plugsVcpus) {
+        const line = `desired_vcpus: accepted is ${present}: a guest of this architecture can be given no others while it runs`;
+        throw new RequestError(line, 'invalid');
+      }
+      if (this.#leavingVcpus.size > 0) {
+        for (const vcpu of this.#leavingVcpus) incarnation.askToUnplugVcpu(vcpu);
+        throw new RequestError('The guest has been asked to let vCPUs go, and has not answered yet', 'busy');
+      }
+      for (; cpus.boot_vcpus < desired; cpus.boot_vcpus++) incarnation.plugVcpu();
+      const leaving = [...incarnation.vcpus].sort((a, b) => b - a).slice(0, Math.max(present - desired, 0));
+      for (const vcpu of leaving) {
+        this.#leavingVcpus.add(vcpu);
+        incarnation.askToUnplugVcpu(vcpu);
+      }
+      cpus.boot_vcpus = desired;
+      this.logger.info(`${desired} vCPUs, of ${present} before`);
+    });
+  }
+
+  /** The guest has let a vCPU go. */
+  vcpuEjected(vcpu: number, running: () => Running | undefined): Promise<void> {
+    return this.#next(async () => {
+      const incarnation = running()?.incarnation;
+      // Of an earlier life, if it is not asked for.
+      if (incarnation === undefined || !this.#leavingVcpus.delete(vcpu)) return;
+      await incarnation.unplugVcpu(vcpu);
+      this.logger.info(`vCPU ${vcpu}: removed`);
+    });
+  }
+
   /** The machine is to run again: what the guest had been asked for does not come back. */
   restart(resources: HostResources): void {
+    this.#leavingVcpus.clear();
     for (const id of [...this.#leaving]) {
       this.#gone(id, resources);
       this.events.onRemoved(id, undefined);

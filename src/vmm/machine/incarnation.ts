@@ -36,6 +36,7 @@ export class Incarnation {
   readonly #held: boolean;
   readonly #handle: PlatformHandle;
   readonly #platform: Platform;
+  readonly #vcpus: Set<number>;
   /** When it was paused, nanoseconds of the monotonic clock. */
   #paused = 0;
 
@@ -58,6 +59,7 @@ export class Incarnation {
       undo.push(() => this.#memory.close());
       this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
+      this.#vcpus = new Set(vcpus.keys());
       undo.push(() => closeAll(vcpus.map((vcpu) => () => vcpu.close())));
 
       this.#devices = new DeviceManager(kernel, vm, {
@@ -151,6 +153,37 @@ export class Incarnation {
     if (device.memory !== undefined) await this.#changeMemory('remove-memory', device.memory);
     this.#devices.remove(device.handle.id);
     return failure;
+  }
+
+  /** The vCPUs that the guest has been given. */
+  get vcpus(): ReadonlySet<number> {
+    return this.#vcpus;
+  }
+
+  /** Whether guests of this architecture can be given vCPUs. */
+  get plugsVcpus(): boolean {
+    return this.#platform.vcpus !== undefined;
+  }
+
+  /** Gives the guest one more vCPU, and tells it. @throws HypervisorError or SystemError; nothing has changed then */
+  plugVcpu(): void {
+    let id = 0;
+    while (this.#vcpus.has(id)) id++;
+    if (id < this.#cpus.created) this.#cpus.unpark(id, this.#present());
+    else this.#cpus.add(this.#board.plugVcpu!(), this.#present());
+    this.#vcpus.add(id);
+    this.#platform.vcpus!.came(id);
+  }
+
+  /** Asks the guest to let a vCPU go. Its answer is the event `vcpu-ejected`, if it gives one. */
+  askToUnplugVcpu(vcpu: number): void {
+    this.#platform.vcpus!.shallGo(vcpu);
+  }
+
+  /** Takes out a vCPU that the guest has let go. */
+  async unplugVcpu(vcpu: number): Promise<void> {
+    await this.#cpus.park(vcpu);
+    this.#vcpus.delete(vcpu);
   }
 
   async #changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<void> {

@@ -227,6 +227,10 @@ export class Machine {
     return this.#hotplug.remove(id, () => this.#running());
   }
 
+  resizeVcpus(desired: number): Promise<void> {
+    return this.#hotplug.resizeVcpus(desired, () => this.#running());
+  }
+
   async pause(): Promise<void> {
     await this.#current?.pause();
   }
@@ -339,14 +343,10 @@ export class Machine {
         this.#finish({ kind: 'power-off' });
         break;
       case 'ejected':
-        this.#hotplug
-          .ejected(event.segment, event.slot, () => this.#running())
-          .catch((error: unknown) =>
-            this.#finish({
-              kind: 'failed',
-              error: new MachineError('A device could not be removed', { cause: error }),
-            }),
-          );
+        this.#removed(this.#hotplug.ejected(event.segment, event.slot, () => this.#running()));
+        break;
+      case 'vcpu-ejected':
+        this.#removed(this.#hotplug.vcpuEjected(event.vcpu, () => this.#running()));
         break;
       case 'guest-panic':
         log.leftOut('pvpanic', 'warn', event.untold);
@@ -364,6 +364,13 @@ export class Machine {
         );
         break;
     }
+  }
+
+  /** What the guest has let go is being taken out. */
+  #removed(done: Promise<void>): void {
+    done.catch((cause: unknown) => {
+      this.#finish({ kind: 'failed', error: new MachineError('Something could not be removed', { cause }) });
+    });
   }
 
   #onTripleFault(where: string): void {

@@ -23,6 +23,9 @@ test('the PM timer of a thread that is held up while it builds its devices is th
     ioapic: false,
     gedAddress: 0x2_0000_0000,
     pciHotplugAddress: 0x2_0000_1000,
+    cpuHotplugAddress: undefined,
+    vcpus: 1,
+    bootVcpus: 1,
     lowRam: 0,
     highRam: 0,
   };
