@@ -186,7 +186,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect({ status, output }).toEqual({ status: 0, output: wanted.join('') });
   });
 
-  test('hotplug: a disk, a network, persistent memory and a vsock device come and go, and leave nothing', async () => {
+  test('hotplug: devices and vCPUs come and go, also while the machine is paused, and leave nothing', async () => {
     const socket = `${scratch}/hotplug`;
     const path = (name: string) => `${scratch}/hotplug-${name}`;
     await host.check(
@@ -197,9 +197,16 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
       cmdline: backend.architecture === 'aarch64' ? 'acpi=force' : '',
       task: {
         command: LISTEN,
-        modules: modules('virtio_pci', 'virtio_blk', 'virtio_net', 'virtio_pmem', 'vmw_vsock_virtio_transport'),
+        modules: modules(
+          'virtio_pci',
+          'virtio_blk',
+          'virtio_net',
+          'virtio_pmem',
+          'nd_pmem',
+          'vmw_vsock_virtio_transport',
+        ),
       },
-      vmm: ['--platform', 'num_pci_segments=2', '--api-socket', socket],
+      vmm: ['--cpus', 'boot=1,max=3', '--platform', 'num_pci_segments=2', '--api-socket', socket],
     });
     const shell = new Conversation(guest);
     await shell.listens();
@@ -257,11 +264,47 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
       for (const { gone } of devices) await shell.run(`until ${gone}; do sleep 0.1; done`);
       for (const id of names) await guest.waitForLog(new RegExp(`${id}: removed`));
     };
+    const vcpus = async (desired: number) => {
+      expect(await api.put('vm.resize', { desired_vcpus: desired, desired_ram: null, desired_balloon: null })).toEqual(
+        DONE,
+      );
+      const cpus = '/sys/devices/system/cpu';
+      const plugged = `[ "$(echo ${cpus}/cpu[0-9]* | wc -w)" = ${desired} ]`;
+      const online = `for cpu in ${cpus}/cpu[1-9]*; do [ ! -e $cpu/online ] || echo 1 >$cpu/online; done`;
+      expect(await shell.run(`until ${plugged}; do sleep 0.1; done; ${online}; nproc`)).toContain(`${desired}`);
+      if (desired === 1) for (const id of [1, 2]) await guest.waitForLog(new RegExp(`vCPU ${id}: removed`));
+    };
+    const vcpuRound = async () => {
+      if (backend.architecture === 'aarch64') {
+        expect(await api.put('vm.resize', { desired_vcpus: 3 })).toMatchObject({ status: 400 });
+        return;
+      }
+      await vcpus(3);
+      await vcpus(1);
+    };
     // What Node.js opens when something is done for the first time, it keeps.
     await round();
+    await vcpuRound();
     const before = await held();
     await round();
+    await vcpuRound();
     expect(await held()).toBe(before);
+
+    const uptime = async () => Number(/[\d.]+/.exec(await shell.run('cat /proc/uptime'))![0]);
+    const [start, first] = [performance.now(), await uptime()];
+    expect(await api.put('vm.pause')).toEqual(DONE);
+    const paused = performance.now();
+    const { id } = await come('disk', { path: path('raw'), readonly: true });
+    shell.begin('until [ -b /dev/vda ]; do sleep 0.1; done; head -c 9 /dev/vda');
+    for (let times = 0; times < 20; times++) expect(await api.get('vm.info')).toMatchObject({ status: 200 });
+    const resumed = performance.now();
+    expect(await api.put('vm.resume')).toEqual(DONE);
+    expect(await shell.listens()).toContain('hello-raw');
+    // The time of the pause did not pass in the guest, whose clock has steps of 10 ms.
+    const passed = (await uptime()) - first;
+    expect(passed).toBeLessThanOrEqual((performance.now() - start - (resumed - paused)) / 1000 + 0.02);
+    expect(await api.put('vm.remove-device', { id })).toEqual(DONE);
+    await guest.waitForLog(new RegExp(`${id}: removed`));
     expect(await api.put('vmm.shutdown')).toEqual(DONE);
     await api.close();
     expect(await guest.end()).toMatchObject({ status: 0 });

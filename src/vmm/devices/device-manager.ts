@@ -383,11 +383,10 @@ export class DeviceManager {
     });
   }
 
-  /** After the workers have ended and the VM is closed. */
+  /** After the workers have ended and the VM is closed. What the devices have done can still be read. */
   close(): void {
     const undos = [...this.#undos].reverse();
     this.#undos.clear();
-    this.#placed.clear();
     closeAll(undos.flatMap(({ host }) => host.toReversed()));
   }
 }

@@ -144,7 +144,8 @@ export class Hotplug {
     return this.#next(async () => {
       const { resources, incarnation } = running() ?? {};
       const id = incarnation?.deviceAt(segment, slot);
-      if (incarnation === undefined || id === undefined) return;
+      // Of an earlier life, if it is not asked for.
+      if (incarnation === undefined || id === undefined || !this.#leaving.has(id)) return;
       const { address, failure } = await incarnation.unplug(id);
       this.#gone(id, resources);
       if (failure !== undefined) this.events.onCloseFailed(id, failure);
