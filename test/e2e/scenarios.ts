@@ -291,7 +291,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect(await held()).toBe(before);
 
     const uptime = async () => Number(/[\d.]+/.exec(await shell.run('cat /proc/uptime'))![0]);
-    const [start, first] = [performance.now(), await uptime()];
+    const [began, first] = [performance.now(), await uptime()];
     expect(await api.put('vm.pause')).toEqual(DONE);
     const paused = performance.now();
     const { id } = await come('disk', { path: path('raw'), readonly: true });
@@ -302,7 +302,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect(await shell.listens()).toContain('hello-raw');
     // The time of the pause did not pass in the guest, whose clock has steps of 10 ms.
     const passed = (await uptime()) - first;
-    expect(passed).toBeLessThanOrEqual((performance.now() - start - (resumed - paused)) / 1000 + 0.02);
+    expect(passed).toBeLessThanOrEqual((performance.now() - began - (resumed - paused)) / 1000 + 0.02);
     expect(await api.put('vm.remove-device', { id })).toEqual(DONE);
     await guest.waitForLog(new RegExp(`${id}: removed`));
     expect(await api.put('vmm.shutdown')).toEqual(DONE);
