@@ -23,6 +23,7 @@ import { VsockDevice } from '../virtio/devices/vsock/vsock.js';
 import { WatchdogDevice } from '../virtio/devices/watchdog.js';
 import type { BackendSpec, IoCommand, IoMessage, IoWorkerStart, ServedDevice } from '../vmm/devices/device-specs.js';
 import { GuestLog } from '../vmm/log/guest-log.js';
+import { HostPages } from '../vmm/memory/host-pages.js';
 import { attachMemory } from '../vmm/memory/memory-manager.js';
 import { attachSignals } from './backends.js';
 import { Outbox } from './outbox.js';
@@ -51,6 +52,7 @@ export function runIoThread(kernel: HostKernel): void {
   const post = (message: IoMessage) => parentPort!.postMessage(message);
   const loop = new EpollLoop(kernel);
   const memory = attachMemory(data.memory, kernel);
+  const pages = new HostPages(kernel, memory, data.sharedMemory);
   const command = new Int32Array(data.command);
 
   const guestLog = new GuestLog((level, line) => post({ kind: 'log', level, line }));
@@ -91,17 +93,7 @@ export function runIoThread(kernel: HostKernel): void {
       case 'entropy':
         return new EntropyDevice(context, { source: spec.source });
       case 'balloon':
-        return new BalloonDevice(context, {
-          discard: (address, length) => {
-            for (let at = address, end = address + length; at < end;) {
-              const count = Math.min(memory.hostLength(at), end - at);
-              // A file behind persistent memory keeps what it has.
-              if (count === 0 || !memory.isRam(at, count)) return;
-              kernel.discardRaw(memory.hostAddress(at, count), count, data.sharedMemory);
-              at += count;
-            }
-          },
-        });
+        return new BalloonDevice(context, { discard: (address, length) => pages.discard(address, length) });
       case 'pmem':
         return new PmemDevice(context, { fd: spec.fd });
       case 'watchdog':
