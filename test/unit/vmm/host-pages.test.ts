@@ -30,16 +30,19 @@ function build(shared: boolean) {
   return { memory, pages: new HostPages(kernel, memory, shared), close };
 }
 
-test.each([{ shared: false }, { shared: true }])('RAM is given back across pieces, and nothing else: %j', ({ shared }) => {
-  const { memory, pages, close } = build(shared);
-  memory.fill(0, 1, 12 * PAGE);
-  pages.discard(3 * PAGE, 8 * PAGE);
-  const left = Array.from({ length: 12 }, (_, page) => memory.u8(page * PAGE));
-  expect(left).toEqual([1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1]);
-  pages.populate(2 * PAGE, 4 * PAGE);
-  expect([memory.u8(2 * PAGE), memory.u8(3 * PAGE)]).toEqual([1, 0]);
-  close();
-});
+test.each([{ shared: false }, { shared: true }])(
+  'RAM is given back across pieces, and nothing else: %j',
+  ({ shared }) => {
+    const { memory, pages, close } = build(shared);
+    memory.fill(0, 1, 12 * PAGE);
+    pages.discard(3 * PAGE, 8 * PAGE);
+    const left = Array.from({ length: 12 }, (_, page) => memory.u8(page * PAGE));
+    expect(left).toEqual([1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1]);
+    pages.populate(2 * PAGE, 4 * PAGE);
+    expect([memory.u8(2 * PAGE), memory.u8(3 * PAGE)]).toEqual([1, 0]);
+    close();
+  },
+);
 
 test('a host that refuses is told', () => {
   const { pages, close } = build(false);
