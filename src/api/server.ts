@@ -25,7 +25,7 @@ export interface Api {
 /** What of a machine the API uses. */
 export type ApiMachine = Pick<
   Machine,
-  'counters' | 'info' | 'powerButton' | 'reset' | 'resizeBalloon' | 'resizeDisk' | 'stop'
+  'counters' | 'info' | 'powerButton' | 'reset' | 'resizeBalloon' | 'resizeDisk' | 'resizeMemory' | 'stop'
 >;
 
 /** An answer: its body, or nothing; then what is to happen once it has been sent. */
@@ -37,15 +37,16 @@ interface Answer {
 type Handler = (body: unknown) => Answer | Promise<Answer>;
 
 const bytes = (error: string) => z.int({ error }).check(z.gte(0, { error }));
+const ramError = 'desired_ram: accepted is a number of bytes';
 const balloonError = 'desired_balloon: accepted is a number of bytes';
 const diskSizeError = `desired_size: accepted is a multiple of ${SECTOR} bytes`;
 
-const resizeError = 'accepted is {"desired_balloon": BYTES}';
+const resizeError = 'accepted is {"desired_ram": BYTES, "desired_balloon": BYTES}';
 /** Its clients write out what they do not set. */
 const unset = z.optional(z.null({ error: resizeError }));
-/** The other two fields that Cloud Hypervisor has here change vCPUs and RAM. */
+/** The other field that Cloud Hypervisor has here changes vCPUs. */
 const resizeSchema = z.strictObject(
-  { desired_balloon: z.nullish(bytes(balloonError)), desired_vcpus: unset, desired_ram: unset },
+  { desired_balloon: z.nullish(bytes(balloonError)), desired_ram: z.nullish(bytes(ramError)), desired_vcpus: unset },
   { error: resizeError },
 );
 const resizeDiskSchema = z.strictObject(
@@ -82,8 +83,9 @@ function handlers(machine: ApiMachine, version: string): Readonly<Partial<Record
       return done;
     },
     'PUT vm.resize': (body) => {
-      const { desired_balloon: size } = check(resizeSchema, body);
-      if (typeof size === 'number') machine.resizeBalloon(size);
+      const { desired_balloon: balloon, desired_ram: ram } = check(resizeSchema, body);
+      if (typeof ram === 'number') machine.resizeMemory(ram);
+      if (typeof balloon === 'number') machine.resizeBalloon(balloon);
       return done;
     },
     'PUT vm.resize-disk': async (body) => {

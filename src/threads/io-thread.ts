@@ -15,6 +15,7 @@ import { ConsoleDevice } from '../virtio/devices/console.js';
 import type { DeviceContext, VirtioDevice } from '../virtio/device.js';
 import { EntropyDevice } from '../virtio/devices/entropy.js';
 import { EpollLoop } from '../virtio/transport/epoll-loop.js';
+import { MemDevice } from '../virtio/devices/mem.js';
 import { NetDevice } from '../virtio/devices/net/net.js';
 import { PmemDevice } from '../virtio/devices/pmem.js';
 import { RateLimiter, type LimiterOptions } from '../virtio/rate-limiter.js';
@@ -92,6 +93,13 @@ export function runIoThread(kernel: HostKernel): void {
         return new ConsoleDevice(context, { pipe: new BytePipe(spec.pipe), wake: spec.wake });
       case 'entropy':
         return new EntropyDevice(context, { source: spec.source });
+      case 'mem': {
+        const discard = (address: number, length: number) => pages.discard(address, length);
+        const populate = spec.populate
+          ? (address: number, length: number) => pages.populate(address, length)
+          : undefined;
+        return new MemDevice(context, { plugged: spec.plugged, discard, populate });
+      }
       case 'balloon':
         return new BalloonDevice(context, { discard: (address, length) => pages.discard(address, length) });
       case 'pmem':

@@ -7,6 +7,7 @@ import { intxLine } from '../../arch/pci-intx.js';
 import { PMEM_ALIGNMENT } from '../../config/device-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { HypervisorError, type HypervisorName, type Vm } from '../../hypervisor/hypervisor.js';
+import type { MemoryRange } from '../../memory/guest-memory.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import { type SegmentWindows, SlotAllocator, WindowAllocator } from '../../pci/segments.js';
 import { closeAll } from '../../sys/close-all.js';
@@ -24,6 +25,7 @@ import {
   type DevicePlan,
   diskPlan,
   entropyPlan,
+  memPlan,
   netPlan,
   pmemPlan,
   vsockPlan,
@@ -55,8 +57,10 @@ export interface DeviceManagerOptions {
   readonly resources: HostResources;
   readonly segments: readonly SegmentWindows[];
   readonly intx: IntxHandle;
-  /** RAM. */
+  /** RAM, and what the guest plugs. */
   readonly memory: MemoryHandle;
+  /** Where the latter is; undefined: nowhere. */
+  readonly hotplug: MemoryRange | undefined;
   /** First memory slot that is free. */
   readonly memorySlot: number;
   readonly logger: Logger;
@@ -110,7 +114,7 @@ export class DeviceManager {
   /** In the order of their slots, which is Cloud Hypervisor's. */
   #plans(): DevicePlan[] {
     const { kernel } = this;
-    const { config, resources } = this.options;
+    const { config, resources, hotplug } = this.options;
     const plans: DevicePlan[] = [];
     if (this.console !== undefined) plans.push(consolePlan(this.console.pipe, this.console.wake));
     for (const disk of resources.disks) plans.push(diskPlan(kernel, disk));
@@ -124,6 +128,7 @@ export class DeviceManager {
       plans.push(pmemPlan(pmem.config.id ?? `_pmem${index}`, pmem, this.#addMemory(pmem, index)));
     });
     if (resources.vsock !== undefined) plans.push(vsockPlan(resources.vsock));
+    if (hotplug !== undefined) plans.push(memPlan(config.memory, hotplug));
     if (config.balloon !== undefined) plans.push(balloonPlan(config.balloon));
     if (config.watchdog) plans.push(watchdogPlan());
     return plans;
