@@ -92,7 +92,7 @@ export const cpusSchema = z
 
 /** The device that plugs memory, by the name that Cloud Hypervisor gives to the zone that all memory is in. */
 export const MEM_ID = 'mem0';
-export const HOTPLUG_METHODS = ['Acpi', 'VirtioMem'] as const;
+const HOTPLUG_METHODS = ['Acpi', 'VirtioMem'] as const;
 const hotplugError = `a multiple of 128M up to 2^${MAX_PHYS_BITS}`;
 const hotpluggedError = 'a multiple of 2M up to hotplug_size';
 
