@@ -34,6 +34,7 @@ export type ApiMachine = Pick<
   | 'reset'
   | 'resizeBalloon'
   | 'resizeDisk'
+  | 'resizeMemory'
   | 'resizeVcpus'
   | 'resume'
   | 'stop'
@@ -48,19 +49,18 @@ interface Answer {
 type Handler = (body: unknown) => Answer | Promise<Answer>;
 
 const bytes = (error: string) => z.int({ error }).check(z.gte(0, { error }));
+const ramError = 'desired_ram: accepted is a number of bytes';
 const balloonError = 'desired_balloon: accepted is a number of bytes';
 const vcpusError = 'desired_vcpus: accepted is a number from 1 on';
 const diskSizeError = `desired_size: accepted is a multiple of ${SECTOR} bytes`;
 
-const resizeError = 'accepted is {"desired_balloon": BYTES}';
+const resizeError = 'accepted is {"desired_vcpus": NUMBER, "desired_ram": BYTES, "desired_balloon": BYTES}';
 /** Its clients write out what they do not set. */
-const unset = z.optional(z.null({ error: resizeError }));
-/** The other two fields that Cloud Hypervisor has here change vCPUs and RAM. */
 const resizeSchema = z.strictObject(
   {
     desired_balloon: z.nullish(bytes(balloonError)),
     desired_vcpus: z.nullish(z.int({ error: vcpusError }).check(z.gte(1, { error: vcpusError }))),
-    desired_ram: unset,
+    desired_ram: z.nullish(bytes(ramError)),
   },
   { error: resizeError },
 );
@@ -119,9 +119,10 @@ function handlers(machine: ApiMachine, version: string): Readonly<Partial<Record
       return done;
     },
     'PUT vm.resize': async (body) => {
-      const { desired_balloon: size, desired_vcpus: vcpus } = check(resizeSchema, body);
+      const { desired_balloon: balloon, desired_ram: ram, desired_vcpus: vcpus } = check(resizeSchema, body);
       if (typeof vcpus === 'number') await machine.resizeVcpus(vcpus);
-      if (typeof size === 'number') machine.resizeBalloon(size);
+      if (typeof ram === 'number') machine.resizeMemory(ram);
+      if (typeof balloon === 'number') machine.resizeBalloon(balloon);
       return done;
     },
     'PUT vm.resize-disk': async (body) => {

@@ -55,7 +55,7 @@ export class Incarnation {
       this.#board = createBoard(hypervisor, config);
       const { vm, segments, intx } = this.#board;
       undo.push(() => vm.close());
-      this.#memory = new MemoryManager(kernel, config.memory, this.#board.ram);
+      this.#memory = new MemoryManager(kernel, config.memory, this.#board.ram, this.#board.hotplug);
       undo.push(() => this.#memory.close());
       this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
@@ -69,6 +69,7 @@ export class Incarnation {
         segments,
         intx,
         memory: this.#memory.handle(),
+        hotplug: this.#board.hotplug,
         memorySlot: this.#memory.slots,
         logger: parts.logger,
       });

@@ -5,7 +5,7 @@
  * configuration; the process, the terminal and the log stay.
  */
 import type { PlatformEvent } from '../boards/platform-parts.js';
-import type { VmConfig } from '../../config/vm-config.js';
+import { MEM_ID, type VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FalseStarts } from './false-starts.js';
 import type { DeviceKind } from '../devices/device-names.js';
@@ -14,6 +14,7 @@ import { GuestLog } from '../log/guest-log.js';
 import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
 import { isTerminal } from '../host/host-output.js';
 import { HostResources } from '../host/host-resources.js';
+import { resizeRefusal as memoryRefusal } from '../memory/hotplug.js';
 import { type Backends, Incarnation } from './incarnation.js';
 import { MachineError, RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
@@ -32,14 +33,14 @@ type DeviceMessage =
   | { readonly kind: 'console-output' | 'console-room' | 'watchdog-expired' }
   | { readonly kind: 'resized'; readonly size: number }
   /** Whether that is the size that was asked for: a driver tells of each step on its way. */
-  | { readonly kind: 'balloon-actual'; readonly size: number; readonly reached: boolean }
+  | { readonly kind: 'balloon-actual' | 'memory-plugged'; readonly size: number; readonly reached: boolean }
   | { readonly kind: 'resize-failed'; readonly reason: string };
 
 /** What the API tells of a machine, in Cloud Hypervisor's terms (VmInfo). */
 export interface MachineInfo {
   readonly config: VmConfig;
   readonly state: 'Created' | 'Running';
-  /** Bytes, without what the balloon holds. */
+  /** Bytes, with what the guest has plugged and without what its balloon holds. */
   readonly memory_actual_size: number;
   readonly device_tree: Readonly<Record<string, DeviceNode>>;
 }
@@ -71,6 +72,8 @@ export class Machine {
   readonly #falseStarts = new FalseStarts();
   /** Bytes that the guest has put in its balloon. */
   #ballooned = 0;
+  /** Bytes that the guest has plugged. */
+  #plugged = 0;
 
   /** Everything that a guest can make main say. */
   readonly #guestLog: GuestLog;
@@ -169,7 +172,8 @@ export class Machine {
     return {
       config,
       state: this.#current === undefined ? 'Created' : 'Running',
-      memory_actual_size: config.memory.size - this.#ballooned,
+      // A guest can tell of a balloon larger than its memory.
+      memory_actual_size: Math.max(config.memory.size + this.#plugged - this.#ballooned, 0),
       device_tree: nodes,
     };
   }
@@ -192,6 +196,22 @@ export class Machine {
     // A reset finds it there.
     balloon.size = size;
     this.#current?.control(balloon.id ?? '__balloon', { kind: 'resize', size });
+  }
+
+  /**
+   * Asks the guest to plug memory, or to unplug some. It takes its time; `info` tells how far it is.
+   *
+   * @param size bytes that it is to have in all
+   * @throws RequestError
+   */
+  resizeMemory(size: number): void {
+    const { memory } = this.parts.config;
+    const refusal = memoryRefusal(memory, size);
+    if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
+    const wanted = size - memory.size;
+    // A reset asks for as much.
+    memory.hotplugged_size = wanted === 0 ? undefined : wanted;
+    this.#current?.control(MEM_ID, { kind: 'resize', size: wanted });
   }
 
   /**
@@ -279,6 +299,7 @@ export class Machine {
     });
     this.#current = incarnation;
     this.#ballooned = 0;
+    this.#plugged = 0;
     let end: End;
     try {
       incarnation.start();
@@ -313,6 +334,10 @@ export class Machine {
       case 'balloon-actual':
         this.#ballooned = message.size;
         if (message.reached) log.log(device, 'info', `${device}: The guest has given back ${message.size} bytes`);
+        break;
+      case 'memory-plugged':
+        this.#plugged = message.size;
+        if (message.reached) log.log(device, 'info', `${device}: The guest has plugged ${message.size} bytes`);
         break;
       case 'resized':
         logger.info(`${device}: ${message.size} bytes from now on`);
