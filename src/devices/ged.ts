@@ -22,6 +22,18 @@ export class Ged implements BusDevice {
     this.line.raise();
   }
 
+  /**
+   * Raises the line again if the guest has not read that something came or shall go: it may not have been listening yet.
+   *
+   * @returns false: it has read all of it
+   */
+  remind(): boolean {
+    const { Cpu, Memory, Pci } = GedEvent;
+    if ((Atomics.load(this.state.words, gedLayout.at.events) & (Cpu | Memory | Pci)) === 0) return false;
+    this.line.raise();
+    return true;
+  }
+
   read(_offset: number, size: AccessSize): number {
     return size === 1 ? Atomics.exchange(this.state.words, gedLayout.at.events, 0) : filler(size);
   }

@@ -118,6 +118,7 @@ export function attachArm64Platform(
     powerButton,
     endOfInterrupt: () => undefined,
     slots: slotEvents(hotplug, ged),
+    remind: () => ged.remind(),
     apply: pci.apply,
     setBack: () => undefined,
   };

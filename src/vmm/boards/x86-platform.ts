@@ -161,6 +161,7 @@ export function attachX86Platform(
     powerButton: () => ged.notify(GedEvent.PowerButton),
     endOfInterrupt: (vector) => ioapic?.endOfInterrupt(vector),
     slots: slotEvents(hotplug, ged),
+    remind: () => ged.remind(),
     vcpus: {
       came: (vcpu) => {
         vcpuHotplug.plug(vcpu);
