@@ -207,12 +207,19 @@ export class CpuManager {
     return this.#threads.length;
   }
 
-  /** One more, which the guest starts. @param vcpu created and set up; closed by `close` */
-  add(vcpu: Vcpu, start: CpuStart): void {
+  /** One more, which the guest starts; resolves when its thread is up. @param vcpu created and set up; closed by `close` */
+  async add(vcpu: Vcpu, start: CpuStart): Promise<void> {
     const thread = newThread(vcpu);
     this.#threads.push(thread);
-    if (this.#paused) holdThread(thread);
+    await this.#startLater(thread, start);
+  }
+
+  /** A guest that is told of a vCPU waits for it for ten seconds and no longer: so its thread comes first. */
+  async #startLater(thread: Thread, start: CpuStart): Promise<void> {
+    holdThread(thread);
     this.#startThread(thread, start);
+    await this.#until((other) => other !== thread || isHeld(thread));
+    if (!this.#paused) letGo(thread.control);
   }
 
   /** The guest has let a vCPU go. No hypervisor deletes one: it stays as it is, without a thread. */
@@ -223,12 +230,11 @@ export class CpuManager {
   }
 
   /** One that was parked is there again, until the guest starts it (INIT, SIPI) where it was. */
-  unpark(id: number, start: CpuStart): void {
+  async unpark(id: number, start: CpuStart): Promise<void> {
     const thread = this.#threads[id];
     thread.control.words[vcpuControlLayout.at.command] = 0;
     Object.assign(thread, { holds: 0, held: 0, told: 0, made: 0 });
-    if (this.#paused) holdThread(thread);
-    this.#startThread(thread, start);
+    await this.#startLater(thread, start);
   }
 
   /** Ends every vCPU thread; resolves when they are gone. */

@@ -177,7 +177,7 @@ export class Hotplug {
         for (const vcpu of this.#leavingVcpus) incarnation.askToUnplugVcpu(vcpu);
         throw new RequestError('The guest has been asked to let vCPUs go, and has not answered yet', 'busy');
       }
-      for (; cpus.boot_vcpus < desired; cpus.boot_vcpus++) incarnation.plugVcpu();
+      for (; cpus.boot_vcpus < desired; cpus.boot_vcpus++) await incarnation.plugVcpu();
       const leaving = [...incarnation.vcpus].sort((a, b) => b - a).slice(0, Math.max(present - desired, 0));
       for (const vcpu of leaving) {
         this.#leavingVcpus.add(vcpu);

@@ -172,11 +172,11 @@ export class Incarnation {
   }
 
   /** Gives the guest one more vCPU, and tells it. @throws HypervisorError or SystemError; nothing has changed then */
-  plugVcpu(): void {
+  async plugVcpu(): Promise<void> {
     let id = 0;
     while (this.#vcpus.has(id)) id++;
-    if (id < this.#cpus.created) this.#cpus.unpark(id, this.#present());
-    else this.#cpus.add(this.#board.plugVcpu!(), this.#present());
+    if (id < this.#cpus.created) await this.#cpus.unpark(id, this.#present());
+    else await this.#cpus.add(this.#board.plugVcpu!(), this.#present());
     this.#vcpus.add(id);
     this.#platform.vcpus!.came(id);
     this.#remind();
