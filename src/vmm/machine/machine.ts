@@ -8,7 +8,7 @@ import type { PlatformEvent } from '../boards/platform-parts.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FalseStarts } from './false-starts.js';
-import type { DeviceKind } from '../devices/device-names.js';
+import { type DeviceKind, FIXED_NAMES } from '../devices/device-names.js';
 import { Hotplug, type PciDeviceInfo, type Running } from './hotplug.js';
 import { GuestLog } from '../log/guest-log.js';
 import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
@@ -137,7 +137,7 @@ export class Machine {
   #resizeConsole(): void {
     if (!isTerminal(1)) return;
     const { columns, rows } = process.stdout;
-    if (columns > 0 && rows > 0) this.#current?.control('__console', { columns, rows });
+    if (columns > 0 && rows > 0) this.#current?.control(FIXED_NAMES.console, { columns, rows });
   }
 
   /** Ends the machine as if its plug were pulled. @param reason for the log */
@@ -191,7 +191,7 @@ export class Machine {
     if (size >= memory.size) throw new RequestError(`desired_balloon: accepted is less than ${memory.size}`, 'invalid');
     // A reset finds it there.
     balloon.size = size;
-    this.#current?.control(balloon.id ?? '__balloon', { kind: 'resize', size });
+    this.#current?.control(balloon.id ?? FIXED_NAMES.balloon, { kind: 'resize', size });
   }
 
   /**
