@@ -137,7 +137,8 @@ export class Hotplug {
     return this.#next(async () => {
       const { resources, incarnation } = running() ?? {};
       const id = incarnation?.deviceAt(segment, slot);
-      if (incarnation === undefined || id === undefined) return;
+      // Not asked for: it has let that slot go twice, and another device is there now.
+      if (incarnation === undefined || id === undefined || !this.#leaving.has(id)) return;
       const { address, failure } = await incarnation.unplug(id);
       this.#gone(id, resources);
       if (failure !== undefined) this.events.onCloseFailed(id, failure);
