@@ -147,7 +147,12 @@ export function vsockPlan({ id, config, listener }: VsockResource): DevicePlan {
 }
 
 export function balloonPlan(config: NonNullable<VmConfig['balloon']>): DevicePlan {
-  const { id = FIXED_NAMES.balloon, size, deflate_on_oom: deflateOnOom, free_page_reporting: freePageReporting } = config;
+  const {
+    id = FIXED_NAMES.balloon,
+    size,
+    deflate_on_oom: deflateOnOom,
+    free_page_reporting: freePageReporting,
+  } = config;
   const description = balloonDescription({ size, deflateOnOom, freePageReporting });
   return { ...USUAL, id, placement: config, description, backend: { kind: 'balloon' } };
 }

@@ -154,9 +154,9 @@ export class Hotplug {
     }
   }
 
-  /** Resolves when the changes that were under way or due have been made. */
-  idle(): Promise<unknown> {
-    return this.#last;
+  /** Does something that no change may cross: it comes after those that are due, and before all that are asked for from now on. */
+  alone(step: () => Promise<void>): Promise<void> {
+    return this.#next(step);
   }
 
   /** Those that the guest has been asked to let go, and has not. */

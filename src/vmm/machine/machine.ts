@@ -118,6 +118,7 @@ export class Machine {
       if (isTerminal(1)) process.stdout.off('resize', onResize);
       for (const backend of opened) await backend.close();
       this.#guestLog.close();
+      this.#resources = undefined;
       resources.close();
     }
   }
@@ -281,9 +282,11 @@ export class Machine {
       this.#resizeConsole();
       end = await ended;
     } finally {
-      this.#current = undefined;
-      await this.#hotplug.idle();
-      await incarnation.close();
+      // Its workers use what the devices hold on the host to the last.
+      await this.#hotplug.alone(() => {
+        this.#current = undefined;
+        return incarnation.close();
+      });
       for (const { settle } of this.#resizing.values()) settle('The machine was reset');
       this.#resizing.clear();
       this.#logCounters(incarnation);
