@@ -46,7 +46,7 @@ export function section<T extends Schema>(help: string, schema: T, input: z.inpu
   return described(z.prefault(schema, input), help);
 }
 
-export const flag = z.boolean();
+export const flag = z.boolean({ error: 'true or false' });
 
 export function wholeNumber(min: number, max: number, what = 'a number'): z.ZodMiniNumberFormat {
   const error = `${what} from ${min} to ${max}`;

@@ -124,7 +124,7 @@ test('a plug while the guest boots, one that the guest never answers, two client
     ],
     ['vm.add-net', { mac: 'x' }, 400, 'mac: accepted is'],
     ['vm.remove-device', { id: 'none' }, 404, 'The machine has no device none'],
-    ['vm.remove-device', { id: '__rng' }, 404, 'The machine has no device __rng'],
+    ['vm.remove-device', { id: '__rng' }, 400, '__rng: accepted is a disk'],
     ['vm.resize', { desired_vcpus: 3 }, 400, 'desired_vcpus: accepted is a number from 1 to 2'],
   ] as const;
   for (const [call, body, status, line] of refusals) {

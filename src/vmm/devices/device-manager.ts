@@ -273,8 +273,9 @@ export class DeviceManager {
       }
       const planned = plannedDevice(plan);
       const served = new Map<ManagedWorker, readonly number[]>();
-      for (const [worker, queues] of this.#planner.place(planned)) served.set(this.#worker(worker, undo), queues);
+      const serving = this.#planner.place(planned);
       undo.host.push(() => this.#planner.remove(planned));
+      for (const [worker, queues] of serving) served.set(this.#worker(worker, undo), queues);
       const handle: VirtioPciHandle = {
         id,
         segment,

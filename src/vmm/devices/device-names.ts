@@ -29,6 +29,24 @@ export class DeviceNames {
   }
 }
 
+/** Of the devices that are there as long as the machine is; no client can give a device such a name. */
+export const FIXED_NAMES = {
+  console: '__console',
+  rng: '__rng',
+  balloon: '__balloon',
+  watchdog: '__watchdog',
+} as const;
+
+/** The names of those that a configuration has. */
+export function fixedNames({ console, rng, balloon, watchdog }: VmConfig): Set<string> {
+  return new Set([
+    ...(console.mode === 'Off' ? [] : [FIXED_NAMES.console]),
+    rng.id ?? FIXED_NAMES.rng,
+    ...(balloon === undefined ? [] : [balloon.id ?? FIXED_NAMES.balloon]),
+    ...(watchdog ? [FIXED_NAMES.watchdog] : []),
+  ]);
+}
+
 /** The names that devices of a configuration have. */
 export function deviceNames({ disks, net, pmem, vsock, rng, balloon }: VmConfig): Set<string> {
   const all = [...disks, ...net, ...pmem, vsock, rng, balloon];

@@ -20,6 +20,7 @@ import type { LimiterOptions } from '../../virtio/rate-limiter.js';
 import type { DiskResource } from '../host/disk-resource.js';
 import type { NetResource, PmemResource, RngResource, VsockResource } from '../host/host-resources.js';
 import { blockSize } from '../memory/hotplug.js';
+import { FIXED_NAMES } from './device-names.js';
 import type { BackendSpec } from './device-specs.js';
 import type { PlannedDevice, QueueAffinity } from './io-planner.js';
 
@@ -53,7 +54,7 @@ const ON_SEGMENT_0 = { pci_segment: 0 };
 export function consolePlan(pipe: BytePipe, wake: number): DevicePlan {
   const backend = { kind: 'console', pipe: pipe.buffer, wake } as const;
   const description = consoleDescription(CONSOLE_QUEUE_SIZE);
-  return { ...USUAL, id: '__console', placement: ON_SEGMENT_0, description, backend };
+  return { ...USUAL, id: FIXED_NAMES.console, placement: ON_SEGMENT_0, description, backend };
 }
 
 export function diskPlan(kernel: HostKernel, resource: DiskResource): DevicePlan {
@@ -128,7 +129,7 @@ export function entropyPlan(config: VmConfig['rng'], { source }: RngResource): D
   const blocking = kind.isFile() || kind.isBlockDevice();
   return {
     ...USUAL,
-    id: config.id ?? '__rng',
+    id: config.id ?? FIXED_NAMES.rng,
     placement: config,
     description: entropyDescription(),
     backend,
@@ -159,14 +160,19 @@ export function memPlan(memory: MemoryConfig, { address: start, size }: MemoryRa
 }
 
 export function balloonPlan(config: NonNullable<VmConfig['balloon']>): DevicePlan {
-  const { id = '__balloon', size, deflate_on_oom: deflateOnOom, free_page_reporting: freePageReporting } = config;
+  const {
+    id = FIXED_NAMES.balloon,
+    size,
+    deflate_on_oom: deflateOnOom,
+    free_page_reporting: freePageReporting,
+  } = config;
   const description = balloonDescription({ size, deflateOnOom, freePageReporting });
   return { ...USUAL, id, placement: config, description, backend: { kind: 'balloon' } };
 }
 
 export function watchdogPlan(): DevicePlan {
   const description = watchdogDescription();
-  return { ...USUAL, id: '__watchdog', placement: ON_SEGMENT_0, description, backend: { kind: 'watchdog' } };
+  return { ...USUAL, id: FIXED_NAMES.watchdog, placement: ON_SEGMENT_0, description, backend: { kind: 'watchdog' } };
 }
 
 type Limits = NonNullable<VmConfig['disks'][number]['rate_limiter_config']>;

@@ -4,11 +4,12 @@
  * To come is main's decision; to go is the guest's. What it has been asked for and has not let go of is still there, and goes at the
  * latest when the machine is reset. One change is made after the other.
  */
+import type * as z from 'zod/mini';
 import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
 import { findHostProblem, readHostFacts } from '../../config/host-facts.js';
 import { type VmConfig, vmConfigSchema } from '../../config/vm-config.js';
 import type { DeviceResource } from '../devices/device-manager.js';
-import { type DeviceKind, DeviceNames, deviceNames } from '../devices/device-names.js';
+import { type DeviceKind, DeviceNames, deviceNames, fixedNames } from '../devices/device-names.js';
 import type { HostResources } from '../host/host-resources.js';
 import type { Logger } from '../log/logger.js';
 import type { Incarnation } from './incarnation.js';
@@ -56,7 +57,7 @@ export class Hotplug {
   }
 
   /** One after the other, whether or not the one before could be made. */
-  #next<T>(change: () => Promise<T>): Promise<T> {
+  #next<T>(change: () => T | Promise<T>): Promise<T> {
     const done = this.#last.then(change, change);
     this.#last = done.catch(() => undefined);
     return done;
@@ -97,11 +98,7 @@ export class Hotplug {
     const wanted = { ...config, cpus, [section]: several === undefined ? device : [...several, device] };
     const { success, data, error } = vmConfigSchema.safeParse(wanted);
     const issue = success ? findHostProblem(data, readHostFacts()) : error.issues[0];
-    if (issue !== undefined) {
-      const field = issue.path.slice(several === undefined ? 1 : 2).map(String);
-      const accepted = 'accepted' in issue ? issue.accepted : issue.message;
-      throw new RequestError(`${field.join('.') || kind}: accepted is ${accepted}`, 'invalid');
-    }
+    if (issue !== undefined) throw new RequestError(problem(kind, issue), 'invalid');
     return section === 'vsock' ? data!.vsock! : data![section].at(-1)!;
   }
 
@@ -116,10 +113,9 @@ export class Hotplug {
    * @throws RequestError
    */
   remove(id: string, running: () => Running | undefined): Promise<void> {
-    return this.#next(async () => {
+    return this.#next(() => {
       if (!this.#has(id)) {
-        const fixed = deviceNames(this.config).has(id);
-        throw fixed
+        throw fixedNames(this.config).has(id)
           ? new RequestError(`${id}: accepted is a disk, a network, a persistent memory or a vsock device`, 'invalid')
           : new RequestError(`The machine has no device ${id}`, 'unknown');
       }
@@ -144,7 +140,7 @@ export class Hotplug {
     return this.#next(async () => {
       const { resources, incarnation } = running() ?? {};
       const id = incarnation?.deviceAt(segment, slot);
-      // Of an earlier life, if it is not asked for.
+      // Not asked for: it is of an earlier life, or that slot was let go twice, and another device is there now.
       if (incarnation === undefined || id === undefined || !this.#leaving.has(id)) return;
       const { address, failure } = await incarnation.unplug(id);
       this.#gone(id, resources);
@@ -208,9 +204,9 @@ export class Hotplug {
     }
   }
 
-  /** Resolves when the changes that were under way or due have been made. */
-  idle(): Promise<unknown> {
-    return this.#last;
+  /** Does something that no change may cross: it comes after those that are due, and before all that are asked for from now on. */
+  alone(step: () => Promise<void>): Promise<void> {
+    return this.#next(step);
   }
 
   /** Those that the guest has been asked to let go, and has not. */
@@ -237,6 +233,18 @@ export class Hotplug {
     config.pmem = config.pmem.filter((device) => device.id !== id);
     if (config.vsock?.id === id) config.vsock = undefined;
   }
+}
+
+type Issue = ReturnType<typeof findHostProblem> | z.core.$ZodIssue;
+
+/** What is wrong, with the field as the client wrote it. @param issue with its path in the configuration of the machine */
+function problem(kind: DeviceKind, issue: NonNullable<Issue>): string {
+  // It may stand at a device of a fixed kind, which is no list: two want one slot.
+  const path = issue.path.slice(typeof issue.path[1] === 'number' ? 2 : 1).map(String);
+  if ('accepted' in issue) return `${path.join('.')}: accepted is ${issue.accepted}`;
+  if (issue.code === 'unrecognized_keys') return `${[...path, issue.keys[0]].join('.')}: no such field`;
+  const accepted = issue.message.replace(/^Invalid input: expected (\w+), .*$/, 'a value of type $1');
+  return `${path.join('.') || kind}: accepted is ${accepted}`;
 }
 
 /** @returns where it is on PCI, if the guest can see it @throws MachineError; nothing has changed then */

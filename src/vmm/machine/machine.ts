@@ -8,7 +8,7 @@ import type { PlatformEvent } from '../boards/platform-parts.js';
 import { MEM_ID, type VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FalseStarts } from './false-starts.js';
-import type { DeviceKind } from '../devices/device-names.js';
+import { type DeviceKind, FIXED_NAMES } from '../devices/device-names.js';
 import { Hotplug, type PciDeviceInfo, type Running } from './hotplug.js';
 import { GuestLog } from '../log/guest-log.js';
 import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
@@ -121,6 +121,7 @@ export class Machine {
       if (isTerminal(1)) process.stdout.off('resize', onResize);
       for (const backend of opened) await backend.close();
       this.#guestLog.close();
+      this.#resources = undefined;
       resources.close();
     }
   }
@@ -140,7 +141,7 @@ export class Machine {
   #resizeConsole(): void {
     if (!isTerminal(1)) return;
     const { columns, rows } = process.stdout;
-    if (columns > 0 && rows > 0) this.#current?.control('__console', { columns, rows });
+    if (columns > 0 && rows > 0) this.#current?.control(FIXED_NAMES.console, { columns, rows });
   }
 
   /** Ends the machine as if its plug were pulled. @param reason for the log */
@@ -195,7 +196,7 @@ export class Machine {
     if (size >= memory.size) throw new RequestError(`desired_balloon: accepted is less than ${memory.size}`, 'invalid');
     // A reset finds it there.
     balloon.size = size;
-    this.#current?.control(balloon.id ?? '__balloon', { kind: 'resize', size });
+    this.#current?.control(balloon.id ?? FIXED_NAMES.balloon, { kind: 'resize', size });
   }
 
   /**
@@ -306,9 +307,11 @@ export class Machine {
       this.#resizeConsole();
       end = await ended;
     } finally {
-      this.#current = undefined;
-      await this.#hotplug.idle();
-      await incarnation.close();
+      // Its workers use what the devices hold on the host to the last.
+      await this.#hotplug.alone(() => {
+        this.#current = undefined;
+        return incarnation.close();
+      });
       for (const { settle } of this.#resizing.values()) settle('The machine was reset');
       this.#resizing.clear();
       this.#logCounters(incarnation);

@@ -63,6 +63,24 @@ describe('reset and power', () => {
     nanoseconds = 3600e9;
     expect(timer.read(0, 4)).toBe((3_579_545 * 3600) % 2 ** 32);
   });
+
+  test('the timer does not count the time in which the machine stood still, on any thread', () => {
+    let nanoseconds = 0;
+    const state = new StateBlock(pmTimerLayout);
+    const [main, vcpu] = [0, 1].map(
+      () => new AcpiPmTimer(new StateBlock(pmTimerLayout, state.buffer), () => nanoseconds),
+    );
+    nanoseconds = 2e9;
+    const before = vcpu.read(0, 4);
+    // Three months, to the nanosecond; then twice as long again.
+    for (const pause of [7_776_000e9 + 1, 15_552_000e9]) {
+      nanoseconds += pause;
+      main.setBack(pause);
+      expect(vcpu.read(0, 4)).toBe(before);
+    }
+    nanoseconds += 1e9;
+    expect([main, vcpu].map((timer) => timer.read(0, 4))).toEqual([before + 3_579_545, before + 3_579_545]);
+  });
 });
 
 describe('events', () => {

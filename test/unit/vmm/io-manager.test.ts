@@ -1,29 +1,270 @@
-import { expect, test } from '@jest/globals';
+/** The I/O workers as main sees them, with threads that do what the test tells them. */
+import { describe, expect, test } from '@jest/globals';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import type { IoWorkerData } from '../../../src/vmm/devices/device-specs.js';
+import { IoOrder, type IoWorkerData, type ServedDevice } from '../../../src/vmm/devices/device-specs.js';
 import { IoManager } from '../../../src/vmm/devices/io-manager.js';
+import type { MemoryPart } from '../../../src/vmm/memory/memory-manager.js';
+
+const kernel = new LinuxKernel();
+
+const url = (script: string) =>
+  new URL(
+    `data:text/javascript,${encodeURIComponent(`import { createRequire } from 'node:module'; const require = createRequire('/'); ${script}`)}`,
+  );
+
+/**
+ * A worker as io-thread.ts: it takes its orders whenever the command word has changed, held or not, and tells what it has been
+ * ordered (`[worker, device, message]`). What it is to serve says by its name what shall come of it: `fails` or `dies`.
+ */
+const WORKER = url(`
+  const { workerData: { name, command }, parentPort, receiveMessageOnPort } = require('node:worker_threads');
+  const words = new Int32Array(command);
+  const say = (...message) => parentPort.postMessage({ kind: 'log', level: 'info', line: JSON.stringify([name, ...message]) });
+  for (let word = Atomics.load(words, 0); ; word = Atomics.load(words, 0)) {
+    if (word & ${IoOrder.stop}) break;
+    const held = (word & ${IoOrder.hold}) !== 0;
+    if (held) parentPort.postMessage({ kind: 'held', word });
+    for (let next = receiveMessageOnPort(parentPort); next; next = receiveMessageOnPort(parentPort)) {
+      const { kind, device, message, part } = next.message;
+      const id = kind === 'serve' ? device.handle.id : kind.endsWith('memory') ? part.range.address : device;
+      if (id === 'dies') process.exit();
+      say(kind, id, ...(message === undefined ? [] : [message]), ...(held ? ['held'] : []));
+      if (kind !== 'control') parentPort.postMessage({ kind: 'answer', failure: id === 'fails' ? kind + ' ' + name : undefined });
+    }
+    Atomics.wait(words, 0, word);
+  }
+  say('ended');
+`);
+
+const device = (id: string) => ({ handle: { id } }) as unknown as ServedDevice;
+
+function workers(script = WORKER) {
+  const said: unknown[][] = [];
+  const crashes: string[] = [];
+  const wakes: number[] = [];
+  const manager = new IoManager(kernel, script, {
+    onLog: (_level, line) => said.push(JSON.parse(line) as unknown[]),
+    onDevice: (id, message) => said.push([id, message]),
+    onCloseFailed: (id, reason) => said.push([id, reason]),
+    onCrash: (worker) => crashes.push(worker),
+  });
+  const start = (name: string, ...devices: string[]) => {
+    const wake = kernel.eventfd();
+    wakes.push(wake);
+    const data = { name, wake, command: new SharedArrayBuffer(4), devices: devices.map(device) };
+    manager.start(data as Partial<IoWorkerData> as IoWorkerData);
+    return new Int32Array(data.command);
+  };
+  const stop = async () => {
+    await manager.stop();
+    for (const wake of wakes) kernel.close(wake);
+  };
+  const of = (worker: string) => said.filter(([name]) => name === worker).map(([, ...what]) => what);
+  return { manager, said, crashes, start, stop, of };
+}
 
 test('what could not be closed has been told when the workers have ended', async () => {
-  const kernel = new LinuxKernel();
-  const wake = kernel.eventfd();
-  const script = `
-    import { parentPort } from 'node:worker_threads';
-    parentPort.postMessage({ kind: 'close-failed', device: '_disk0', reason: 'input/output error' });
-    parentPort.postMessage({ kind: 'device', device: '_disk0', message: 1 });
-  `;
-  const told: unknown[] = [];
-  const data = { name: 'io0', wake, command: new SharedArrayBuffer(4), devices: [] } as Partial<IoWorkerData>;
-  const manager = new IoManager(kernel, new URL(`data:text/javascript,${encodeURIComponent(script)}`), {
-    onLog: (_level, line) => told.push(line),
-    onDevice: (device, message) => told.push([device, message]),
-    onCloseFailed: (device, reason) => told.push([device, reason]),
-    onCrash: (_worker, error) => told.push(error),
-  });
-  manager.start(data as IoWorkerData);
+  const { manager, said, start } = workers(
+    url(`
+      const { parentPort } = require('node:worker_threads');
+      parentPort.postMessage({ kind: 'close-failed', device: '_disk0', reason: 'input/output error' });
+      parentPort.postMessage({ kind: 'device', device: '_disk0', message: 1 });
+    `),
+  );
+  start('io0');
   await manager.stop();
-  expect(told).toEqual([
+  expect(said).toEqual([
     ['_disk0', 'input/output error'],
     ['_disk0', 1],
   ]);
-  kernel.close(wake);
+});
+
+describe('what a worker is asked for', () => {
+  test('is answered in its order, with what came of each', async () => {
+    const { manager, of, start, stop } = workers();
+    start('io0');
+    const asked = [
+      manager.serve('io0', device('a')),
+      manager.serve('io0', device('fails')),
+      manager.serve('io0', device('b')),
+    ];
+    expect(await Promise.all(asked)).toEqual([undefined, 'serve io0', undefined]);
+    expect(await Promise.all([manager.drop('a'), manager.drop('b')])).toEqual([undefined, undefined]);
+    expect(of('io0')).toEqual([
+      ['serve', 'a'],
+      ['serve', 'fails'],
+      ['serve', 'b'],
+      ['drop', 'a'],
+      ['drop', 'b'],
+    ]);
+    await stop();
+  });
+
+  test('goes to those that serve the device, and to no other', async () => {
+    const { manager, of, start, stop } = workers();
+    start('io0', 'a', 'b');
+    start('io1', 'a');
+    start('io2');
+    expect(await manager.serve('io2', device('b'))).toBeUndefined();
+    expect([manager.control('a', 1), manager.control('b', 2), manager.control('c', 3)]).toEqual([2, 2, 0]);
+    expect(await manager.drop('a')).toBeUndefined();
+    expect(manager.control('a', 4)).toBe(0);
+    expect(await manager.drop('a')).toBeUndefined();
+    // One that could not be served is not there.
+    await manager.serve('io1', device('fails'));
+    expect(manager.control('fails', 5)).toBe(0);
+    expect([of('io0'), of('io1'), of('io2')]).toEqual([
+      [
+        ['control', 'a', 1],
+        ['control', 'b', 2],
+        ['drop', 'a'],
+      ],
+      [
+        ['control', 'a', 1],
+        ['drop', 'a'],
+        ['serve', 'fails'],
+      ],
+      [
+        ['serve', 'b'],
+        ['control', 'b', 2],
+      ],
+    ]);
+    await stop();
+  });
+
+  test('is told of as failed where one of several fails, and nobody has the device any more', async () => {
+    const { manager, start, stop } = workers();
+    start('io0');
+    start('io1', 'fails');
+    expect(await manager.drop('fails')).toBe('drop io1');
+    expect(manager.control('fails', 1)).toBe(0);
+    await stop();
+  });
+
+  test('is not done by one that dies of it, nor by one that is gone', async () => {
+    const { manager, of, start, stop } = workers();
+    start('io0');
+    start('io1');
+    const asked = [
+      manager.serve('io0', device('a')),
+      manager.serve('io0', device('dies')),
+      manager.serve('io0', device('b')),
+    ];
+    expect(await Promise.all(asked)).toEqual([undefined, 'The machine ends', 'The machine ends']);
+    expect(await manager.serve('io0', device('c'))).toBe('The machine ends');
+    // What concerns all is done by the others.
+    await manager.changeMemory('add-memory', { range: { address: 5, size: 1 } } as unknown as MemoryPart);
+    await manager.pause();
+    manager.resume();
+    expect([of('io0'), of('io1')]).toEqual([[['serve', 'a']], [['add-memory', 5]]]);
+    await stop();
+  });
+
+  test('breaks nothing when a worker breaks', async () => {
+    const { manager, crashes, start, stop } = workers(url(`throw new Error('broken');`));
+    start('io0', 'a');
+    expect(await manager.drop('a')).toBe('The machine ends');
+    await manager.pause();
+    await stop();
+    expect(crashes).toEqual(['io0']);
+  });
+});
+
+describe('workers that are held', () => {
+  test('are all held when that is said, however quickly they were let go and held before', async () => {
+    const { manager, start, stop } = workers();
+    const words = [start('io0'), start('io1')];
+    for (let round = 0; round < 50; round++) {
+      await manager.pause();
+      expect(words.map((word) => Atomics.load(word, 0) & IoOrder.hold)).toEqual([IoOrder.hold, IoOrder.hold]);
+      manager.resume();
+    }
+    await manager.pause();
+    await stop();
+  });
+
+  test('say so for each time anew', async () => {
+    // It says only once that it is held, and then nothing any more.
+    const { manager, start } = workers(
+      url(`
+        const { workerData: { command }, parentPort } = require('node:worker_threads');
+        const words = new Int32Array(command);
+        let told = false;
+        for (let word = Atomics.load(words, 0); (word & ${IoOrder.stop}) === 0; word = Atomics.load(words, 0)) {
+          if ((word & ${IoOrder.hold}) !== 0 && !told) parentPort.postMessage({ kind: 'held', word });
+          told ||= (word & ${IoOrder.hold}) !== 0;
+          Atomics.wait(words, 0, word);
+        }
+      `),
+    );
+    start('io0');
+    await manager.pause();
+    manager.resume();
+    let again = false;
+    const paused = manager.pause().then(() => (again = true));
+    // Another round through the event loop, in which anything that was said before would have been heard.
+    await new Promise((resolve) => setImmediate(resolve));
+    expect(again).toBe(false);
+    await manager.stop();
+    await paused;
+  });
+
+  test('do what they are asked for meanwhile', async () => {
+    const { manager, of, start, stop } = workers();
+    start('io0', 'a');
+    await manager.pause();
+    const part = { range: { address: 7, size: 1 } } as unknown as MemoryPart;
+    expect(await manager.serve('io0', device('b'))).toBeUndefined();
+    await manager.changeMemory('add-memory', part);
+    expect(manager.control('b', 1)).toBe(1);
+    expect(await manager.drop('a')).toBeUndefined();
+    await manager.changeMemory('remove-memory', part);
+    expect(of('io0')).toEqual([
+      ['serve', 'b', 'held'],
+      ['add-memory', 7, 'held'],
+      ['control', 'b', 1, 'held'],
+      ['drop', 'a', 'held'],
+      ['remove-memory', 7, 'held'],
+    ]);
+    manager.resume();
+    expect(await manager.drop('b')).toBeUndefined();
+    await stop();
+  });
+
+  test('include one that is started meanwhile', async () => {
+    const { manager, of, start, stop } = workers();
+    start('io0');
+    await manager.pause();
+    start('io1');
+    await manager.serve('io1', device('a'));
+    // Before it could say that it is held, it was.
+    expect(of('io1')).toEqual([['serve', 'a', 'held']]);
+    await manager.pause();
+    manager.resume();
+    expect(await manager.serve('io1', device('b'))).toBeUndefined();
+    await stop();
+  });
+
+  test('end all the same', async () => {
+    const { manager, of, start, stop } = workers();
+    start('io0');
+    start('io1');
+    await manager.pause();
+    await manager.end('io0');
+    expect([manager.has('io0'), of('io0'), of('io1')]).toEqual([false, [['ended']], []]);
+    await stop();
+    expect(of('io1')).toEqual([['ended']]);
+  });
+});
+
+test('a worker that ends leaves the others, and its name', async () => {
+  const { manager, of, start, stop } = workers();
+  for (const name of ['io0', 'io1', 'io2']) start(name, 'a');
+  await manager.end('io1');
+  expect(['io0', 'io1', 'io2'].map((name) => manager.has(name))).toEqual([true, false, true]);
+  expect(manager.control('a', 1)).toBe(2);
+  start('io1');
+  expect(await manager.serve('io1', device('b'))).toBeUndefined();
+  expect(of('io1')).toEqual([['ended'], ['serve', 'b']]);
+  await stop();
 });
