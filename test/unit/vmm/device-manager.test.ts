@@ -375,5 +375,11 @@ test('a device’s own workers go with it, those of the pool stay', () => {
   for (const id of ['b', 'c']) m.manager.remove(id);
   expect(names()).toEqual(['io0']);
   expect(m.outside.fds.has(shared.wake)).toBe(true);
+  // Nor one that was made for a device that is gone: where the host has the CPUs, another for its second pair.
+  m.manager.add(MAKE.net('n'));
+  const pool = names();
+  m.manager.remove('n');
+  expect(names()).toEqual(pool);
+  for (const { wake } of m.manager.workers) expect(m.outside.fds.has(wake)).toBe(true);
   m.manager.close();
 });

@@ -14,7 +14,7 @@ const url = (script: string) =>
 
 /**
  * A worker as io-thread.ts: it takes its orders whenever the command word has changed, held or not, and tells what it has been
- * ordered (`[worker, device, message]`). What it is to serve says by its name what shall come of it: `fails` or `dies`.
+ * ordered (`[worker, device, message]`). What it is to serve says by its name what shall come of it: `fails`, `fails WORKER` or `dies`.
  */
 const WORKER = url(`
   const { workerData: { name, command }, parentPort, receiveMessageOnPort } = require('node:worker_threads');
@@ -29,7 +29,7 @@ const WORKER = url(`
       const id = kind === 'serve' ? device.handle.id : kind.endsWith('memory') ? part.range.address : device;
       if (id === 'dies') process.exit();
       say(kind, id, ...(message === undefined ? [] : [message]), ...(held ? ['held'] : []));
-      if (kind !== 'control') parentPort.postMessage({ kind: 'answer', failure: id === 'fails' ? kind + ' ' + name : undefined });
+      if (kind !== 'control') parentPort.postMessage({ kind: 'answer', failure: id === 'fails' || id === 'fails ' + name ? kind + ' ' + name : undefined });
     }
     Atomics.wait(words, 0, word);
   }
@@ -134,10 +134,18 @@ describe('what a worker is asked for', () => {
 
   test('is told of as failed where one of several fails, and nobody has the device any more', async () => {
     const { manager, start, stop } = workers();
-    start('io0');
-    start('io1', 'fails');
-    expect(await manager.drop('fails')).toBe('drop io1');
-    expect(manager.control('fails', 1)).toBe(0);
+    for (const name of ['io0', 'io1', 'io2']) start(name, 'fails io1');
+    expect(await manager.drop('fails io1')).toBe('drop io1');
+    expect(manager.control('fails io1', 1)).toBe(0);
+    await stop();
+  });
+
+  test('changes the word that a worker sleeps on, so that none oversleeps it', async () => {
+    const { manager, start, stop } = workers();
+    const word = start('io0', 'a');
+    const before = Atomics.load(word, 0);
+    manager.control('a', 1);
+    expect(Atomics.load(word, 0)).toBe(before + IoOrder.count);
     await stop();
   });
 
