@@ -120,6 +120,8 @@ export class GuestMemory {
   /** A mapping is no guest memory any more, and nobody uses it. @param address where it begins; not the only one */
   remove(address: number): void {
     const index = this.#mappings.findIndex((mapping) => mapping.address === address);
+    // It may never have come: what was begun is undone.
+    if (index < 0) return;
     this.#mappings.splice(index, 1);
     this.#ranges = this.#ramRanges();
     this.#lastMapping = this.#mappings[0];

@@ -5,6 +5,7 @@ import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_thread
 import { BlockDevice } from '../block/block-device.js';
 import { openEngine } from '../block/engines/engine.js';
 import { openImage } from '../block/formats/open-image.js';
+import { undoAll } from '../sys/close-all.js';
 import { EPOLL, type HostKernel } from '../sys/host-kernel.js';
 import { tapControl } from '../net/tap.js';
 import { IntxLines } from '../pci/intx.js';
@@ -75,7 +76,7 @@ export function runIoThread(kernel: HostKernel): void {
       case 'block': {
         const { readonly, serial, format, buffered, sparse } = spec;
         const image = openImage(kernel, spec);
-        const { engine } = openEngine(kernel, spec.direct, ENGINE_DEPTH, spec.engine);
+        const { engine } = orClose(image, () => openEngine(kernel, spec.direct, ENGINE_DEPTH, spec.engine));
         if (engine.name !== spec.engine) context.log('warn', `${spec.engine} failed here, so ${engine.name} it is`);
         return new BlockDevice(context, {
           ...{ readonly, serial, image, engine, buffered, sparse },
@@ -194,7 +195,9 @@ export function runIoThread(kernel: HostKernel): void {
     for (const runner of runners.values()) runner.pause();
     for (;;) {
       const word = Atomics.load(command, 0);
-      if ((word & IoOrder.hold) === 0 || (word & IoOrder.stop) !== 0) break;
+      // At its end they are closed as they are.
+      if ((word & IoOrder.stop) !== 0) return;
+      if ((word & IoOrder.hold) === 0) break;
       post({ kind: 'held', word });
       takeOrders(true);
       Atomics.wait(command, 0, word);
@@ -217,4 +220,13 @@ export function runIoThread(kernel: HostKernel): void {
 
 function reasonOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
+}
+
+/** What is made beside something that is closed when that fails. */
+function orClose<T>(beside: { close(): void }, make: () => T): T {
+  try {
+    return make();
+  } catch (error) {
+    return undoAll(error, [() => beside.close()]);
+  }
 }

@@ -159,9 +159,10 @@ export class IoManager {
     return failures.find((failure) => failure !== undefined);
   }
 
-  /** Guest memory comes or goes. */
-  async changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<void> {
-    await Promise.all(this.#threads.map((thread) => this.#ask(thread, { kind, part })));
+  /** Guest memory comes or goes. @returns why not everywhere */
+  async changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<string | undefined> {
+    const failures = await Promise.all(this.#threads.map((thread) => this.#ask(thread, { kind, part })));
+    return failures.find((failure) => failure !== undefined);
   }
 
   /** Resolves when no device touches guest memory any more. */

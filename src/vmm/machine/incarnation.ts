@@ -204,7 +204,8 @@ export class Incarnation {
   }
 
   async #changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<void> {
-    await Promise.all([this.#io.changeMemory(kind, part), this.#cpus.change({ kind, part })]);
+    const [failure] = await Promise.all([this.#io.changeMemory(kind, part), this.#cpus.change({ kind, part })]);
+    if (failure !== undefined && kind === 'add-memory') throw new MachineError(failure);
   }
 
   async #changePlatform(change: PlatformChange): Promise<void> {
