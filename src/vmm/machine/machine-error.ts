@@ -9,13 +9,14 @@ export class MachineError extends Error {
   readonly code = 'MACHINE';
 }
 
-/** What was asked of a running machine cannot be done, and nothing has changed. */
+/** What was asked of the process or its machine cannot be done, and nothing has changed. */
 export class RequestError extends Error {
   readonly code = 'REQUEST';
 
+  /** @param kind conflict: with a name that is taken; failed: also what the machine's state does not allow */
   constructor(
     message: string,
-    readonly kind: 'invalid' | 'unknown' | 'failed',
+    readonly kind: 'invalid' | 'unknown' | 'conflict' | 'failed',
   ) {
     super(message);
   }
