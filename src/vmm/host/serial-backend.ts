@@ -68,8 +68,8 @@ class Backend implements SerialBackend {
   /** @param keys the keys of a user, who is heard also while the guest takes no input: that is dropped then */
   connectInput(input: NodeJS.ReadableStream, keys?: (bytes: Uint8Array) => Uint8Array): void {
     this.#input = input;
-    // The terminal hung up, or standard input is a folder: no more input comes.
-    input.on('error', () => undefined);
+    // The terminal hung up, or standard input is a folder: no more input comes. It may have been connected before.
+    if (input.listenerCount('error') === 0) input.on('error', () => undefined);
     input.on('data', (bytes: Buffer) => {
       const data = keys === undefined ? bytes : keys(bytes);
       if (data.length === 0 || this.#refusing || this.onInput(data)) return;
@@ -169,6 +169,9 @@ function openTty(kernel: HostKernel, options: SerialBackendOptions): SerialBacke
     return input;
   };
   backend.connectInput(stdin, raw ? keys : undefined);
+  // An earlier machine of this process has let go of it.
+  stdin.resume();
+  (stdin as Partial<typeof stdin>).ref?.();
   backend.connectOutput(outputTo(kernel, openInherited(1), true, options));
   return backend;
 }

@@ -7,10 +7,8 @@ import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from '@jest/globals';
 import { type Api, openApi } from '../../../src/api/server.js';
-import type { ApiVmm } from '../../../src/api/routes.js';
-import type { VmConfig } from '../../../src/config/vm-config.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { RequestError } from '../../../src/vmm/machine/machine-error.js';
+import { fakeVmm } from '../../support/fake-vmm.js';
 
 const kernel = new LinuxKernel();
 let folder: string;
@@ -19,36 +17,7 @@ let api: Api | undefined;
 let asked: unknown[];
 let logged: string[];
 
-const say = (what: unknown) => {
-  asked.push(what);
-  return Promise.resolve();
-};
-
-/** Remembers what it is asked; the disk `stuck` cannot be resized, and `slow` takes until it is let go. */
-function vmm(release: Promise<void> = Promise.resolve()): ApiVmm {
-  const config = { disks: [{ path: 'd', image_type: 'qcow2', _disable_aio: false }], net: [] } as unknown as VmConfig;
-  return {
-    ended: new Promise(() => undefined),
-    runs: true,
-    create: (created) => say({ create: created }),
-    boot: () => say('boot'),
-    shutdown: () => say('shutdown'),
-    delete: () => say('delete'),
-    reboot: () => say('reboot'),
-    shutdownVmm: (reason) => say(reason),
-    info: () => ({ config, state: 'Running', memory_actual_size: 5, device_tree: {} }),
-    counters: () => ({ _disk0: { read_ops: 1 } }),
-    powerButton: () => void asked.push('power-button'),
-    logCounters: () => undefined,
-    resize: (wanted) => say({ resize: wanted }),
-    resizeDisk: async (id, size, shrink) => {
-      if (id === 'none') throw new RequestError('The machine has no disk none', 'unknown');
-      if (id === 'stuck') throw new RequestError('No space', 'failed');
-      if (id === 'slow') await release;
-      await say({ id, size, shrink });
-    },
-  };
-}
+const vmm = (release?: Promise<void>) => fakeVmm((what) => asked.push(what), release);
 
 const line = (text: string) => void logged.push(text);
 const logger = { error: line, warn: line, info: () => undefined, debug: () => undefined };
