@@ -84,16 +84,17 @@ export class BodyReader {
   /**
    * @param input a copy, of which fields are taken away
    * @param unbuilt fields that are known, and refused where they ask for something
+   * @param place of the input among those
    * @returns it, with no field that the schema does not know
    * @throws RequestError
    */
-  known(schema: z.ZodMiniType, input: unknown, unbuilt: Unbuilt = new Map()): unknown {
+  known(schema: z.ZodMiniType, input: unknown, unbuilt: Unbuilt = new Map(), place = ''): unknown {
     for (const issue of schema.safeParse(input).error?.issues ?? []) {
       if (issue.code !== 'unrecognized_keys') continue;
       const owner = issue.path.reduce<unknown>((at, part) => Reflect.get(at as object, part), input) as object;
       for (const key of issue.keys) {
         const path = [...issue.path, key];
-        const asksForNothing = unbuilt.get(fieldPattern(path));
+        const asksForNothing = unbuilt.get(`${place}${fieldPattern(path)}`);
         if (asksForNothing === undefined) this.#ignore(fieldPattern(path));
         else if (!asksForNothing(Reflect.get(owner, key)))
           throw refusal(path, 'null: what it asks for is not built yet');

@@ -3,7 +3,7 @@ import * as z from 'zod/mini';
 import type { Logger } from '../vmm/log/logger.js';
 import type { Vmm } from '../vmm/machine/vmm.js';
 import { BodyReader, refusal } from './bodies.js';
-import { readVmConfig, writeVmConfig } from './vm-config.js';
+import { readDevice, readVmConfig, writeVmConfig } from './vm-config.js';
 
 const SECTOR = 512;
 
@@ -40,6 +40,11 @@ const resizeDiskSchema = z.strictObject(
   { error: '{"id": DISK, "desired_size": BYTES, "shrink": true or false}' },
 );
 
+const removeDeviceSchema = z.strictObject(
+  { id: z.string({ error: 'the name of a device' }) },
+  { error: '{"id": DEVICE}' },
+);
+
 /** @param version of the product */
 export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMap<string, Route> {
   const reader = new BodyReader((line) => logger.warn(line));
@@ -50,6 +55,10 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
       if (body !== undefined) throw refusal([], 'no body');
       return call();
     });
+  const add = (kind: Parameters<typeof readDevice>[1]): [string, Route] => [
+    `vm.add-${kind}`,
+    tell((body) => vmm.addDevice(kind, readDevice(reader, kind, body))),
+  ];
   return new Map([
     ['vmm.ping', get(() => ({ build_version: `v${version}`, version, pid: process.pid, features: [] }))],
     ['vmm.shutdown', put(() => vmm.shutdownVmm('vmm.shutdown'))],
@@ -58,6 +67,8 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
     ['vm.boot', put(() => vmm.boot())],
     ['vm.shutdown', put(() => vmm.shutdown())],
     ['vm.reboot', put(() => vmm.reboot())],
+    ['vm.pause', put(() => vmm.pause())],
+    ['vm.resume', put(() => vmm.resume())],
     ['vm.power-button', put(() => vmm.powerButton())],
     [
       'vm.info',
@@ -66,6 +77,8 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
         return { ...info, config: writeVmConfig(info.config) };
       }),
     ],
+    ...(['disk', 'net', 'pmem', 'vsock'] as const).map(add),
+    ['vm.remove-device', tell((body) => vmm.removeDevice(reader.read(removeDeviceSchema, body).id))],
     ['vm.counters', get(() => vmm.counters())],
     ['vm.resize', tell((body) => vmm.resize(reader.read(resizeSchema, body)))],
     [

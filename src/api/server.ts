@@ -31,7 +31,7 @@ export interface ApiOptions {
   readonly patienceMilliseconds?: number;
 }
 
-const STATUS = { invalid: 400, unknown: 404, conflict: 409, failed: 500 } as const;
+const STATUS = { invalid: 400, unknown: 404, conflict: 409, busy: 429, failed: 500 } as const;
 
 /** What is sent to the client. */
 interface Answer {

@@ -1,6 +1,7 @@
 /** Cloud Hypervisor's VmConfig, as its clients write and read it, from and to the configuration. */
 import { checkConfig, consoleBeside } from '../config/check-config.js';
 import { readHostFacts } from '../config/host-facts.js';
+import { diskSchema, netSchema, pmemSchema, vsockSchema } from '../config/device-config.js';
 import { type VmConfig, vmConfigSchema } from '../config/vm-config.js';
 import { type BodyReader, refusal, type Unbuilt, withoutNulls } from './bodies.js';
 
@@ -63,6 +64,23 @@ export function readVmConfig(reader: BodyReader, body: unknown): VmConfig {
   if ('config' in checked) return checked.config;
   const { path, accepted, taken } = checked.problem;
   throw refusal(path, accepted, taken ? 'conflict' : 'invalid');
+}
+
+/** The kinds of devices that are added one by one, and where they are among the fields above. */
+const DEVICES = {
+  disk: { schema: diskSchema, place: 'disks[].' },
+  net: { schema: netSchema, place: 'net[].' },
+  pmem: { schema: pmemSchema, place: 'pmem[].' },
+  vsock: { schema: vsockSchema, place: 'vsock.' },
+};
+
+/** The body of vm.add-disk and the like, with no field that is not the device's. @throws RequestError */
+export function readDevice(reader: BodyReader, kind: keyof typeof DEVICES, body: unknown): object {
+  const input = withoutNulls(body);
+  if (!isObject(input) || Array.isArray(input)) throw refusal([], 'the configuration of a device');
+  const { schema, place } = DEVICES[kind];
+  const device = kind === 'disk' ? diskFromWire(input) : input;
+  return reader.known(schema, device, UNBUILT, place) as object;
 }
 
 /** Its image type is a word, in any case, and "Unknown" if none is said; two fields for tests have other names. */

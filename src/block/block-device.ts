@@ -45,6 +45,7 @@ interface Slot {
 }
 
 export class BlockDevice implements VirtioDevice {
+  readonly holdsChains = true;
   readonly #transfers: BlockTransfers;
   readonly #slots: Slot[];
   readonly #free: number[] = [];

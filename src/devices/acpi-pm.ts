@@ -5,6 +5,7 @@
  * One port serves as reset register and as sleep control register. The sleep status register behind it reads 0: a machine
  * that only knows S5 never wakes up.
  */
+import { type StateBlock, stateLayout } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler } from './bus.js';
 
 /** What the FADT names as the reset value. */
@@ -36,15 +37,30 @@ export class AcpiSleep implements BusDevice {
 
 const PM_TIMER_HZ = 3_579_545;
 
-/** A 32-bit counter of 3.579545 MHz. It has no state: it counts the host's monotonic clock. */
+/** As a double: nanoseconds that the counter stood still. A word before it, as the lock is one. */
+export const pmTimerLayout = stateLayout('acpi-pm-timer', 1, { alignment: 1, stood: 2 });
+
+/** A 32-bit counter of 3.579545 MHz: it counts the host's monotonic clock, less what it stood still. */
 export class AcpiPmTimer implements BusDevice {
+  readonly #stood: Float64Array;
+
   /** @param nanoseconds a monotonic clock, the same on every thread */
-  constructor(private readonly nanoseconds: () => number) {}
+  constructor(
+    state: StateBlock,
+    private readonly nanoseconds: () => number,
+  ) {
+    this.#stood = new Float64Array(state.buffer, pmTimerLayout.at.stood * 4, 1);
+  }
+
+  /** So many nanoseconds were none for the guest. While no vCPU runs. */
+  setBack(nanoseconds: number): void {
+    this.#stood[0] += nanoseconds;
+  }
 
   read(_offset: number, size: AccessSize): number {
     if (size !== 4) return filler(size);
     // Below 2^53 for 79 years of uptime.
-    return Math.floor((this.nanoseconds() / 1e9) * PM_TIMER_HZ) % 2 ** 32;
+    return Math.floor(((this.nanoseconds() - this.#stood[0]) / 1e9) * PM_TIMER_HZ) % 2 ** 32;
   }
 
   write(): void {

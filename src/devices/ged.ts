@@ -2,13 +2,13 @@
  * The event register behind the ACPI generic event device (ACPI 6.5, 5.6.9): one byte of pending events. The GED's AML
  * reads it, which clears it, and notifies the devices concerned.
  */
+import type { GedEvent } from '../arch/acpi/config.js';
 import { type StateBlock, stateLayout } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler, type InterruptLine } from './bus.js';
 
 export const gedLayout = stateLayout('acpi-ged', 1, { events: 1 });
 
-export const GedEvent = { Cpu: 1, Memory: 2, Pci: 4, PowerButton: 8 } as const;
-export type GedEvent = (typeof GedEvent)[keyof typeof GedEvent];
+export { GedEvent } from '../arch/acpi/config.js';
 
 export class Ged implements BusDevice {
   constructor(

@@ -180,12 +180,18 @@ export interface Vm {
   readonly handle: VmHandle;
   readonly signals: VmSignals;
   addMemory(slot: MemorySlot): void;
+  /** The guest finds nothing any more where this slot's memory was. */
+  removeMemory(slot: number): void;
   /** @param pin the input of the machine's interrupt controller: the IOAPIC's, or the number of the GIC's SPI */
   createInterrupt(pin: number): InterruptHandle;
-  /** Lets the guest's time run, for all vCPUs from the same moment on. Once, before the first of them runs. */
+  /** Lets the guest's time run, for all vCPUs from the same moment on. Before the first of them runs, and after `stopTime`. */
   startTime(): void;
+  /** The guest's clocks stand still until `startTime`, so that it does not miss the time between. No vCPU runs. */
+  stopTime(): void;
   /** A route for {@link VmSignals.connectMsi}: for interrupts that the host's kernel raises by itself (vhost). */
   allocateMsiRoute(): number;
+  /** @param route nothing is connected to it any more */
+  freeMsiRoute(route: number): void;
   /** Closes the VM. Its vCPUs are closed first, by their owner. */
   close(): void;
 }

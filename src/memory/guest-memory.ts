@@ -79,28 +79,51 @@ function sourceOf(from: MemorySource | MemoryBuffer): MemorySource {
   return { address, size: buffer.byteLength, hostAddress, ram: true, view: () => buffer };
 }
 
+function mappingOf(part: MemorySource | MemoryBuffer): Mapping {
+  const from = sourceOf(part);
+  const { address, size, hostAddress } = from;
+  return { address, end: address + size, hostAddress, source: from, windows: noWindows(size) };
+}
+
+/** Of no bytes, so that no access hits it. */
+const NO_WINDOW: Window = { address: 0, end: 0, bytes: new Uint8Array(0), view: new DataView(new ArrayBuffer(0)) };
+
 export class GuestMemory {
   /** Ascending. */
-  readonly #mappings: readonly Mapping[];
-  readonly #ranges: readonly MemoryRange[];
+  readonly #mappings: Mapping[];
+  #ranges: readonly MemoryRange[];
   /** The mapping and the window of the last access: consecutive accesses mostly hit them. */
   #lastMapping: Mapping;
   #last: Window;
 
   /** @param parts at least one; sorted or not, never overlapping */
   constructor(parts: readonly (MemorySource | MemoryBuffer)[]) {
-    const sources = parts.map(sourceOf).sort((a, b) => a.address - b.address);
-    this.#mappings = sources.map((source) => {
-      const { address, size, hostAddress } = source;
-      return { address, end: address + size, hostAddress, source, windows: noWindows(size) };
-    });
+    this.#mappings = parts.map(mappingOf).sort((a, b) => a.address - b.address);
     const first = this.#mappings[0] as Mapping | undefined;
     if (first === undefined) throw new GuestMemoryError('Guest memory has no mapping');
     this.#lastMapping = first;
-    // Of no bytes, so that no access hits it.
-    const none = new Uint8Array(0);
-    this.#last = { address: 0, end: 0, bytes: none, view: new DataView(none.buffer) };
-    this.#ranges = joined(sources.filter(({ ram }) => ram));
+    this.#last = NO_WINDOW;
+    this.#ranges = this.#ramRanges();
+  }
+
+  #ramRanges(): MemoryRange[] {
+    return joined(this.#mappings.map(({ source }) => source).filter(({ ram }) => ram));
+  }
+
+  /** More of it. @param part overlaps none that is there */
+  add(part: MemorySource | MemoryBuffer): void {
+    this.#mappings.push(mappingOf(part));
+    this.#mappings.sort((a, b) => a.address - b.address);
+    this.#ranges = this.#ramRanges();
+  }
+
+  /** A mapping is no guest memory any more, and nobody uses it. @param address where it begins; not the only one */
+  remove(address: number): void {
+    const index = this.#mappings.findIndex((mapping) => mapping.address === address);
+    this.#mappings.splice(index, 1);
+    this.#ranges = this.#ramRanges();
+    this.#lastMapping = this.#mappings[0];
+    this.#last = NO_WINDOW;
   }
 
   /** RAM in ascending order, stretches that touch joined; without the memory of devices. */

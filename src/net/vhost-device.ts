@@ -2,7 +2,7 @@
 import { EPOLL, SystemError } from '../sys/host-kernel.js';
 import type { DeviceContext, DeviceQueue, Driver, VirtioDevice } from '../virtio/device.js';
 import { NetControl, type TapControl } from '../virtio/devices/net/control.js';
-import { VhostPair, type VhostRegion } from './vhost.js';
+import { VhostPair } from './vhost.js';
 
 export interface VhostNetOptions {
   /** One for each pair of queues; all but the first are detached. */
@@ -10,10 +10,10 @@ export interface VhostNetOptions {
   readonly control: TapControl;
   /** Events that raise the vectors of the queues: receive 0, transmit 0, receive 1, ... */
   readonly calls: readonly number[];
-  readonly regions: readonly VhostRegion[];
 }
 
 export class VhostNetDevice implements VirtioDevice {
+  readonly holdsChains = true;
   readonly #pairs: VhostPair[] = [];
   readonly #control: NetControl;
   /** The kernel signals it when a ring is beyond repair. */
@@ -41,7 +41,8 @@ export class VhostNetDevice implements VirtioDevice {
 
   activate(driver: Driver): void {
     const { kernel, loop } = this.context;
-    const { taps, calls, regions } = this.options;
+    const { taps, calls } = this.options;
+    const regions = driver.memory.mappings();
     this.#control.activate(driver);
     const control = this.#control.queue;
     if (control !== undefined && control.index < calls.length) {

@@ -40,6 +40,10 @@ export class PciSegment {
     this.#slots[slot] = device;
   }
 
+  remove(slot: number): void {
+    this.#slots[slot] = undefined;
+  }
+
   /** @param address ECAM offset in the bus: device, function, register */
   read(address: number, size: AccessSize): number {
     const device = this.#device(address);

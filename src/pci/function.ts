@@ -97,6 +97,11 @@ export class PciFunction implements PciDevice {
     words[at + FunctionWord.interruptLine] = line;
   }
 
+  /** It answers nowhere. */
+  powerOff(): void {
+    this.#words[this.at + FunctionWord.command] = 0;
+  }
+
   get decoding(): boolean {
     return (this.#words[this.at + FunctionWord.command] & COMMAND_MEMORY) !== 0;
   }
@@ -210,13 +215,20 @@ export class PciFunction implements PciDevice {
  * each access, so a BAR that one vCPU moved is where it belongs for all of them.
  */
 export class PciWindow implements BusDevice {
+  readonly #functions: PciFunction[] = [];
   #last: PciFunction | undefined;
 
   /** @param start guest physical address of the window */
-  constructor(
-    private readonly start: number,
-    private readonly functions: readonly PciFunction[],
-  ) {}
+  constructor(private readonly start: number) {}
+
+  insert(fn: PciFunction): void {
+    this.#functions.push(fn);
+  }
+
+  remove(fn: PciFunction): void {
+    this.#functions.splice(this.#functions.indexOf(fn), 1);
+    this.#last = undefined;
+  }
 
   read(offset: number, size: AccessSize): number {
     const address = this.start + offset;
@@ -233,7 +245,7 @@ export class PciWindow implements BusDevice {
   #find(address: number): BarDescription | undefined {
     const cached = this.#last?.barAt(address);
     if (cached !== undefined) return cached;
-    for (const candidate of this.functions) {
+    for (const candidate of this.#functions) {
       const bar = candidate.barAt(address);
       if (bar === undefined) continue;
       this.#last = candidate;

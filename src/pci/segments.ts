@@ -41,20 +41,35 @@ export function divideSegments(
   }));
 }
 
-/** Gives out addresses of a window, from its top down, as the guest's own allocations come from the bottom. */
+/** Gives out addresses of a window, the highest that are free, as the guest's own allocations come from the bottom. */
 export class WindowAllocator {
-  #top: number;
+  /** Descending. */
+  readonly #taken: AddressWindow[] = [];
 
-  constructor(private readonly window: AddressWindow) {
-    this.#top = window.end;
-  }
+  constructor(private readonly window: AddressWindow) {}
 
   /** @param align a power of two @returns undefined when there is no room */
   take(size: number, align: number): number | undefined {
-    const address = Math.floor((this.#top - size) / align) * align;
-    if (address < this.window.start) return undefined;
-    this.#top = address;
-    return address;
+    let end = this.window.end;
+    let index = 0;
+    for (; ; index++) {
+      const start = Math.floor((end - size) / align) * align;
+      const next = this.#taken.at(index);
+      if (start >= (next?.end ?? this.window.start)) {
+        this.#taken.splice(index, 0, { start, end: start + size });
+        return start;
+      }
+      if (next === undefined) return undefined;
+      end = next.start;
+    }
+  }
+
+  /** @param start from `take` */
+  free(start: number): void {
+    this.#taken.splice(
+      this.#taken.findIndex((taken) => taken.start === start),
+      1,
+    );
   }
 }
 
@@ -73,5 +88,9 @@ export class SlotAllocator {
   next(): number | undefined {
     for (let slot = 1; slot < 32; slot++) if (this.reserve(slot)) return slot;
     return undefined;
+  }
+
+  free(slot: number): void {
+    this.#taken.delete(slot);
   }
 }

@@ -21,9 +21,16 @@ import { RateLimiter, type LimiterOptions } from '../virtio/rate-limiter.js';
 import { VirtioRunner } from '../virtio/transport/runner.js';
 import { VsockDevice } from '../virtio/devices/vsock/vsock.js';
 import { WatchdogDevice } from '../virtio/devices/watchdog.js';
-import type { BackendSpec, IoCommand, IoMessage, IoWorkerStart, ServedDevice } from '../vmm/devices/device-specs.js';
+import {
+  type BackendSpec,
+  type IoCommand,
+  type IoMessage,
+  IoOrder,
+  type IoWorkerStart,
+  type ServedDevice,
+} from '../vmm/devices/device-specs.js';
 import { GuestLog } from '../vmm/log/guest-log.js';
-import { attachMemory } from '../vmm/memory/memory-manager.js';
+import { attachMemory, attachPart } from '../vmm/memory/memory-manager.js';
 import { attachSignals } from './backends.js';
 import { Outbox } from './outbox.js';
 
@@ -82,7 +89,7 @@ export function runIoThread(kernel: HostKernel): void {
         });
       case 'vhost-net': {
         const { taps, calls } = spec;
-        return new VhostNetDevice(context, { taps, control: tapControl(kernel), calls, regions: memory.mappings() });
+        return new VhostNetDevice(context, { taps, control: tapControl(kernel), calls });
       }
       case 'vsock':
         return new VsockDevice(context, spec);
@@ -119,26 +126,95 @@ export function runIoThread(kernel: HostKernel): void {
     runners.set(handle.id, new VirtioRunner(handle, queues, services, (context) => build(backend, context)));
   }
 
-  for (const device of data.devices) add(device);
-  loop.watch(data.wake, EPOLL.IN | EPOLL.EDGE, () => {
+  function drop(device: string): void {
+    const runner = runners.get(device);
+    runners.delete(device);
+    runner?.close();
+  }
+
+  function obey(order: IoCommand, held: boolean): void {
+    switch (order.kind) {
+      case 'control':
+        runners.get(order.device)?.control(order.message);
+        return;
+      case 'serve':
+        add(order.device);
+        // What its driver has done by now, nobody has told this worker.
+        if (held) runners.get(order.device.handle.id)!.pause();
+        else runners.get(order.device.handle.id)!.update();
+        return;
+      case 'drop':
+        drop(order.device);
+        return;
+      case 'add-memory':
+        changeMemory(held, () => memory.add(attachPart(order.part, kernel)));
+        return;
+      case 'remove-memory':
+        changeMemory(held, () => {
+          for (const runner of runners.values()) runner.loseMemory(order.part.range);
+          memory.remove(order.part.range.address);
+        });
+    }
+  }
+
+  /** Nothing is under way meanwhile. */
+  function changeMemory(held: boolean, change: () => void): void {
+    if (!held) for (const runner of runners.values()) runner.pause();
+    change();
+    if (!held) for (const runner of runners.values()) runner.resume();
+  }
+
+  function takeOrders(held: boolean): void {
     for (let received = receiveMessageOnPort(parentPort!); received !== undefined;) {
-      const { device, message } = received.message as IoCommand;
-      runners.get(device)?.control(message);
+      const order = received.message as IoCommand;
+      let failure: string | undefined;
+      try {
+        obey(order, held);
+      } catch (error) {
+        failure = reasonOf(error);
+      }
+      if (order.kind !== 'control') post({ kind: 'answer', failure });
       received = receiveMessageOnPort(parentPort!);
     }
+  }
+
+  for (const device of data.devices) add(device);
+  loop.watch(data.wake, EPOLL.IN | EPOLL.EDGE, () => {
+    takeOrders(false);
     for (const runner of runners.values()) runner.update();
     outbox.flush();
   });
-  while (Atomics.load(command, 0) === 0) loop.turn(-1);
-  for (const [device, runner] of runners) {
+  for (let word = Atomics.load(command, 0); (word & IoOrder.stop) === 0; word = Atomics.load(command, 0)) {
+    if ((word & IoOrder.hold) === 0) loop.turn(-1);
+    else loop.standStill(() => holdStill());
+  }
+
+  /** Serves nothing until it is let go; what comes meanwhile waits where it is, but for main's commands. */
+  function holdStill(): void {
+    for (const runner of runners.values()) runner.pause();
+    for (;;) {
+      const word = Atomics.load(command, 0);
+      if ((word & IoOrder.hold) === 0 || (word & IoOrder.stop) !== 0) break;
+      post({ kind: 'held', word });
+      takeOrders(true);
+      Atomics.wait(command, 0, word);
+    }
+    for (const runner of runners.values()) runner.resume();
+  }
+
+  for (const device of [...runners.keys()]) {
     try {
-      runner.close();
+      drop(device);
     } catch (error) {
       // Such as the host's, when an image is synced for the last time. The others are closed all the same.
-      post({ kind: 'close-failed', device, reason: error instanceof Error ? error.message : String(error) });
+      post({ kind: 'close-failed', device, reason: reasonOf(error) });
     }
   }
   guestLog.close();
   loop.unwatch(data.wake);
   loop.close();
+}
+
+function reasonOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
 }

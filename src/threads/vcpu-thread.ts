@@ -1,12 +1,14 @@
 /** The composition root of a vCPU thread: it attaches to its vCPU, builds its own view of the devices, and runs. */
 import fs from 'node:fs';
-import { parentPort, workerData } from 'node:worker_threads';
+import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
+import type { GuestMemory } from '../memory/guest-memory.js';
 import { StateBlock } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { VcpuMessage, VcpuWorkerData } from '../vmm/cpus/cpu-manager.js';
-import { attachMemory } from '../vmm/memory/memory-manager.js';
+import { attachMemory, attachPart } from '../vmm/memory/memory-manager.js';
 import { attachPlatform } from '../vmm/boards/platform.js';
-import { awaitCommand, runVcpu, VcpuCommand, vcpuControlLayout } from '../vmm/cpus/vcpu-loop.js';
+import type { PlatformChange } from '../vmm/boards/platform-parts.js';
+import { command, runVcpu, VcpuCommand, vcpuControlLayout } from '../vmm/cpus/vcpu-loop.js';
 import { attachSignals, attachVcpu } from './backends.js';
 
 /** Spends the thread's life in the guest. */
@@ -15,14 +17,14 @@ export function runVcpuThread(kernel: HostKernel): void {
   const post = (message: VcpuMessage) => parentPort!.postMessage(message);
 
   const control = new StateBlock(vcpuControlLayout, data.control);
-  const { command, threadId } = vcpuControlLayout.at;
-  const { ports, memory, endOfInterrupt } = attachPlatform(
+  const { threadId } = vcpuControlLayout.at;
+  const { ports, memory, endOfInterrupt, apply } = attachPlatform(
     data.platform,
     kernel,
     attachSignals(data.hypervisor, kernel, data.platform.vm),
     (event) => {
       // A guest that resets or powers itself off runs no further instruction; main stops the other vCPUs.
-      if (event.kind === 'reset' || event.kind === 'power-off') Atomics.store(control.words, command, VcpuCommand.Stop);
+      if (event.kind === 'reset' || event.kind === 'power-off') command(control, VcpuCommand.stop);
       post(event);
     },
   );
@@ -30,10 +32,27 @@ export function runVcpuThread(kernel: HostKernel): void {
   // The thread's name, for tools such as top and taskset.
   fs.writeFileSync(`/proc/self/task/${kernel.threadId()}/comm`, data.name);
   if (data.affinity !== undefined) kernel.setAffinity(data.affinity);
-  const vcpu = attachVcpu(data.hypervisor, kernel, data.vcpu, () => attachMemory(data.memory, kernel));
+  let guestMemory: GuestMemory | undefined;
+  const vcpu = attachVcpu(data.hypervisor, kernel, data.vcpu, () => {
+    guestMemory = attachMemory(data.memory, kernel);
+    return guestMemory;
+  });
   Atomics.store(control.words, threadId, vcpu.enterThread());
-  awaitCommand(control, () => post({ kind: 'ready' }));
-  const end = runVcpu(vcpu, control, ports, memory, endOfInterrupt);
+  let changes = 0;
+  const end = runVcpu(vcpu, control, ports, memory, {
+    endOfInterrupt,
+    held: (time) => post({ kind: 'held', time }),
+    attend: () => {
+      for (let next = receiveMessageOnPort(parentPort!); next !== undefined; next = receiveMessageOnPort(parentPort!)) {
+        const change = next.message as PlatformChange;
+        if (change.kind === 'add-memory') guestMemory?.add(attachPart(change.part, kernel));
+        else if (change.kind === 'remove-memory') guestMemory?.remove(change.part.range.address);
+        else apply(change);
+        changes++;
+      }
+      post({ kind: 'attended', changes });
+    },
+  });
   // The thread's id may be used again once it is gone.
   Atomics.store(control.words, threadId, 0);
   if (end.kind !== 'stopped') post({ kind: 'ended', end, instructionPointer: vcpu.instructionPointer() });

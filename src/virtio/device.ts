@@ -91,6 +91,11 @@ export interface Driver {
 
 /** A device at work. All calls come on the worker's thread, none of them throws for what a guest does. */
 export interface VirtioDevice {
+  /**
+   * Between two calls it has chains in hand, or the host's kernel works on some for it: to stand still it is deactivated. Others
+   * touch guest memory within a call alone.
+   */
+  readonly holdsChains?: boolean;
   /** The driver is ready. Kicks may come from now on; each queue gets one at once. */
   activate(driver: Driver): void;
   /** A queue may have chains. */

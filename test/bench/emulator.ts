@@ -28,6 +28,7 @@ import { GuestMemory } from '../../src/memory/guest-memory.js';
 import { StateBlock } from '../../src/state/state-block.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
 import { runVcpu, VcpuCommand, vcpuControlLayout } from '../../src/vmm/cpus/vcpu-loop.js';
+import { NO_ORDERS } from '../support/vcpu-orders.js';
 import { median, row, type Row } from './report.js';
 
 const INSTRUCTIONS = 100_000;
@@ -146,7 +147,7 @@ function exits(): number {
     let accesses = 0;
     const device: BusDevice = {
       read: () => {
-        if (++accesses === EXITS) control.words[vcpuControlLayout.at.command] = VcpuCommand.Stop;
+        if (++accesses === EXITS) control.words[vcpuControlLayout.at.command] = VcpuCommand.stop;
         return 0;
       },
       write: () => undefined,
@@ -154,7 +155,7 @@ function exits(): number {
     const memory = new Bus();
     memory.insert(0xd_0000, 0x1000, device);
     const start = process.hrtime.bigint();
-    runVcpu(vcpu, control, new Bus(), memory);
+    runVcpu(vcpu, control, new Bus(), memory, NO_ORDERS);
     return Number(process.hrtime.bigint() - start) / EXITS;
   } finally {
     vcpu.close();

@@ -12,6 +12,7 @@ import { openKvm } from '../../src/hypervisor/kvm/kvm.js';
 import { StateBlock } from '../../src/state/state-block.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
 import { runVcpu, VcpuCommand, vcpuControlLayout } from '../../src/vmm/cpus/vcpu-loop.js';
+import { NO_ORDERS } from '../support/vcpu-orders.js';
 import { median, row, type Row } from './report.js';
 
 const EXITS = 20_000;
@@ -45,7 +46,7 @@ class Latch implements BusDevice {
   }
 
   #count(): void {
-    if (++this.accesses === EXITS) this.control[vcpuControlLayout.at.command] = VcpuCommand.Stop;
+    if (++this.accesses === EXITS) this.control[vcpuControlLayout.at.command] = VcpuCommand.stop;
   }
 }
 
@@ -76,7 +77,7 @@ function runOurs(code: readonly number[]): number {
     ports.insert(PORT, 1, device);
     memory.insert(MMIO, 0x1000, device);
     const start = process.hrtime.bigint();
-    const end = runVcpu(vcpu, control, ports, memory);
+    const end = runVcpu(vcpu, control, ports, memory, NO_ORDERS);
     const elapsed = Number(process.hrtime.bigint() - start);
     if (end.kind !== 'stopped' || device.accesses !== EXITS)
       throw new Error(`The guest ended by ${JSON.stringify(end)}`);

@@ -7,6 +7,7 @@ import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { type Flavour, type Kernel, kernel } from '../lab/kernels.js';
 import type { Backend } from '../support/backend.js';
+import { ApiClient, Conversation, DONE, LISTEN } from '../support/conversation.js';
 import { expectFacts } from '../support/facts.js';
 import { Guest, type GuestOptions, runInGuest, testFolder } from '../support/guest.js';
 import { guestProgram, writeInitramfs } from '../support/guest-image.js';
@@ -183,6 +184,87 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     const hex = (segment: number) => segment.toString(16).padStart(4, '0');
     const wanted = disks.map((_, index) => `${hex(index)}:00:01.0 s${index} segment ${index}\n`);
     expect({ status, output }).toEqual({ status: 0, output: wanted.join('') });
+  });
+
+  test('hotplug: a disk, a network, persistent memory and a vsock device come and go, and leave nothing', async () => {
+    const socket = `${scratch}/hotplug`;
+    const path = (name: string) => `${scratch}/hotplug-${name}`;
+    await host.check(
+      `for name in raw pmem; do echo hello-$name >${path('')}$name; truncate -s 8M ${path('')}$name; done`,
+    );
+    const guest = await start({
+      // On aarch64 a guest of the devicetree would not hear of it.
+      cmdline: backend.architecture === 'aarch64' ? 'acpi=force' : '',
+      task: {
+        command: LISTEN,
+        modules: modules('virtio_pci', 'virtio_blk', 'virtio_net', 'virtio_pmem', 'vmw_vsock_virtio_transport'),
+      },
+      vmm: ['--platform', 'num_pci_segments=2', '--api-socket', socket],
+    });
+    const shell = new Conversation(guest);
+    await shell.listens();
+    const api = new ApiClient(host, socket);
+    const pid = await guest.process.pid;
+    const held = () =>
+      host.check(`ls -l /proc/${pid}/fd | sed 's/.*-> //; s/[0-9]*//g' | sort; ls /proc/${pid}/task | wc -l`);
+    const come = async (kind: string, config: object) => {
+      const answer = await api.put(`vm.add-${kind}`, config);
+      expect(answer).toMatchObject({ status: 200, body: { id: expect.any(String) } });
+      return answer.body as { id: string; bdf: string };
+    };
+    const devices = [
+      {
+        kind: 'disk',
+        config: { path: path('raw'), readonly: true },
+        there: '[ -b /dev/vda ] && head -c 9 /dev/vda',
+        gone: '[ ! -e /dev/vda ]',
+        says: 'hello-raw',
+      },
+      {
+        kind: 'net',
+        config: { tap: `hot${backend.hypervisor}`, ip: '10.77.0.1', mask: '255.255.255.0', pci_segment: 1 },
+        there:
+          'ip addr add 10.77.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 -w 30 10.77.0.1 >/dev/null && echo pong',
+        gone: '[ ! -e /sys/class/net/eth0 ]',
+        says: 'pong',
+      },
+      {
+        kind: 'pmem',
+        config: { file: path('pmem') },
+        there: '[ -b /dev/pmem0 ] && head -c 10 /dev/pmem0',
+        gone: '[ ! -e /dev/pmem0 ]',
+        says: 'hello-pmem',
+      },
+      {
+        kind: 'vsock',
+        config: { cid: 7, socket: path('vsock'), pci_segment: 1, pci_device_id: 9 },
+        there: 'readlink /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio*',
+        gone: '! readlink /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio*',
+        says: '/virtio',
+      },
+    ];
+    const round = async () => {
+      const names: string[] = [];
+      for (const { kind, config, there, says } of devices) {
+        names.push((await come(kind, config)).id);
+        // What a device is made of comes one by one.
+        expect(await shell.run(`until { ${there}; } 2>/dev/null; do sleep 0.1; done`)).toContain(says);
+      }
+      const { body } = await api.get('vm.info');
+      const nodes = (body as { device_tree: Record<string, unknown> }).device_tree;
+      expect(Object.keys(nodes)).toEqual(expect.arrayContaining(names));
+      for (const id of names) expect(await api.put('vm.remove-device', { id })).toEqual(DONE);
+      for (const { gone } of devices) await shell.run(`until ${gone}; do sleep 0.1; done`);
+      for (const id of names) await guest.waitForLog(new RegExp(`${id}: removed`));
+    };
+    // What Node.js opens when something is done for the first time, it keeps.
+    await round();
+    const before = await held();
+    await round();
+    expect(await held()).toBe(before);
+    expect(await api.put('vmm.shutdown')).toEqual(DONE);
+    await api.close();
+    expect(await guest.end()).toMatchObject({ status: 0 });
   });
 
   test('block: fio verifies what two jobs wrote through two queues', async () => {

@@ -22,6 +22,13 @@ export function fakeVmm(asked: (what: unknown) => void, release: Promise<void> =
     shutdown: () => say('shutdown'),
     delete: () => say('delete'),
     reboot: () => say('reboot'),
+    pause: () => say('pause'),
+    resume: () => say('resume'),
+    addDevice: async (kind, device) => {
+      await say({ add: kind, device });
+      return kind === 'vsock' ? undefined : { id: `_${kind}7`, bdf: '0000:00:07.0' };
+    },
+    removeDevice: (id) => say({ remove: id }),
     shutdownVmm: say,
     info: () => ({ config, state: 'Running', memory_actual_size: 5, device_tree: {} }),
     counters: () => ({ _disk0: { read_ops: 1 } }),

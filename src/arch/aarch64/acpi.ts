@@ -2,6 +2,8 @@
  * ACPI tables of an aarch64 machine (ACPI 6.4, chapter 5; Arm DEN 0049 for IORT; the SPCR specification): FADT, MADT, GTDT, MCFG,
  * SPCR, IORT, DSDT. Power-off and reset go through PSCI.
  *
+ * Processors do not come and go.
+ *
  * Not there: a clock, which ACPI has no device for (guests take it from EFI's runtime services, and there are none here); PPTT.
  */
 import {
@@ -16,8 +18,10 @@ import {
   scope,
   string,
 } from '../acpi/aml.js';
-import type { PciSegmentWindows } from '../acpi/config.js';
+import { GedEvent, type PciSegmentWindows } from '../acpi/config.js';
 import { genericEvents, hostBridge, powerButton, processor, pvpanicDevice } from '../acpi/devices.js';
+import { MEMORY_SCAN, memoryHotplug } from '../acpi/memory-hotplug.js';
+import { PCI_SCAN, pciHotplug } from '../acpi/pci-hotplug.js';
 import { buildMcfg, HEADER_SIZE, type PlacedTable, placeTables, sealTable } from '../acpi/tables.js';
 import * as layout from './layout.js';
 
@@ -28,6 +32,9 @@ export interface Arm64AcpiConfig {
   readonly pvpanic: boolean;
   /** By segment number. */
   readonly segments: readonly PciSegmentWindows[];
+  /** Guest physical addresses of the hotplug controllers' registers. */
+  readonly pciHotplug: number;
+  readonly memoryHotplug?: number;
 }
 
 /** Interrupts by their identifiers in the GIC: private ones from 16, shared ones from 32. */
@@ -41,7 +48,7 @@ export function buildArm64Acpi(
   start: number,
   end: number,
 ): { rsdp: number; tables: PlacedTable[] } {
-  return placeTables(start, end, Uint8Array.from(dsdtTerms(config)), (dsdt) => [
+  return placeTables(start, end, dsdtTerms(config), (dsdt) => [
     buildFadt(dsdt),
     buildMadt(config),
     buildGtdt(),
@@ -175,12 +182,16 @@ function buildIort({ segments }: Arm64AcpiConfig): Uint8Array {
   return sealTable('IORT', 0, bytes);
 }
 
-function dsdtTerms({ mpidrs, serial, pvpanic, segments }: Arm64AcpiConfig): Aml {
+function dsdtTerms(config: Arm64AcpiConfig): Aml {
+  const { mpidrs, serial, pvpanic, segments, memoryHotplug: memoryRegisters } = config;
+  const scans = new Map<GedEvent, string>([[GedEvent.Pci, PCI_SCAN]]);
+  if (memoryRegisters !== undefined) scans.set(GedEvent.Memory, MEMORY_SCAN);
   const coherent = [name('_CCA', integer(1))];
   const spaces = segments.map(({ ecam }) => memory32Fixed(ecam, layout.ECAM_SEGMENT_SIZE));
   return scope(
     '\\_SB',
     ...mpidrs.map((_, id) => processor(id)),
+    pciHotplug(config.pciHotplug, segments.length),
     ...segments.map((windows, segment) => hostBridge(windows, segment, layout.SPI_INTX.map(gsi), [], coherent)),
     // Reserves the configuration spaces, without which Linux does not use them.
     device(
@@ -192,7 +203,8 @@ function dsdtTerms({ mpidrs, serial, pvpanic, segments }: Arm64AcpiConfig): Aml 
     ...(serial ? [serialPort()] : []),
     powerButton(),
     ...(pvpanic ? [pvpanicDevice(memory32Fixed(layout.PVPANIC, 2))] : []),
-    genericEvents(layout.GED, gsi(layout.SPI_GED)),
+    genericEvents(layout.GED, gsi(layout.SPI_GED), scans),
+    ...(memoryRegisters === undefined ? [] : [memoryHotplug(memoryRegisters)]),
   );
 }
 

@@ -37,6 +37,8 @@ export const RTC = 0x0901_0000;
 export const GPIO = 0x0902_0000;
 export const GED = 0x0904_0000;
 export const PVPANIC = 0x0906_0000;
+export const PCI_HOTPLUG = 0x0907_0000;
+export const MEMORY_HOTPLUG = 0x0908_0000;
 
 export const MMIO32_START = 0x1000_0000;
 export const MMIO32_END = 0x3000_0000;

@@ -13,5 +13,11 @@ export interface PciSegmentWindows {
   readonly mmio64: Window;
 }
 
-/** The bit of the GED's event register that stands for the power button: src/devices/ged.ts. */
-export const GED_EVENT_POWER_BUTTON = 8;
+/** Bits of the GED's event register: src/devices/ged.ts. */
+export const GedEvent = { Cpu: 1, Memory: 2, Pci: 4, PowerButton: 8 } as const;
+export type GedEvent = (typeof GedEvent)[keyof typeof GedEvent];
+
+/** Registers of the hotplug controllers, in bytes: src/devices/{pci,cpu,memory}-hotplug.ts. */
+export const PCI_HOTPLUG_SIZE = 0x10;
+export const CPU_HOTPLUG_SIZE = 0xc;
+export const MEMORY_HOTPLUG_SIZE = 0x18;

@@ -3,10 +3,13 @@ import {
   type Aml,
   and,
   ARG3,
-  byteFields,
+  call,
   device,
   dwordMemory,
   eisaId,
+  FieldAccess,
+  fields,
+  hex,
   ifThen,
   integer,
   interrupt,
@@ -25,7 +28,8 @@ import {
   wordBusNumber,
 } from './aml.js';
 import { intxLine } from '../pci-intx.js';
-import { GED_EVENT_POWER_BUTTON, type PciSegmentWindows } from './config.js';
+import { GedEvent, type PciSegmentWindows } from './config.js';
+import { pciSlots } from './pci-hotplug.js';
 
 /**
  * A PCI Express host bridge with one bus.
@@ -54,6 +58,7 @@ export function hostBridge(
     method('_OSC', 4, returnValue(ARG3)),
     name('_CRS', resourceTemplate(wordBusNumber(0, 0), ...ports, ...windows)),
     name('_PRT', interruptRouting(segment, lines)),
+    ...pciSlots(segment),
   );
 }
 
@@ -84,28 +89,34 @@ export function pvpanicDevice(place: Aml): Aml {
   );
 }
 
-/** The generic event device (5.6.9): its register tells what happened, and reading clears it. */
-export function genericEvents(register: number, gsi: number): Aml {
+/**
+ * The generic event device (5.6.9): its register tells what happened, and reading clears it.
+ *
+ * @param scans by event, the method that finds out what came or shall go
+ */
+export function genericEvents(register: number, gsi: number, scans: ReadonlyMap<GedEvent, string>): Aml {
   return device(
     'GED_',
     name('_HID', string('ACPI0013')),
     name('_UID', integer(0)),
     name('_CRS', resourceTemplate(interrupt(gsi))),
     memoryRegion('GEDR', register, 1),
-    byteFields('GEDR', ['GEVT', 8]),
+    fields('GEDR', FieldAccess.Byte, ['GEVT', 8]),
     method(
       '_EVT',
       1,
       store(reference('GEVT'), LOCAL0),
-      ifThen(and(LOCAL0, integer(GED_EVENT_POWER_BUTTON)), notify('\\_SB.PWRB', 0x80)),
+      ...Array.from(scans, ([event, scan]) => ifThen(and(LOCAL0, integer(event)), call(scan))),
+      ifThen(and(LOCAL0, integer(GedEvent.PowerButton)), notify('\\_SB.PWRB', integer(0x80))),
     ),
   );
 }
 
-export function processor(id: number): Aml {
-  return device(`C${hex(id, 3)}`, name('_HID', string('ACPI0007')), name('_UID', integer(id)));
+export function processorName(id: number): string {
+  return `C${hex(id, 3)}`;
 }
 
-function hex(value: number, digits: number): string {
-  return value.toString(16).toUpperCase().padStart(digits, '0');
+/** @param more terms beyond these */
+export function processor(id: number, ...more: Aml[]): Aml {
+  return device(processorName(id), name('_HID', string('ACPI0007')), name('_UID', integer(id)), ...more);
 }

@@ -1,4 +1,5 @@
 /** What ACPI tables of all architectures have in common (ACPI 6.5, chapter 5): headers, MCFG, RSDP and XSDT, their places. */
+import type { Aml } from './aml.js';
 import type { PciSegmentWindows } from './config.js';
 
 /** The tables do not fit the space set aside for them. */
@@ -16,7 +17,9 @@ export const HEADER_SIZE = 36;
 const CHECKSUM = 9;
 
 function sum(bytes: Uint8Array): number {
-  return bytes.reduce((total, byte) => (total + byte) & 0xff, 0);
+  let total = 0;
+  for (const byte of bytes) total += byte;
+  return total & 0xff;
 }
 
 /** A table with its header (5.2.6) and checksum. @param body what follows the header */
@@ -69,7 +72,7 @@ function buildRsdp(xsdt: number): Uint8Array {
 export function placeTables(
   start: number,
   end: number,
-  dsdtTerms: Uint8Array,
+  dsdtTerms: Aml,
   others: (dsdt: number) => readonly Uint8Array[],
 ): { rsdp: number; tables: PlacedTable[] } {
   const tables: PlacedTable[] = [];
@@ -81,7 +84,7 @@ export function placeTables(
     if (next > end) throw new AcpiError(`The ACPI tables do not fit their ${(end - start) / 1024} KiB`);
     return address;
   };
-  const dsdt = place(sealTable('DSDT', 6, dsdtTerms));
+  const dsdt = place(sealTable('DSDT', 6, Buffer.from(dsdtTerms, 'latin1')));
   const entries = others(dsdt).map(place);
   const xsdt = place(sealTable('XSDT', 1, new Uint8Array(BigUint64Array.from(entries, BigInt).buffer)));
   tables.push({ address: start, bytes: buildRsdp(xsdt) });

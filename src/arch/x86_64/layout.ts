@@ -73,19 +73,25 @@ export interface PlatformArea {
   /** End of the 64-bit PCI window: start of the platform area. */
   readonly start: number;
   readonly end: number;
+  readonly memoryHotplug: number | undefined;
   readonly pciHotplug: number;
   readonly cpuHotplug: number;
   readonly ged: number;
 }
 
-/** @param physicalBits 36 to 52 */
-export function platformArea(physicalBits: number): PlatformArea {
+/**
+ * @param physicalBits 36 to 52
+ * @param memoryHotplug whether there is a controller for it; it takes the first place, and the others move
+ */
+export function platformArea(physicalBits: number, memoryHotplug = false): PlatformArea {
   const end = 2 ** physicalBits - MMIO64_TOP_GAP;
+  const rest = memoryHotplug ? end - 0x1000 : end;
   return {
     start: end - PLATFORM_AREA_SIZE,
     end,
-    pciHotplug: end - 0x1000,
-    cpuHotplug: end - 0x2000,
-    ged: end - 0x3000,
+    memoryHotplug: memoryHotplug ? rest : undefined,
+    pciHotplug: rest - 0x1000,
+    cpuHotplug: rest - 0x2000,
+    ged: rest - 0x3000,
   };
 }

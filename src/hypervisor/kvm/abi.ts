@@ -37,6 +37,11 @@ export const KVM_GET_LAPIC = 0x8400ae8e;
 export const KVM_SET_LAPIC = 0x4400ae8f;
 export const KVM_SET_CPUID2 = 0x4008ae90;
 export const KVM_GET_TSC_KHZ = 0xaea3;
+export const KVM_SET_CLOCK = 0x4030ae7b;
+export const KVM_GET_CLOCK = 0x8030ae7c;
+export const KVM_KVMCLOCK_CTRL = 0xaead;
+export const KVM_SET_DEVICE_ATTR = 0x4018aee1;
+export const KVM_GET_DEVICE_ATTR = 0x4018aee2;
 
 /** Capability numbers, by the name the kernel gives them. */
 export const KVM_CAP = {
@@ -134,6 +139,14 @@ export const MSI_SIZE = 32;
 /** In the flags of struct kvm_msi and of an MSI route: the sender's identity stands in devid. An error but for an Arm ITS. */
 export const KVM_MSI_VALID_DEVID = 1;
 export const KVM_IRQ_ROUTING_MSI = 2;
+/** struct kvm_clock_data. */
+export const CLOCK_SIZE = 48;
+export const CLOCK = { clock: 0, flags: 8, hostTsc: 24 } as const;
+export const KVM_CLOCK_HOST_TSC = 8;
+/** struct kvm_device_attr: flags at 0, group at 4, attr at 8, addr at 16. */
+export const DEVICE_ATTR_SIZE = 24;
+export const KVM_VCPU_TSC_CTRL = 0;
+export const KVM_VCPU_TSC_OFFSET = 0;
 export const PIT_CONFIG_SIZE = 64;
 /** struct kvm_irq_routing's header, and struct kvm_irq_routing_entry. */
 export const IRQ_ROUTING_HEADER_SIZE = 8;

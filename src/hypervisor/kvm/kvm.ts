@@ -87,8 +87,18 @@ export class KvmHypervisor implements X86Hypervisor {
   }
 }
 
+/** What the clocks showed when they were stopped. */
+interface Stopped {
+  /** Nanoseconds of kvmclock. */
+  readonly clock: bigint;
+  /** Of the host; undefined: its time-stamp counters are not in step. */
+  readonly tsc: bigint | undefined;
+}
+
 class KvmVm extends KvmVmBase implements X86Vm {
   readonly ioapic = true;
+  readonly #vcpus: KvmVcpu[] = [];
+  #stopped: Stopped | undefined;
 
   initialize(options: X86VmOptions): void {
     // Intel hosts without unrestricted guest need three pages and one page of guest addresses: api.rst, 4.35 and 4.41.
@@ -142,7 +152,39 @@ class KvmVm extends KvmVmBase implements X86Vm {
   }
 
   createVcpu(id: number): X86Vcpu {
-    return this.openVcpu(id, (handle, run) => new KvmVcpu(this.kernel, handle, run));
+    const vcpu = this.openVcpu(id, (handle, run) => new KvmVcpu(this.kernel, handle, run));
+    this.#vcpus.push(vcpu);
+    return vcpu;
+  }
+
+  /** KVM starts the clocks of all vCPUs together by itself: each new one takes the time of the first. */
+  startTime(): void {
+    const stopped = this.#stopped;
+    if (stopped === undefined) return;
+    this.#stopped = undefined;
+    // All by the same number, so that they stay in step.
+    const { tsc } = this.#readClock();
+    const behind = tsc === undefined || stopped.tsc === undefined ? 0n : tsc - stopped.tsc;
+    for (const vcpu of this.#vcpus) vcpu.setBack(behind);
+    const data = new Uint8Array(abi.CLOCK_SIZE);
+    new DataView(data.buffer).setBigUint64(abi.CLOCK.clock, stopped.clock, true);
+    this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_CLOCK, data);
+  }
+
+  stopTime(): void {
+    this.#stopped = this.#readClock();
+    for (const vcpu of this.#vcpus) vcpu.excuseLateness();
+  }
+
+  #readClock(): Stopped {
+    const data = new Uint8Array(abi.CLOCK_SIZE);
+    this.kernel.ioctlBuffer(this.fd, abi.KVM_GET_CLOCK, data);
+    const view = new DataView(data.buffer);
+    const told = (view.getUint32(abi.CLOCK.flags, true) & abi.KVM_CLOCK_HOST_TSC) !== 0;
+    return {
+      clock: view.getBigUint64(abi.CLOCK.clock, true),
+      tsc: told ? view.getBigUint64(abi.CLOCK.hostTsc, true) : undefined,
+    };
   }
 
   tscKhz(): number | undefined {

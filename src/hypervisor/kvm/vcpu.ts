@@ -1,7 +1,9 @@
 /** A KVM vCPU on x86_64: its registers. */
+import { SystemError } from '../../sys/host-kernel.js';
 import { ExitKind, HypervisorError, type X86Vcpu } from '../hypervisor.js';
 import type { CpuidEntry, Msr, X86Fpu, X86Registers, X86Segment, X86SpecialRegisters } from '../x86-state.js';
 import * as abi from './abi.js';
+import { getAttribute, setAttribute } from './attribute.js';
 import { KvmRunner } from './run.js';
 
 /** The order of struct kvm_regs. */
@@ -41,6 +43,26 @@ export class KvmVcpu extends KvmRunner implements X86Vcpu {
   instructionPointer(): bigint {
     const regs = this.#get(abi.KVM_GET_REGS, abi.REGS_SIZE);
     return regs.getBigUint64(RIP_OFFSET, true);
+  }
+
+  /** Sets its time-stamp counter back. @param ticks of the host's; the guest's are no others */
+  setBack(ticks: bigint): void {
+    if (ticks === 0n) return;
+    const { KVM_VCPU_TSC_CTRL: group, KVM_VCPU_TSC_OFFSET: attribute } = abi;
+    const { fd } = this.handle;
+    try {
+      const offset = getAttribute(this.kernel, fd, group, attribute);
+      setAttribute(this.kernel, fd, group, attribute, BigInt.asUintN(64, offset - ticks));
+    } catch (error) {
+      // Before Linux 5.16 it goes on.
+      if (!(error instanceof SystemError)) throw error;
+    }
+  }
+
+  /** The guest's watchdog does not take the time in which it stands still for its own fault: api.rst, 4.76. */
+  excuseLateness(): void {
+    // EINVAL: the guest does not use kvmclock.
+    this.kernel.ioctlRaw(this.handle.fd, abi.KVM_KVMCLOCK_CTRL, 0);
   }
 
   setCpuid(entries: readonly CpuidEntry[]): void {

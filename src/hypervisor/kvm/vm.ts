@@ -19,6 +19,7 @@ export class KvmVmBase {
   protected readonly routes = new StateBlock(kvmRoutesLayout);
   readonly #eventfds: number[] = [];
   #nextRoute: number;
+  readonly #freeRoutes: number[] = [];
 
   /** @param pins of the interrupt controller; their routes come first */
   constructor(
@@ -45,6 +46,13 @@ export class KvmVmBase {
     this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_USER_MEMORY_REGION, region);
   }
 
+  /** A slot of no bytes is none: api.rst, 4.35. */
+  removeMemory(slot: number): void {
+    const region = new Uint8Array(abi.USER_MEMORY_REGION_SIZE);
+    new DataView(region.buffer).setUint32(0, slot, true);
+    this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_USER_MEMORY_REGION, region);
+  }
+
   createInterrupt(pin: number): InterruptHandle {
     const eventfd = this.kernel.eventfd();
     this.#eventfds.push(eventfd);
@@ -52,13 +60,16 @@ export class KvmVmBase {
     return { eventfd };
   }
 
-  startTime(): void {
-    // KVM starts the clocks of all vCPUs together by itself: each new one takes the time of the first.
-  }
-
   allocateMsiRoute(): number {
+    const free = this.#freeRoutes.pop();
+    if (free !== undefined) return free;
     if (this.#nextRoute === MAX_ROUTES) throw new HypervisorError(`More than ${MAX_ROUTES} interrupt routes`);
     return this.#nextRoute++;
+  }
+
+  freeMsiRoute(route: number): void {
+    this.signals.clearMsiRoute(route);
+    this.#freeRoutes.push(route);
   }
 
   /** @param build makes the vCPU, which closes both from then on */

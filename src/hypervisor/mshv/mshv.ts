@@ -140,6 +140,9 @@ class MshvVm implements X86Vm {
   readonly #eventfds: number[] = [];
   #signals: VmSignals | undefined;
   #nextRoute = IOAPIC_PINS;
+  readonly #freeRoutes: number[] = [];
+  /** By slot. */
+  readonly #memory = new Map<number, MemorySlot>();
   /** VP 0, which answers what CPUID is before anybody asked for it. */
   #first: MshvVcpu | undefined;
   #cpuid: CpuidEntry[] = [];
@@ -196,13 +199,24 @@ class MshvVm implements X86Vm {
   }
 
   /** The slot's number is KVM's business: the driver knows a region by where it is. */
-  addMemory({ guestAddress, mapping }: MemorySlot): void {
+  addMemory(slot: MemorySlot): void {
+    const { WRITABLE, EXECUTABLE } = abi.MSHV_SET_MEM_BIT;
+    this.#setMemory(slot, (1 << WRITABLE) | (1 << EXECUTABLE));
+    this.#memory.set(slot.slot, slot);
+  }
+
+  removeMemory(slot: number): void {
+    this.#setMemory(this.#memory.get(slot)!, 1 << abi.MSHV_SET_MEM_BIT.UNMAP);
+    this.#memory.delete(slot);
+  }
+
+  #setMemory({ guestAddress, mapping }: MemorySlot, flags: number): void {
     const region = new Uint8Array(abi.MEM_REGION_SIZE);
     const view = new DataView(region.buffer);
     view.setBigUint64(abi.MEM_REGION.size, BigInt(mapping.length), true);
     view.setBigUint64(abi.MEM_REGION.guestPfn, BigInt(guestAddress / abi.MSHV_HV_PAGE_SIZE), true);
     view.setBigUint64(abi.MEM_REGION.userspaceAddress, mapping.address, true);
-    region[abi.MEM_REGION.flags] = (1 << abi.MSHV_SET_MEM_BIT.WRITABLE) | (1 << abi.MSHV_SET_MEM_BIT.EXECUTABLE);
+    region[abi.MEM_REGION.flags] = flags;
     this.#request('SET_GUEST_MEMORY', () => this.kernel.ioctlBuffer(this.fd, abi.MSHV_SET_GUEST_MEMORY, region));
   }
 
@@ -252,11 +266,22 @@ class MshvVm implements X86Vm {
     this.#hypercalls.setProperty(abi.HV_PARTITION_PROPERTY.TIME_FREEZE, 0n);
   }
 
+  stopTime(): void {
+    this.#hypercalls.setProperty(abi.HV_PARTITION_PROPERTY.TIME_FREEZE, 1n);
+  }
+
   allocateMsiRoute(): number {
+    const free = this.#freeRoutes.pop();
+    if (free !== undefined) return free;
     if (this.#nextRoute === abi.MAX_GUEST_IRQS) {
       throw new HypervisorError(`More than ${abi.MAX_GUEST_IRQS} interrupt routes`);
     }
     return this.#nextRoute++;
+  }
+
+  freeMsiRoute(route: number): void {
+    this.signals.clearMsiRoute(route);
+    this.#freeRoutes.push(route);
   }
 
   /** The guest reads it from the hypervisor's own MSR. */

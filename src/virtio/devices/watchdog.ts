@@ -125,13 +125,6 @@ export class WatchdogDevice implements VirtioDevice {
     this.#check.start(CHECK_INTERVAL);
   }
 
-  /** `{ kind: 'pause' }` and `{ kind: 'resume' }`: a guest that stands still cannot ping. */
-  control(message: unknown): void {
-    const { kind } = message as { kind?: unknown };
-    if (kind === 'pause') this.#check.stop();
-    if (kind === 'resume') this.#startAnew();
-  }
-
   deactivate(): void {
     this.#queue = undefined;
     this.#check.stop();

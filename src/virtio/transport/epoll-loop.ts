@@ -9,17 +9,23 @@ const EINTR = 4;
 type Handler = (ready: number) => void;
 
 class LoopTimer implements Timer {
-  /** Milliseconds of the loop's clock; Infinity: not started. */
-  due = Infinity;
+  /** Milliseconds of the loop's clock. */
+  due = 0;
+  /** Its place among those that are started; -1: it is not. */
+  place = -1;
 
-  constructor(readonly handler: () => void) {}
+  constructor(
+    private readonly loop: EpollLoop,
+    readonly handler: () => void,
+  ) {}
 
   start(milliseconds: number): void {
-    this.due = performance.now() + milliseconds;
+    this.due = this.loop.now() + milliseconds;
+    this.loop.started(this);
   }
 
   stop(): void {
-    this.due = Infinity;
+    this.loop.stopped(this);
   }
 }
 
@@ -31,7 +37,10 @@ export class EpollLoop implements EventLoop {
   /** By token, which epoll gives back. */
   readonly #handlers: (Handler | undefined)[] = [];
   readonly #tokens = new Map<number, number>();
+  /** Those that are started, in no order: a device that is gone leaves none. */
   readonly #timers: LoopTimer[] = [];
+  /** Milliseconds that its clock stood still. */
+  #stood = 0;
 
   constructor(private readonly kernel: HostKernel) {
     this.#epoll = kernel.epollCreate();
@@ -62,13 +71,34 @@ export class EpollLoop implements EventLoop {
   }
 
   timer(handler: () => void): Timer {
-    const timer = new LoopTimer(handler);
-    this.#timers.push(timer);
-    return timer;
+    return new LoopTimer(this, handler);
+  }
+
+  /** A timer's own call. */
+  started(timer: LoopTimer): void {
+    if (timer.place < 0) timer.place = this.#timers.push(timer) - 1;
+  }
+
+  /** A timer's own call. */
+  stopped(timer: LoopTimer): void {
+    const { place } = timer;
+    if (place < 0) return;
+    timer.place = -1;
+    const last = this.#timers.pop()!;
+    if (last === timer) return;
+    this.#timers[place] = last;
+    last.place = place;
   }
 
   now(): number {
-    return performance.now();
+    return performance.now() - this.#stood;
+  }
+
+  /** Waits for something else than events; no time passes for timers meanwhile. */
+  standStill(wait: () => void): void {
+    const start = performance.now();
+    wait();
+    this.#stood += performance.now() - start;
   }
 
   /**
@@ -91,18 +121,21 @@ export class EpollLoop implements EventLoop {
   }
 
   #timeout(limit: number): number {
+    if (this.#timers.length === 0) return limit;
     let due = Infinity;
     for (const timer of this.#timers) due = Math.min(due, timer.due);
-    if (due === Infinity) return limit;
-    const left = Math.max(Math.ceil(due - performance.now()), 0);
+    const left = Math.max(Math.ceil(due - this.now()), 0);
     return limit < 0 ? left : Math.min(left, limit);
   }
 
+  /** Backwards: what a handler starts comes behind, and waits for the next turn. */
   #serveTimers(): boolean {
     let served = false;
-    for (const timer of this.#timers) {
-      if (timer.due === Infinity || timer.due > performance.now()) continue;
-      timer.due = Infinity;
+    for (let index = this.#timers.length - 1; index >= 0; index--) {
+      // None: a handler has stopped others.
+      const timer = this.#timers.at(index);
+      if (timer === undefined || timer.due > this.now()) continue;
+      timer.stop();
       timer.handler();
       served = true;
     }

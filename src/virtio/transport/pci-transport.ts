@@ -107,13 +107,24 @@ export class VirtioPciDevice implements FunctionDevice {
     kernel: HostKernel,
     signals: VmSignals,
     lines: IntxLines,
-  ): void {
+  ): VirtioPciDevice {
     const device = new VirtioPciDevice(handle, kernel, signals, lines);
     PciFunction.placeBar(device.#words, device.#at.function, device.#bar, barAddress);
     PciFunction.setInterruptLine(device.#words, device.#at.function, handle.interruptLine);
     device.msix.powerOn();
     device.#config.set(handle.description.config);
     resetTransport(device.#words, device.#at, handle.description);
+    return device;
+  }
+
+  /** The function is gone, and no worker has its queues: nothing of it is left at the hypervisor. */
+  powerOff(): void {
+    this.#state.lock();
+    resetTransport(this.#words, this.#at, this.handle.description);
+    this.#interrupts.reset();
+    this.pci.powerOff();
+    this.#placeDoorbells();
+    this.#state.unlock();
   }
 
   get interruptStatus(): boolean {

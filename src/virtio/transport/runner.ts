@@ -1,6 +1,6 @@
 /** One virtio device on an I/O worker: it gives the device its queues when the driver is ready and takes them back on reset. */
 import type { VmSignals } from '../../hypervisor/hypervisor.js';
-import type { GuestMemory } from '../../memory/guest-memory.js';
+import type { GuestMemory, MemoryRange } from '../../memory/guest-memory.js';
 import type { IntxLines } from '../../pci/intx.js';
 import { NO_VECTOR } from '../../pci/msix.js';
 import { StateBlock } from '../../state/state-block.js';
@@ -61,6 +61,8 @@ export class VirtioRunner {
   /** Whether this worker passes them on: they raise vectors by themselves, but the kernel knows nothing of ISR status. */
   #relaying = false;
   #broken = false;
+  /** The device has its queues, and touches neither them nor guest memory for now. */
+  #paused = false;
   /** What the driver did before the worker's thread was up is new to it. */
   #configWrites = 0;
 
@@ -159,8 +161,37 @@ export class VirtioRunner {
     return (this.#words[this.#at.driverFeatures + (feature >> 5)] & (1 << (feature & 31))) !== 0;
   }
 
+  /** The worker will call nothing of the device before `resume`. */
+  pause(): void {
+    if (this.#device.holdsChains !== true) return;
+    this.#deactivate();
+    this.#paused = true;
+  }
+
+  resume(): void {
+    if (!this.#paused) return;
+    this.#paused = false;
+    if (this.#words[this.#at.holders + this.#worker] !== 0 && !this.#broken) this.#activate();
+  }
+
+  /** A range is no guest memory from now on. Between `pause` and `resume`. */
+  loseMemory({ address, size }: MemoryRange): void {
+    const lost = this.#queues.some((queue) => {
+      if (queue === undefined) return false;
+      const at = this.#at.queues + queue.index * QUEUE_WORDS;
+      return [QueueWord.descriptorLow, QueueWord.driverLow, QueueWord.deviceLow].some((word) => {
+        const ring = queueAddress(this.#words, at + word);
+        return ring >= address && ring < address + size;
+      });
+    });
+    if (!lost) return;
+    this.#deactivate();
+    this.#needsReset('its queues lay in memory that the machine has lost');
+  }
+
   #activate(): void {
     this.#broken = false;
+    if (this.#paused) return;
     try {
       this.#queues = this.handle.description.queueSizes.map((_, index) => this.#openQueue(index));
     } catch (error) {

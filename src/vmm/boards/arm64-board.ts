@@ -113,7 +113,8 @@ export class Arm64Board implements Board {
     const { serial, pvpanic } = this.config;
     const end = layout.ACPI + layout.ACPI_MAX;
     const mpidrs = this.#vcpus.map((vcpu) => vcpu.mpidr());
-    const config = { mpidrs, serial: serial.mode !== 'Off', pvpanic, segments: this.segments };
+    const { segments } = this;
+    const config = { mpidrs, serial: serial.mode !== 'Off', pvpanic, segments, pciHotplug: layout.PCI_HOTPLUG };
     const { rsdp, tables } = buildArm64Acpi(config, layout.ACPI + EFI_MAX, end);
     for (const { address, bytes } of tables) memory.write(address, bytes);
     const { place, bytes } = buildEfi(layout.ACPI, rsdp, this.ram, { address: layout.ACPI, size: layout.ACPI_MAX });

@@ -12,17 +12,20 @@ import { PRIMECELL_SIZE } from '../../devices/primecell.js';
 import type { InterruptHandle, Vm, VmSignals } from '../../hypervisor/hypervisor.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
+import { PCI_HOTPLUG_SIZE, pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { budgetLayout } from '../../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import {
-  attachSegments,
   interruptLine,
   type PciHandle,
+  PciSegments,
   type Platform,
+  pciHotplug,
   type PlatformEvent,
   pvpanic,
+  slotEvents,
 } from './platform-parts.js';
 
 export interface Arm64PlatformOptions {
@@ -42,6 +45,7 @@ export interface Arm64PlatformHandle extends PciHandle {
   readonly gpioInterrupt: InterruptHandle;
   readonly ged: SharedArrayBuffer;
   readonly gedInterrupt: InterruptHandle;
+  readonly pciHotplug: SharedArrayBuffer;
   readonly panics: SharedArrayBuffer;
 }
 
@@ -67,6 +71,7 @@ export function createArm64Platform(
     gpioInterrupt: vm.createInterrupt(layout.SPI_GPIO),
     ged: blank(gedLayout),
     gedInterrupt: vm.createInterrupt(layout.SPI_GED),
+    pciHotplug: blank(pciHotplugLayout),
     panics: blank(budgetLayout),
     vm: vm.handle,
     virtio,
@@ -96,13 +101,24 @@ export function attachArm64Platform(
   memory.insert(layout.GPIO, PRIMECELL_SIZE, gpio);
   const ged = new Ged(new StateBlock(gedLayout, handle.ged), line(handle.gedInterrupt));
   memory.insert(layout.GED, 1, ged);
+  const hotplug = pciHotplug(handle.pciHotplug, emit);
+  memory.insert(layout.PCI_HOTPLUG, PCI_HOTPLUG_SIZE, hotplug);
   if (options.pvpanic) memory.insert(layout.PVPANIC, 1, pvpanic(handle.panics, emit));
-  attachSegments(handle, kernel, signals, memory);
+  const pci = new PciSegments(handle, kernel, signals, memory);
   // A guest of the devicetree hears of it by the GPIO, one of ACPI by the GED; neither knows the other's device.
   const powerButton = () => {
     ged.notify(GedEvent.PowerButton);
     gpio.setInput(POWER_BUTTON_LINE, true);
     setTimeout(() => gpio.setInput(POWER_BUTTON_LINE, false), BUTTON_MILLISECONDS).unref();
   };
-  return { ports: new Bus(), memory, serial, powerButton, endOfInterrupt: () => undefined };
+  return {
+    ports: new Bus(),
+    memory,
+    serial,
+    powerButton,
+    endOfInterrupt: () => undefined,
+    slots: slotEvents(hotplug, ged),
+    apply: pci.apply,
+    setBack: () => undefined,
+  };
 }

@@ -19,6 +19,13 @@ export interface Board {
   readonly intx: IntxHandle;
   /** The vCPUs, by number, not running yet. Their caller closes them. @throws HypervisorError, SystemError */
   createVcpus(): Vcpu[];
+  /**
+   * One more while the machine runs, with the next number; its caller closes it. Undefined: guests of this architecture can be
+   * given none.
+   *
+   * @throws HypervisorError, SystemError
+   */
+  plugVcpu?(): Vcpu;
   /** The devices at power-on; after `createVcpus`. */
   createPlatform(virtio: readonly VirtioPciHandle[]): PlatformHandle;
   /**

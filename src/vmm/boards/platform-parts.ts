@@ -1,9 +1,11 @@
 /** What the platforms of all architectures share: the events that devices tell main, and the PCI segments. */
 import type { Bus, InterruptLine } from '../../devices/bus.js';
+import { type Ged, GedEvent } from '../../devices/ged.js';
+import { PciHotplug, pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { Pvpanic } from '../../devices/pvpanic.js';
 import type { InterruptHandle, VmHandle, VmSignals } from '../../hypervisor/hypervisor.js';
 import { ECAM_BUS_SIZE, HostBridge, PciEcam, PciSegment } from '../../pci/config-space.js';
-import { type PciFunction, PciWindow } from '../../pci/function.js';
+import { PciWindow } from '../../pci/function.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
 import { budgetLayout, MessageBudget } from '../../state/message-budget.js';
@@ -12,6 +14,7 @@ import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { VirtioPciDevice } from '../../virtio/transport/pci-transport.js';
 import type { BytePort } from '../host/serial-pump.js';
+import type { MemoryPart } from '../memory/memory-manager.js';
 
 /** Something that a device has to tell main. */
 export type PlatformEvent =
@@ -20,6 +23,9 @@ export type PlatformEvent =
   | { readonly kind: 'reset' }
   | { readonly kind: 'power-off' }
   | { readonly kind: 'guest-panic'; readonly event: number; readonly untold: number }
+  /** The guest has let a slot go that it was asked for. */
+  | { readonly kind: 'ejected'; readonly segment: number; readonly slot: number }
+  | { readonly kind: 'vcpu-ejected'; readonly vcpu: number }
   | { readonly kind: 'boot-mark'; readonly value: number; readonly microseconds: number };
 
 /** A guest's panic as told from one thread's view of its device. @param block of the device's budget */
@@ -44,26 +50,101 @@ export interface Platform {
   powerButton(): void;
   /** A level-triggered interrupt of this vector has ended: the hypervisor tells it where the IOAPIC is the machine's own. */
   readonly endOfInterrupt: (vector: number) => void;
+  /** Tells the guest which PCI slots something came to, and which it shall let go. */
+  readonly slots: SlotEvents;
+  /** Tells the guest of vCPUs; undefined where it can be given none. */
+  readonly vcpus?: VcpuEvents | undefined;
+  /** Follows what has changed of the machine. */
+  readonly apply: (change: PlatformChange) => void;
+  /** Clocks of the machine's own stood still for so many nanoseconds. While no vCPU runs. */
+  setBack(nanoseconds: number): void;
 }
 
-/** Puts the segments' configuration spaces and windows on the bus. @returns the segments, by number */
-export function attachSegments(handle: PciHandle, kernel: HostKernel, signals: VmSignals, memory: Bus): PciSegment[] {
-  const segments = handle.segments.map(() => new PciSegment());
-  segments[0].insert(0, new HostBridge());
-  const functions: PciFunction[][] = segments.map(() => []);
-  const intx = IntxLines.attach(handle.intx, signals);
-  for (const device of handle.virtio) {
-    const { pci } = new VirtioPciDevice(device, kernel, signals, intx);
-    segments[device.segment].insert(device.slot, pci);
-    functions[device.segment].push(pci);
+/** For ACPI's guests; others find out by looking at the bus again. */
+export interface SlotEvents {
+  came(segment: number, slot: number): void;
+  /** Asks, or asks again. It is answered by the event `ejected`, if at all. */
+  shallGo(segment: number, slot: number): void;
+}
+
+export interface VcpuEvents {
+  came(vcpu: number): void;
+  /** Asks, or asks again. It is answered by the event `vcpu-ejected`, if at all. */
+  shallGo(vcpu: number): void;
+}
+
+/** @param block of the controller */
+export function pciHotplug(block: SharedArrayBuffer, emit: (event: PlatformEvent) => void): PciHotplug {
+  const state = new StateBlock(pciHotplugLayout, block);
+  return new PciHotplug(state, (segment, slot) => emit({ kind: 'ejected', segment, slot }));
+}
+
+export function slotEvents(controller: PciHotplug, ged: Ged): SlotEvents {
+  return {
+    came: (segment, slot) => {
+      controller.plug(segment, slot);
+      ged.notify(GedEvent.Pci);
+    },
+    shallGo: (segment, slot) => {
+      controller.unplug(segment, slot);
+      ged.notify(GedEvent.Pci);
+    },
+  };
+}
+
+/** What every thread that has a view of the machine has to follow. Structured-cloneable. */
+export type PlatformChange =
+  | { readonly kind: 'plug'; readonly device: VirtioPciHandle }
+  | { readonly kind: 'unplug'; readonly device: string }
+  | { readonly kind: 'add-memory' | 'remove-memory'; readonly part: MemoryPart };
+
+/** One thread's view of the PCI segments and the functions on them. */
+export class PciSegments {
+  /** By number. */
+  readonly segments: readonly PciSegment[];
+  readonly #windows: readonly (readonly PciWindow[])[];
+  readonly #devices = new Map<string, VirtioPciDevice>();
+  readonly #intx: IntxLines;
+
+  /** Puts their configuration spaces and windows on the bus. */
+  constructor(
+    handle: PciHandle,
+    private readonly kernel: HostKernel,
+    private readonly signals: VmSignals,
+    memory: Bus,
+  ) {
+    this.segments = handle.segments.map(() => new PciSegment());
+    this.segments[0].insert(0, new HostBridge());
+    this.#windows = handle.segments.map(({ ecam, mmio32, mmio64 }, index) => {
+      memory.insert(ecam, ECAM_BUS_SIZE, new PciEcam(this.segments[index]));
+      return [mmio32, mmio64].map(({ start, end }) => {
+        const window = new PciWindow(start);
+        memory.insert(start, end - start, window);
+        return window;
+      });
+    });
+    this.#intx = IntxLines.attach(handle.intx, signals);
+    for (const device of handle.virtio) this.#plug(device);
   }
-  handle.segments.forEach(({ ecam, mmio32, mmio64 }, index) => {
-    memory.insert(ecam, ECAM_BUS_SIZE, new PciEcam(segments[index]));
-    for (const { start, end } of [mmio32, mmio64]) {
-      memory.insert(start, end - start, new PciWindow(start, functions[index]));
-    }
-  });
-  return segments;
+
+  readonly apply = (change: PlatformChange): void => {
+    if (change.kind === 'plug') this.#plug(change.device);
+    else if (change.kind === 'unplug') this.#unplug(change.device);
+  };
+
+  #plug(handle: VirtioPciHandle): void {
+    const device = new VirtioPciDevice(handle, this.kernel, this.signals, this.#intx);
+    this.#devices.set(handle.id, device);
+    this.segments[handle.segment].insert(handle.slot, device.pci);
+    for (const window of this.#windows[handle.segment]) window.insert(device.pci);
+  }
+
+  #unplug(id: string): void {
+    const { handle, pci } = this.#devices.get(id)!;
+    this.#devices.delete(id);
+    this.segments[handle.segment].remove(handle.slot);
+    for (const window of this.#windows[handle.segment]) window.remove(pci);
+  }
 }
 
 /** An interrupt input as a device raises it. */

@@ -33,7 +33,7 @@ export class X86Board implements Board {
   readonly #physicalBits: number;
   readonly #supported: readonly CpuidEntry[];
   readonly #topology: Topology;
-  #vcpus: X86Vcpu[] = [];
+  readonly #vcpus: X86Vcpu[] = [];
 
   /** @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError */
   constructor(
@@ -84,36 +84,48 @@ export class X86Board implements Board {
   }
 
   createVcpus(): X86Vcpu[] {
-    const { boot_vcpus: count } = this.config.cpus;
-    const topology = this.#topology;
     try {
-      for (let id = 0; id < count; id++) {
-        const vcpu = this.vm.createVcpu(apicId(id, topology));
-        this.#vcpus.push(vcpu);
-        const tscKhz = this.vm.tscKhz();
-        const supported = this.#supported;
-        vcpu.setCpuid(buildCpuid({ supported, vcpu: id, topology, physicalBits: this.#physicalBits, tscKhz }));
-        vcpu.setMsrs(initialMsrs());
-        vcpu.setFpu(BOOT_FPU);
-        vcpu.setLocalInterrupts();
-      }
+      for (let id = 0; id < this.config.cpus.boot_vcpus; id++) this.plugVcpu();
     } catch (error) {
       undoAll(
         error,
         this.#vcpus.map((vcpu) => () => vcpu.close()),
       );
     }
-    return this.#vcpus;
+    return [...this.#vcpus];
+  }
+
+  plugVcpu(): X86Vcpu {
+    const id = this.#vcpus.length;
+    const topology = this.#topology;
+    const vcpu = this.vm.createVcpu(apicId(id, topology));
+    try {
+      const tscKhz = this.vm.tscKhz();
+      const supported = this.#supported;
+      vcpu.setCpuid(buildCpuid({ supported, vcpu: id, topology, physicalBits: this.#physicalBits, tscKhz }));
+      vcpu.setMsrs(initialMsrs());
+      vcpu.setFpu(BOOT_FPU);
+      vcpu.setLocalInterrupts();
+    } catch (error) {
+      undoAll(error, [() => vcpu.close()]);
+    }
+    this.#vcpus.push(vcpu);
+    return vcpu;
   }
 
   createPlatform(virtio: readonly VirtioPciHandle[]): X86PlatformHandle {
-    const { serial, pvpanic } = this.config;
+    const { serial, pvpanic, cpus } = this.config;
+    const area = layout.platformArea(this.#physicalBits);
     return createX86Platform(this.vm, virtio, this.intx, {
       segments: this.segments,
       serial: serial.mode !== 'Off',
       pvpanic,
       ioapic: !this.vm.ioapic,
-      gedAddress: layout.platformArea(this.#physicalBits).ged,
+      gedAddress: area.ged,
+      pciHotplugAddress: area.pciHotplug,
+      cpuHotplugAddress: cpus.max_vcpus > cpus.boot_vcpus ? area.cpuHotplug : undefined,
+      vcpus: cpus.max_vcpus,
+      bootVcpus: cpus.boot_vcpus,
       lowRam: this.ram[0].size,
       highRam: this.ram.at(1)?.size ?? 0,
     });
@@ -134,11 +146,14 @@ export class X86Board implements Board {
   #writeTables(memory: GuestMemory): number {
     const { cpus, serial, pvpanic, memory: ram } = this.config;
     const apicIds = Array.from({ length: cpus.max_vcpus }, (_, id) => apicId(id, this.#topology));
+    const area = layout.platformArea(this.#physicalBits);
     const acpi = buildAcpiTables({
       apicIds,
       bootVcpus: cpus.boot_vcpus,
       pciSegments: this.segments,
-      gedAddress: layout.platformArea(this.#physicalBits).ged,
+      gedAddress: area.ged,
+      pciHotplug: area.pciHotplug,
+      cpuHotplug: area.cpuHotplug,
       serial: serial.mode !== 'Off',
       pvpanic,
     });

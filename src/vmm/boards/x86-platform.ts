@@ -3,8 +3,9 @@
  * touches them.
  */
 import * as layout from '../../arch/x86_64/layout.js';
-import { ACPI_SLEEP_PORTS, AcpiPmTimer, AcpiSleep } from '../../devices/acpi-pm.js';
+import { ACPI_SLEEP_PORTS, AcpiPmTimer, AcpiSleep, pmTimerLayout } from '../../devices/acpi-pm.js';
 import { Bus } from '../../devices/bus.js';
+import { CPU_HOTPLUG_SIZE, CpuHotplug, cpuHotplugLayout } from '../../devices/cpu-hotplug.js';
 import { DebugPort, debugPortLayout } from '../../devices/debug-port.js';
 import { Ged, GedEvent, gedLayout } from '../../devices/ged.js';
 import { I8042, I8042_PORTS } from '../../devices/i8042.js';
@@ -15,18 +16,21 @@ import type { InterruptHandle, Vm, VmSignals } from '../../hypervisor/hypervisor
 import { PCI_CONFIG_PORTS, PciConfigPorts, pciPortsLayout } from '../../pci/config-space.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
+import { PCI_HOTPLUG_SIZE, pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { budgetLayout } from '../../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import {
-  attachSegments,
   interruptLine,
   monotonicClock,
   type PciHandle,
+  PciSegments,
   type Platform,
+  pciHotplug,
   type PlatformEvent,
   pvpanic,
+  slotEvents,
 } from './platform-parts.js';
 
 export interface X86PlatformOptions {
@@ -36,6 +40,13 @@ export interface X86PlatformOptions {
   readonly ioapic: boolean;
   /** Guest physical address of the GED's register. */
   readonly gedAddress: number;
+  /** Of the PCI hotplug controller. */
+  readonly pciHotplugAddress: number;
+  /** Of the CPU hotplug controller; undefined: all vCPUs are there that can be. */
+  readonly cpuHotplugAddress: number | undefined;
+  /** That can be there. */
+  readonly vcpus: number;
+  readonly bootVcpus: number;
   /** Bytes of RAM below and above the 32-bit hole. */
   readonly lowRam: number;
   readonly highRam: number;
@@ -52,8 +63,11 @@ export interface X86PlatformHandle extends PciHandle {
   readonly debugPort: SharedArrayBuffer;
   readonly ged: SharedArrayBuffer;
   readonly gedInterrupt: InterruptHandle;
+  readonly pciHotplug: SharedArrayBuffer;
+  readonly cpuHotplug: SharedArrayBuffer;
   readonly panics: SharedArrayBuffer;
   readonly pciPorts: SharedArrayBuffer;
+  readonly pmTimer: SharedArrayBuffer;
   /** When the machine was switched on, nanoseconds of the monotonic clock. */
   readonly started: number;
 }
@@ -68,6 +82,9 @@ export function createX86Platform(
   const blank = (blockLayout: StateLayout) => new StateBlock(blockLayout).buffer;
   const rtc = new StateBlock(rtcLayout);
   new RtcCmos(rtc, Date.now).powerOn(options.lowRam, options.highRam);
+  const vcpus = new StateBlock(cpuHotplugLayout(options.vcpus));
+  const present = new CpuHotplug(vcpus, () => undefined);
+  for (let vcpu = 0; vcpu < options.bootVcpus; vcpu++) present.enable(vcpu);
   return {
     architecture: 'x86_64',
     options,
@@ -78,8 +95,11 @@ export function createX86Platform(
     debugPort: blank(debugPortLayout),
     ged: blank(gedLayout),
     gedInterrupt: vm.createInterrupt(layout.IRQ_GED),
+    pciHotplug: blank(pciHotplugLayout),
+    cpuHotplug: vcpus.buffer,
     panics: blank(budgetLayout),
     pciPorts: blank(pciPortsLayout),
+    pmTimer: blank(pmTimerLayout),
     vm: vm.handle,
     virtio,
     intx,
@@ -114,18 +134,25 @@ export function attachX86Platform(
   );
   ports.insert(layout.PORT_DEBUG, 1, debugPort);
   ports.insert(layout.PORT_ACPI_SLEEP, ACPI_SLEEP_PORTS, new AcpiSleep(reset, () => emit({ kind: 'power-off' })));
-  ports.insert(layout.PORT_PM_TIMER, 4, new AcpiPmTimer(monotonicClock));
+  const pmTimer = new AcpiPmTimer(new StateBlock(pmTimerLayout, handle.pmTimer), monotonicClock);
+  ports.insert(layout.PORT_PM_TIMER, 4, pmTimer);
   if (options.pvpanic) ports.insert(layout.PORT_PVPANIC, 1, pvpanic(handle.panics, emit));
   const ged = new Ged(new StateBlock(gedLayout, handle.ged), line(handle.gedInterrupt));
   memory.insert(options.gedAddress, 1, ged);
+  const hotplug = pciHotplug(handle.pciHotplug, emit);
+  memory.insert(options.pciHotplugAddress, PCI_HOTPLUG_SIZE, hotplug);
+  const vcpuHotplug = new CpuHotplug(new StateBlock(cpuHotplugLayout(options.vcpus), handle.cpuHotplug), (vcpu) =>
+    emit({ kind: 'vcpu-ejected', vcpu }),
+  );
+  if (options.cpuHotplugAddress !== undefined) memory.insert(options.cpuHotplugAddress, CPU_HOTPLUG_SIZE, vcpuHotplug);
   const ioapic = options.ioapic ? new Ioapic(new StateBlock(ioapicLayout, handle.intx.ioapic), signals) : undefined;
   if (ioapic !== undefined) memory.insert(layout.IOAPIC, IOAPIC_SIZE, ioapic);
 
-  const segments = attachSegments(handle, kernel, signals, memory);
+  const pci = new PciSegments(handle, kernel, signals, memory);
   ports.insert(
     layout.PORT_PCI_CONFIG,
     PCI_CONFIG_PORTS,
-    new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), segments[0], reset),
+    new PciConfigPorts(new StateBlock(pciPortsLayout, handle.pciPorts), pci.segments[0], reset),
   );
   return {
     ports,
@@ -133,5 +160,18 @@ export function attachX86Platform(
     serial,
     powerButton: () => ged.notify(GedEvent.PowerButton),
     endOfInterrupt: (vector) => ioapic?.endOfInterrupt(vector),
+    slots: slotEvents(hotplug, ged),
+    vcpus: {
+      came: (vcpu) => {
+        vcpuHotplug.plug(vcpu);
+        ged.notify(GedEvent.Cpu);
+      },
+      shallGo: (vcpu) => {
+        vcpuHotplug.unplug(vcpu);
+        ged.notify(GedEvent.Cpu);
+      },
+    },
+    apply: pci.apply,
+    setBack: (nanoseconds) => pmTimer.setBack(nanoseconds),
   };
 }

@@ -7,9 +7,9 @@ import { closeAll } from '../../sys/close-all.js';
 import { StateBlock } from '../../state/state-block.js';
 import type { MemoryHandle } from '../memory/memory-manager.js';
 import type { PlatformHandle } from '../boards/platform.js';
-import type { PlatformEvent } from '../boards/platform-parts.js';
+import type { PlatformChange, PlatformEvent } from '../boards/platform-parts.js';
 import { QUIET } from '../thread-streams.js';
-import { VcpuCommand, type VcpuControl, vcpuControlLayout, type VcpuEnd } from './vcpu-loop.js';
+import { command, hold, letGo, VcpuCommand, type VcpuControl, vcpuControlLayout, type VcpuEnd } from './vcpu-loop.js';
 
 /** What a vCPU worker is started with. */
 export interface VcpuWorkerData {
@@ -25,10 +25,13 @@ export interface VcpuWorkerData {
   readonly affinity?: readonly number[];
 }
 
-/** What a vCPU worker posts: that it waits to be let go, events of the platform while it runs, and how it ended. */
+/** What a vCPU worker posts: events of the platform while it runs, what it has obeyed, and how it ended. */
 export type VcpuMessage =
   | PlatformEvent
-  | { readonly kind: 'ready' }
+  /** It waits to be let go, for the so manieth time. */
+  | { readonly kind: 'held'; readonly time: number }
+  /** @param changes that it has made in all */
+  | { readonly kind: 'attended'; readonly changes: number }
   | { readonly kind: 'ended'; readonly end: VcpuEnd; readonly instructionPointer: bigint };
 
 /** How often a vCPU that has not stopped yet is kicked again. */
@@ -46,9 +49,14 @@ const WORKER_HEAP: Readonly<Record<HypervisorName, ResourceLimits>> = {
 interface Thread {
   readonly vcpu: Vcpu;
   readonly control: VcpuControl;
-  worker?: Worker;
-  /** Resolves when the worker's thread is gone. */
-  gone: Promise<void>;
+  /** While its thread is there. */
+  worker?: Worker | undefined;
+  /** How often it was told to hold, and for which of these times it has. */
+  holds: number;
+  held: number;
+  /** Changes of the platform that it was told, and those that it has made. */
+  told: number;
+  made: number;
 }
 
 export interface CpuManagerEvents {
@@ -59,87 +67,174 @@ export interface CpuManagerEvents {
   onCrash(vcpu: number, error: Error): void;
 }
 
+/** What a thread is started with: the machine as it is by then. */
+export interface CpuStart {
+  readonly platform: PlatformHandle;
+  readonly memory: MemoryHandle;
+}
+
 export class CpuManager {
   readonly #threads: Thread[];
   #lastIntercepts: Record<string, number> | undefined;
+  /** No vCPU runs: the machine is paused. */
+  #paused = false;
+  /** Told whenever a thread has said something. */
+  readonly #listeners = new Set<() => void>();
 
-  /** @param vcpus created and set up; closed by `close` */
+  /**
+   * @param vcpus created and set up; closed by `close`
+   * @param affinity host CPUs for each vCPU that is bound, by its number
+   */
   constructor(
     private readonly hypervisor: HypervisorName,
     vcpus: readonly Vcpu[],
-    private readonly memory: MemoryHandle,
+    private readonly affinity: ReadonlyMap<number, readonly number[]>,
     private readonly workerScript: URL,
     private readonly events: CpuManagerEvents,
   ) {
-    this.#threads = vcpus.map((vcpu) => ({
-      vcpu,
-      control: new StateBlock(vcpuControlLayout),
-      gone: Promise.resolve(),
-    }));
+    this.#threads = vcpus.map(newThread);
   }
 
-  /**
-   * @param affinity host CPUs for each vCPU that is bound, by its number
-   * @param held no vCPU runs before the threads of all are ready to
-   */
-  start(platform: PlatformHandle, affinity: ReadonlyMap<number, readonly number[]>, held: boolean): void {
-    const { command } = vcpuControlLayout.at;
-    let awaited = this.#threads.length;
-    if (held) for (const { control } of this.#threads) Atomics.store(control.words, command, VcpuCommand.Hold);
-    this.#threads.forEach((thread, id) => {
-      const name = `vcpu${id}`;
-      const data: VcpuWorkerData = {
-        name,
-        hypervisor: this.hypervisor,
-        vcpu: thread.vcpu.handle,
-        memory: this.memory,
-        control: thread.control.buffer,
-        platform,
-        affinity: affinity.get(id),
-      };
-      const worker = new Worker(this.workerScript, {
-        workerData: data,
-        name,
-        resourceLimits: WORKER_HEAP[this.hypervisor],
-        ...QUIET,
-      });
-      thread.worker = worker;
-      worker.on('message', (message: VcpuMessage) => {
-        if (message.kind === 'ready') {
-          if (--awaited === 0) this.#command(VcpuCommand.Hold, VcpuCommand.Run);
-        } else if (message.kind === 'ended') this.events.onEnd(id, message.end, message.instructionPointer);
-        else this.events.onEvent(message);
-      });
-      worker.on('error', (error: Error) => this.events.onCrash(id, error));
-      thread.gone = new Promise((resolve) => worker.once('exit', () => resolve()));
+  /** @param held no vCPU runs before the threads of all are ready to */
+  start(start: CpuStart, held: boolean): void {
+    if (held) this.#threads.forEach(holdThread);
+    for (const thread of this.#threads) this.#startThread(thread, start);
+    if (!held) return;
+    void this.#until(isHeld).then(() => {
+      if (!this.#paused) this.resume();
     });
   }
 
-  /** Gives the vCPUs that have one command another. */
-  #command(from: number, to: number): void {
-    const { command } = vcpuControlLayout.at;
-    for (const { control } of this.#threads) {
-      Atomics.compareExchange(control.words, command, from, to);
-      Atomics.notify(control.words, command);
+  #startThread(thread: Thread, { platform, memory }: CpuStart): void {
+    const id = this.#threads.indexOf(thread);
+    const name = `vcpu${id}`;
+    const data: VcpuWorkerData = {
+      name,
+      hypervisor: this.hypervisor,
+      vcpu: thread.vcpu.handle,
+      memory,
+      control: thread.control.buffer,
+      platform,
+      affinity: this.affinity.get(id),
+    };
+    const worker = new Worker(this.workerScript, {
+      workerData: data,
+      name,
+      resourceLimits: WORKER_HEAP[this.hypervisor],
+      ...QUIET,
+    });
+    thread.worker = worker;
+    worker.on('message', (message: VcpuMessage) => this.#onMessage(id, thread, message));
+    worker.on('error', (error: Error) => this.events.onCrash(id, error));
+    worker.once('exit', () => {
+      thread.worker = undefined;
+      this.#tellListeners();
+    });
+  }
+
+  #onMessage(id: number, thread: Thread, message: VcpuMessage): void {
+    switch (message.kind) {
+      case 'held':
+        thread.held = message.time;
+        this.#tellListeners();
+        break;
+      case 'attended':
+        thread.made = message.changes;
+        this.#tellListeners();
+        break;
+      case 'ended':
+        this.events.onEnd(id, message.end, message.instructionPointer);
+        break;
+      default:
+        this.events.onEvent(message);
     }
+  }
+
+  #tellListeners(): void {
+    for (const listener of this.#listeners) listener();
+  }
+
+  /** Kicks the vCPUs that are running until all have done something. One whose thread is gone has done everything. */
+  async #until(done: (thread: Thread) => boolean): Promise<void> {
+    const missing = () => this.#threads.filter((thread) => thread.worker !== undefined && !done(thread));
+    const kick = () => {
+      for (const { vcpu, control } of missing()) {
+        const thread = Atomics.load(control.words, vcpuControlLayout.at.threadId);
+        if (thread !== 0) vcpu.kick(thread);
+      }
+    };
+    kick();
+    // A thread that was about to tell its id has seen the command; one that entered the guest since is kicked again.
+    const timer = setInterval(kick, KICK_INTERVAL_MILLISECONDS);
+    while (missing().length > 0) {
+      await new Promise<void>((resolve) => {
+        const listener = () => {
+          this.#listeners.delete(listener);
+          resolve();
+        };
+        this.#listeners.add(listener);
+      });
+    }
+    clearInterval(timer);
+  }
+
+  /** Has the threads of all vCPUs change their views of the platform; resolves when each has, also those that are held. */
+  async change(change: PlatformChange): Promise<void> {
+    const wanted = new Map(this.#threads.map((thread) => [thread, thread.told + 1]));
+    for (const thread of this.#threads) {
+      thread.told++;
+      thread.worker?.postMessage(change);
+      command(thread.control, VcpuCommand.attend);
+    }
+    await this.#until((thread) => thread.made >= wanted.get(thread)!);
+  }
+
+  /** Resolves when no vCPU runs any more, and each has completed what it was at. */
+  async pause(): Promise<void> {
+    this.#paused = true;
+    this.#threads.forEach(holdThread);
+    await this.#until(isHeld);
+  }
+
+  /** Lets all go. */
+  resume(): void {
+    this.#paused = false;
+    for (const { control } of this.#threads) letGo(control);
+  }
+
+  /** vCPUs that have been created, present or not: the next one's number. */
+  get created(): number {
+    return this.#threads.length;
+  }
+
+  /** One more, which the guest starts. @param vcpu created and set up; closed by `close` */
+  add(vcpu: Vcpu, start: CpuStart): void {
+    const thread = newThread(vcpu);
+    this.#threads.push(thread);
+    if (this.#paused) holdThread(thread);
+    this.#startThread(thread, start);
+  }
+
+  /** The guest has let a vCPU go. No hypervisor deletes one: it stays as it is, without a thread. */
+  async park(id: number): Promise<void> {
+    const thread = this.#threads[id];
+    command(thread.control, VcpuCommand.stop);
+    await this.#until((other) => other !== thread);
+  }
+
+  /** One that was parked is there again, until the guest starts it (INIT, SIPI) where it was. */
+  unpark(id: number, start: CpuStart): void {
+    const thread = this.#threads[id];
+    thread.control.words[vcpuControlLayout.at.command] = 0;
+    Object.assign(thread, { holds: 0, held: 0, told: 0, made: 0 });
+    if (this.#paused) holdThread(thread);
+    this.#startThread(thread, start);
   }
 
   /** Ends every vCPU thread; resolves when they are gone. */
   async stop(): Promise<void> {
-    const { threadId } = vcpuControlLayout.at;
-    const kickAll = () => {
-      for (const { vcpu, control } of this.#threads) {
-        const thread = Atomics.load(control.words, threadId);
-        if (thread !== 0) vcpu.kick(thread);
-      }
-    };
-    this.#command(VcpuCommand.Run, VcpuCommand.Stop);
-    this.#command(VcpuCommand.Hold, VcpuCommand.Stop);
-    kickAll();
-    // A thread that was about to tell its id has seen the command; one that entered the guest since is kicked again.
-    const timer = setInterval(kickAll, KICK_INTERVAL_MILLISECONDS);
-    await Promise.all(this.#threads.map((thread) => thread.gone));
-    clearInterval(timer);
+    for (const thread of this.#threads) command(thread.control, VcpuCommand.stop);
+    await this.#until(() => false);
   }
 
   /** Exits of all vCPUs so far, by kind. */
@@ -180,4 +275,16 @@ export class CpuManager {
       ),
     );
   }
+}
+
+function newThread(vcpu: Vcpu): Thread {
+  return { vcpu, control: new StateBlock(vcpuControlLayout), holds: 0, held: 0, told: 0, made: 0 };
+}
+
+function holdThread(thread: Thread): void {
+  thread.holds = hold(thread.control);
+}
+
+function isHeld({ held, holds }: Thread): boolean {
+  return held === holds;
 }

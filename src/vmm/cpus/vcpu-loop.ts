@@ -8,10 +8,44 @@ import type { Bus } from '../../devices/bus.js';
 import { EXIT_KINDS, ExitKind, type Vcpu } from '../../hypervisor/hypervisor.js';
 import { type StateBlock, stateLayout } from '../../state/state-block.js';
 
-export const VcpuCommand = { Run: 0, Stop: 1, Hold: 2 } as const;
+/**
+ * Bits of the command word. A thread looks for `stop` after each exit, for the others when it is kicked. The bits above them count
+ * how often it was told to hold, so that one that is let go and held again before it has looked sees another word.
+ */
+export const VcpuCommand = {
+  /** The thread is to end. */
+  stop: 1,
+  /** It waits, until the bit is gone. */
+  hold: 2,
+  /** There is a message that it has to take before it goes on. */
+  attend: 4,
+} as const;
+const COMMANDS = VcpuCommand.stop | VcpuCommand.hold | VcpuCommand.attend;
+
+/** Tells a thread something; it is kicked then. */
+export function command({ words }: VcpuControl, bit: number): void {
+  Atomics.or(words, vcpuControlLayout.at.command, bit);
+  Atomics.notify(words, vcpuControlLayout.at.command);
+}
+
+/** @returns for the so manieth time */
+export function hold(control: VcpuControl): number {
+  const time = timeOf(Atomics.add(control.words, vcpuControlLayout.at.command, COMMANDS + 1)) + 1;
+  command(control, VcpuCommand.hold);
+  return time;
+}
+
+export function letGo({ words }: VcpuControl): void {
+  Atomics.and(words, vcpuControlLayout.at.command, ~VcpuCommand.hold);
+  Atomics.notify(words, vcpuControlLayout.at.command);
+}
+
+function timeOf(word: number): number {
+  return word >>> 3;
+}
 
 export const vcpuControlLayout = stateLayout('vcpu-control', 1, {
-  /** A {@link VcpuCommand}. Written by any thread with Atomics. */
+  /** {@link VcpuCommand}. Written by any thread with Atomics. */
   command: 1,
   /** The thread's id once it is about to run the guest, 0 before and after. */
   threadId: 1,
@@ -29,34 +63,41 @@ export type VcpuEnd =
   | { readonly kind: 'system-power-off' }
   | { readonly kind: 'failed'; readonly detail: string };
 
-/**
- * Waits until the command is no longer Hold: whoever changes it notifies.
- *
- * @param ready called first, if there is anything to wait for
- */
-export function awaitCommand({ words }: VcpuControl, ready: () => void): void {
-  const { command } = vcpuControlLayout.at;
-  if (Atomics.load(words, command) !== VcpuCommand.Hold) return;
-  ready();
-  while (Atomics.load(words, command) === VcpuCommand.Hold) Atomics.wait(words, command, VcpuCommand.Hold);
+/** What the thread around the loop does. */
+export interface VcpuOrders {
+  /** The vCPU is held, for this time: it has completed what it was at, and runs nothing until it is let go. May be told twice. */
+  held(time: number): void;
+  /** Takes the messages that have come. */
+  attend(): void;
+  /** A level-triggered interrupt of this vector has ended. */
+  endOfInterrupt(vector: number): void;
 }
 
-/**
- * Runs until the command is Stop or the guest ends by itself. Never throws for anything that a guest does.
- *
- * @param endOfInterrupt called with the vector of a level-triggered interrupt that has ended
- */
-export function runVcpu(
-  vcpu: Vcpu,
-  control: VcpuControl,
-  ports: Bus,
-  memory: Bus,
-  endOfInterrupt: (vector: number) => void = () => undefined,
-): VcpuEnd {
-  const { words } = control;
-  const { command, exits } = vcpuControlLayout.at;
+/** Does what the command word says. @returns false: the thread is to end */
+function obey({ words }: VcpuControl, orders: VcpuOrders): boolean {
+  const at = vcpuControlLayout.at.command;
   for (;;) {
-    if (Atomics.load(words, command) !== VcpuCommand.Run) return { kind: 'stopped' };
+    const word = Atomics.load(words, at);
+    if ((word & COMMANDS) === 0) return true;
+    if ((word & VcpuCommand.stop) !== 0) return false;
+    if ((word & VcpuCommand.attend) !== 0) {
+      // First, so that a message that comes while others are read is not overlooked.
+      Atomics.and(words, at, ~VcpuCommand.attend);
+      orders.attend();
+      continue;
+    }
+    orders.held(timeOf(word));
+    // Whoever changes the word notifies.
+    Atomics.wait(words, at, word);
+  }
+}
+
+/** Runs until the command says stop or the guest ends by itself. Never throws for anything that a guest does. */
+export function runVcpu(vcpu: Vcpu, control: VcpuControl, ports: Bus, memory: Bus, orders: VcpuOrders): VcpuEnd {
+  const { words } = control;
+  const { command: at, exits } = vcpuControlLayout.at;
+  if (!obey(control, orders)) return { kind: 'stopped' };
+  for (;;) {
     const kind = vcpu.run();
     words[exits + kind]++;
     switch (kind) {
@@ -74,9 +115,11 @@ export function runVcpu(
         break;
       case ExitKind.Interrupted:
         vcpu.acknowledgeKick();
+        // Here alone: `run` has completed the exit before, so nothing of it is left while the vCPU waits.
+        if (!obey(control, orders)) return { kind: 'stopped' };
         break;
       case ExitKind.InterruptEnd:
-        endOfInterrupt(vcpu.exit.address);
+        orders.endOfInterrupt(vcpu.exit.address);
         break;
       case ExitKind.Handled:
         break;
@@ -91,6 +134,8 @@ export function runVcpu(
       case ExitKind.Failed:
         return { kind: 'failed', detail: vcpu.exit.detail };
     }
+    // A guest that has just reset the machine runs no further instruction.
+    if ((Atomics.load(words, at) & VcpuCommand.stop) !== 0) return { kind: 'stopped' };
   }
 }
 

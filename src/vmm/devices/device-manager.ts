@@ -9,10 +9,10 @@ import type { VmConfig } from '../../config/vm-config.js';
 import { HypervisorError, type HypervisorName, type Vm } from '../../hypervisor/hypervisor.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import { type SegmentWindows, SlotAllocator, WindowAllocator } from '../../pci/segments.js';
-import { closeAll } from '../../sys/close-all.js';
+import { closeAll, undoAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { BytePipe } from '../../virtio/devices/byte-pipe.js';
-import { type KernelInterrupt, offeredFeatures, type VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
+import { offeredFeatures, type VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { virtioBar } from '../../virtio/transport/pci-registers.js';
 import { VirtioPciDevice } from '../../virtio/transport/pci-transport.js';
 import { QUEUE_WORDS, queueCounters } from '../../virtio/queue/queue.js';
@@ -30,8 +30,9 @@ import {
   watchdogPlan,
 } from './device-plans.js';
 import type { IoWorkerData, ServedDevice } from './device-specs.js';
-import type { HostResources, PmemResource } from '../host/host-resources.js';
-import { planWorkers } from './io-planner.js';
+import type { DiskResource } from '../host/disk-resource.js';
+import type { HostResources, NetResource, PmemResource, VsockResource } from '../host/host-resources.js';
+import { IoPlanner, type PlannedDevice, type PlannedWorker } from './io-planner.js';
 import type { Logger } from '../log/logger.js';
 import { MachineError } from '../machine/machine-error.js';
 import type { MemoryHandle, MemoryPart } from '../memory/memory-manager.js';
@@ -62,17 +63,67 @@ export interface DeviceManagerOptions {
   readonly logger: Logger;
 }
 
+/** What one more device is made of. */
+export type DeviceResource =
+  | { readonly kind: 'disk'; readonly resource: DiskResource }
+  | { readonly kind: 'net'; readonly resource: NetResource }
+  | { readonly kind: 'pmem'; readonly resource: PmemResource }
+  | { readonly kind: 'vsock'; readonly resource: VsockResource };
+
+/** A worker of the machine. Those of a device that has its own go with it. */
+export interface ManagedWorker {
+  readonly name: string;
+  readonly wake: number;
+  readonly own: boolean;
+  readonly affinity: readonly number[] | undefined;
+}
+
+/** A device with its place. */
+export interface PlacedDevice {
+  readonly handle: VirtioPciHandle;
+  readonly plan: DevicePlan;
+  /** The queues that each worker serves. */
+  readonly served: ReadonlyMap<ManagedWorker, readonly number[]>;
+  /** Guest memory that it brings. */
+  readonly memory: MemoryPart | undefined;
+}
+
+/** How what a device holds is given back, what came last first. */
+class Undo {
+  /** Of the host. */
+  readonly host: (() => void)[] = [];
+  /** Of the VM: left out where that goes as a whole. */
+  readonly vm: (() => void)[] = [];
+
+  all(): (() => void)[] {
+    return [...this.vm.toReversed(), ...this.host.toReversed()];
+  }
+}
+
+interface Placed extends PlacedDevice {
+  readonly undo: Undo;
+}
+
 export class DeviceManager {
-  readonly handles: VirtioPciHandle[] = [];
-  readonly plan: IoWorkerData[] = [];
   /** All that the guest can use as memory: RAM, and what devices bring. */
-  readonly memory: MemoryPart[];
+  memory: MemoryPart[];
   /** The virtio console's end for main. */
   readonly console?: { readonly pipe: BytePipe; readonly wake: number };
-  readonly #eventfds: number[] = [];
+  /** One for each device, and one for what is of none. */
+  readonly #undos = new Set<Undo>();
+  readonly #undo = this.#newUndo();
   readonly #low: WindowAllocator[];
   readonly #high: WindowAllocator[];
   readonly #slots: SlotAllocator[];
+  readonly #lines: IntxLines;
+  readonly #planner: IoPlanner;
+  readonly #workers = new Map<PlannedWorker, ManagedWorker>();
+  #workersMade = 0;
+  /** By name, in the order of their slots. */
+  readonly #placed = new Map<string, Placed>();
+  /** Numbers of memory slots that devices had and have no longer. */
+  readonly #freeMemorySlots: number[] = [];
+  #nextMemorySlot: number;
 
   /** @throws MachineError when the devices do not fit */
   constructor(
@@ -80,141 +131,229 @@ export class DeviceManager {
     private readonly vm: Vm,
     private readonly options: DeviceManagerOptions,
   ) {
-    const { config, segments } = options;
+    const { config, segments, resources } = options;
     this.memory = [...options.memory];
+    this.#nextMemorySlot = options.memorySlot;
     this.#low = segments.map(({ mmio32 }) => new WindowAllocator(mmio32));
     this.#high = segments.map(({ mmio64 }) => new WindowAllocator(mmio64));
     this.#slots = segments.map(() => new SlotAllocator());
+    this.#lines = IntxLines.attach(options.intx, vm.signals);
     try {
-      if (config.console.mode !== 'Off') this.console = { pipe: new BytePipe(), wake: this.#eventfd() };
-      const devices = this.#plans();
-      for (const { id, placement } of devices) {
-        const { pci_segment: segment, pci_device_id: slot } = placement;
-        if (slot !== undefined && !this.#slots[segment].reserve(slot)) {
-          throw new MachineError(`pci_device_id=${slot} of ${id}: taken on segment ${segment}`);
-        }
+      if (config.console.mode !== 'Off') {
+        this.console = { pipe: new BytePipe(), wake: this.#eventfd(this.#undo) };
       }
-      this.#place(devices);
+      const devices = this.#plans(resources);
+      for (const { plan } of devices) this.#reserve(plan);
+      this.#planner = new IoPlanner(
+        devices.map(({ plan }) => plannedDevice(plan)),
+        availableParallelism(),
+      );
+      for (const device of devices) this.#place(device);
     } catch (error) {
-      this.close();
-      throw error;
+      undoAll(error, [() => this.close()]);
     }
   }
 
-  #eventfd(): number {
+  #newUndo(): Undo {
+    const undo = new Undo();
+    this.#undos.add(undo);
+    return undo;
+  }
+
+  /** @returns what gives back all that it stands for */
+  #take(undo: Undo): (() => void)[] {
+    this.#undos.delete(undo);
+    return undo.all();
+  }
+
+  #eventfd(undo: Undo): number {
     const eventfd = this.kernel.eventfd();
-    this.#eventfds.push(eventfd);
+    undo.host.push(() => this.kernel.close(eventfd));
     return eventfd;
   }
 
   /** In the order of their slots, which is Cloud Hypervisor's. */
-  #plans(): DevicePlan[] {
-    const { kernel } = this;
-    const { config, resources } = this.options;
-    const plans: DevicePlan[] = [];
-    if (this.console !== undefined) plans.push(consolePlan(this.console.pipe, this.console.wake));
-    for (const disk of resources.disks) plans.push(diskPlan(kernel, disk));
-    resources.net.forEach((net, index) => {
-      const { vhost, num_queues: queues, id = `_net${index}` } = net.config;
-      const calls = Array.from({ length: vhost ? queues : 0 }, () => this.#eventfd());
-      plans.push(netPlan(id, net, vhost ? { calls, features: resources.vhostFeatures } : undefined));
-    });
-    plans.push(entropyPlan(config.rng, resources.rng));
-    resources.pmem.forEach((pmem, index) => {
-      plans.push(pmemPlan(pmem.config.id ?? `_pmem${index}`, pmem, this.#addMemory(pmem, index)));
-    });
-    if (resources.vsock !== undefined) plans.push(vsockPlan(resources.vsock));
-    if (config.balloon !== undefined) plans.push(balloonPlan(config.balloon));
-    if (config.watchdog) plans.push(watchdogPlan());
-    return plans;
+  #plans({ disks, net, rng, pmem, vsock }: HostResources): Unplaced[] {
+    const { config } = this.options;
+    const simple = (plan: DevicePlan): Unplaced => ({ plan, undo: this.#newUndo(), memory: undefined });
+    return [
+      ...(this.console === undefined ? [] : [simple(consolePlan(this.console.pipe, this.console.wake))]),
+      ...disks.map((resource) => this.#plan({ kind: 'disk', resource })),
+      ...net.map((resource) => this.#plan({ kind: 'net', resource })),
+      simple(entropyPlan(config.rng, rng)),
+      ...pmem.map((resource) => this.#plan({ kind: 'pmem', resource })),
+      ...(vsock === undefined ? [] : [this.#plan({ kind: 'vsock', resource: vsock })]),
+      ...(config.balloon === undefined ? [] : [simple(balloonPlan(config.balloon))]),
+      ...(config.watchdog ? [simple(watchdogPlan())] : []),
+    ];
   }
 
-  /** Gives the guest a device's memory. @param index among those of its kind @returns its guest physical address */
+  #plan({ kind, resource }: DeviceResource): Unplaced {
+    const undo = this.#newUndo();
+    try {
+      switch (kind) {
+        case 'disk':
+          return { plan: diskPlan(this.kernel, resource), undo, memory: undefined };
+        case 'net': {
+          const { vhost, num_queues: queues } = resource.config;
+          const calls = Array.from({ length: vhost ? queues : 0 }, () => this.#eventfd(undo));
+          const plan = netPlan(resource, vhost ? { calls, features: this.options.resources.vhostFeatures } : undefined);
+          return { plan, undo, memory: undefined };
+        }
+        case 'pmem': {
+          const memory = this.#addMemory(resource, undo);
+          return { plan: pmemPlan(resource, memory.range.address), undo, memory };
+        }
+        case 'vsock':
+          return { plan: vsockPlan(resource), undo, memory: undefined };
+      }
+    } catch (error) {
+      return undoAll(error, this.#take(undo));
+    }
+  }
+
+  /** Gives the guest a device's memory. */
   #addMemory(
     { config: { file, pci_segment: segment }, mapping: { handle: mapping } }: PmemResource,
-    index: number,
-  ): number {
+    undo: Undo,
+  ): MemoryPart {
     const start = this.#high[segment].take(mapping.length, PMEM_ALIGNMENT);
     if (start === undefined) throw new MachineError(`--pmem file=${file}: no room for it in the address space`);
-    this.vm.addMemory({ slot: this.options.memorySlot + index, guestAddress: start, mapping });
-    this.memory.push({ range: { address: start, size: mapping.length }, mapping, ram: false });
-    return start;
+    undo.host.push(() => this.#high[segment].free(start));
+    const slot = this.#freeMemorySlots.pop() ?? this.#nextMemorySlot++;
+    undo.host.push(() => this.#freeMemorySlots.push(slot));
+    this.vm.addMemory({ slot, guestAddress: start, mapping });
+    undo.vm.push(() => this.vm.removeMemory(slot));
+    const part = { range: { address: start, size: mapping.length }, mapping, ram: false };
+    this.memory.push(part);
+    undo.host.push(() => (this.memory = this.memory.filter((other) => other !== part)));
+    return part;
   }
 
-  #place(devices: readonly DevicePlan[]): void {
-    const { hypervisor, config, intx } = this.options;
-    const lines = IntxLines.attach(intx, this.vm.signals);
-    const planned = planWorkers(
-      devices.map(({ description, ...device }) => ({ ...device, queues: description.queueSizes.length })),
-      availableParallelism(),
-    );
-    const workers = planned.map((worker) => ({ ...worker, wake: this.#eventfd(), devices: [] as ServedDevice[] }));
-    devices.forEach((device, index) => {
-      const segment = device.placement.pci_segment;
-      const slot = device.placement.pci_device_id ?? this.#slots[segment].next();
-      const bar = virtioBar(!device.lowBar);
-      const address = (device.lowBar ? this.#low : this.#high)[segment].take(bar.size, bar.size);
+  /** @throws MachineError when the slot that the device wants is not free */
+  #reserve({ id, placement: { pci_segment: segment, pci_device_id: slot } }: DevicePlan): void {
+    if (slot !== undefined && !this.#slots[segment].reserve(slot)) {
+      throw new MachineError(`pci_device_id=${slot} of ${id}: taken on segment ${segment}`);
+    }
+  }
+
+  /**
+   * Gives one more device its place; nobody serves it yet, and the guest does not see it.
+   *
+   * @throws MachineError when it does not fit; nothing is left behind then
+   */
+  add(resource: DeviceResource): PlacedDevice {
+    const device = this.#plan(resource);
+    try {
+      this.#reserve(device.plan);
+    } catch (error) {
+      undoAll(error, this.#take(device.undo));
+    }
+    return this.#place(device);
+  }
+
+  /** @param undo what gives back what its plan holds already */
+  #place({ plan, undo, memory }: Unplaced): PlacedDevice {
+    const { id, placement, description, lowBar } = plan;
+    const { pci_segment: segment } = placement;
+    try {
+      const slot = placement.pci_device_id ?? this.#slots[segment].next();
+      if (slot !== undefined) undo.host.push(() => this.#slots[segment].free(slot));
+      const bar = virtioBar(!lowBar);
+      const window = (lowBar ? this.#low : this.#high)[segment];
+      const address = window.take(bar.size, bar.size);
+      if (address !== undefined) undo.host.push(() => window.free(address));
       if (slot === undefined || address === undefined) {
-        throw new MachineError(`${device.id}: no room on PCI segment ${segment}, which takes 31 devices`);
+        throw new MachineError(`${id}: no room on PCI segment ${segment}, which takes 31 devices`);
       }
-      const serving = workers.filter(({ serves }) => serves.has(index));
-      const handle = this.#handle(
-        device,
+      const planned = plannedDevice(plan);
+      const served = new Map<ManagedWorker, readonly number[]>();
+      for (const [worker, queues] of this.#planner.place(planned)) served.set(this.#worker(worker, undo), queues);
+      undo.host.push(() => this.#planner.remove(planned));
+      const handle: VirtioPciHandle = {
+        id,
         segment,
         slot,
-        serving.map(({ wake }) => wake),
-      );
-      const names = serving.map((worker) => `io${workers.indexOf(worker)}`).join(', ');
-      this.options.logger.info([`${device.id}: served by ${names}`, ...device.path].join('; '));
-      VirtioPciDevice.powerOn(handle, address, this.kernel, this.vm.signals, lines);
-      this.handles.push(handle);
-      for (const { serves, devices: list } of serving) {
-        list.push({ handle, queues: serves.get(index)!, backend: device.backend });
-      }
-    });
-    workers.forEach(({ wake, devices: list, affinity }, index) => {
-      this.plan.push({
-        name: `io${index}`,
-        hypervisor,
-        vm: this.vm.handle,
-        memory: this.memory,
-        intx,
-        sharedMemory: config.memory.shared,
-        wake,
-        command: new SharedArrayBuffer(4),
-        devices: list,
-        affinity,
-      });
-    });
+        description,
+        offered: offeredFeatures(description, placement.iommu === true, plan.featureLimit),
+        state: new StateBlock(transportLayout(id, description.queueSizes.length, description.config.length)).buffer,
+        doorbells: description.queueSizes.map(() => this.#eventfd(undo)),
+        workers: [...served.keys()].map(({ wake }) => wake),
+        wideBar: !lowBar,
+        interruptLine: this.options.intx.pins[intxLine(segment, slot)],
+        kernelInterrupts: (plan.kernelCalls ?? []).map((eventfd, queue) => ({
+          queue,
+          route: this.#msiRoute(id, undo),
+          eventfd,
+        })),
+      };
+      const function_ = VirtioPciDevice.powerOn(handle, address, this.kernel, this.vm.signals, this.#lines);
+      undo.vm.push(() => function_.powerOff());
+      const names = [...served.keys()].map(({ name }) => name).join(', ');
+      this.options.logger.info([`${id}: served by ${names}`, ...plan.path].join('; '));
+      const placed: Placed = { handle, plan, served, memory, undo };
+      this.#placed.set(id, placed);
+      return placed;
+    } catch (error) {
+      return undoAll(error, this.#take(undo));
+    }
   }
 
-  #handle(device: DevicePlan, segment: number, slot: number, workers: readonly number[]): VirtioPciHandle {
-    const { id, description } = device;
-    const queues = description.queueSizes.length;
-    const layout = transportLayout(id, queues, description.config.length);
-    const kernelInterrupts: KernelInterrupt[] = (device.kernelCalls ?? []).map((eventfd, queue) => ({
-      queue,
-      route: this.#msiRoute(id),
-      eventfd,
-    }));
+  #worker(planned: PlannedWorker, undo: Undo): ManagedWorker {
+    const present = this.#workers.get(planned);
+    if (present !== undefined) return present;
+    // A shared one stays, whichever device it was made for.
+    const mine = planned.own ? undo : this.#undo;
+    const worker = { ...planned, name: `io${this.#workersMade++}`, wake: this.#eventfd(mine) };
+    this.#workers.set(planned, worker);
+    mine.host.push(() => this.#workers.delete(planned));
+    return worker;
+  }
+
+  /** What a worker is started with. @param devices that it serves from its start on */
+  workerData({ name, wake, affinity }: ManagedWorker, devices: readonly PlacedDevice[]): IoWorkerData {
+    const { hypervisor, config, intx } = this.options;
     return {
-      id,
-      segment,
-      slot,
-      description,
-      offered: offeredFeatures(description, device.placement.iommu === true, device.featureLimit),
-      state: new StateBlock(layout).buffer,
-      doorbells: description.queueSizes.map(() => this.#eventfd()),
-      workers,
-      wideBar: !device.lowBar,
-      interruptLine: this.options.intx.pins[intxLine(segment, slot)],
-      kernelInterrupts,
+      name,
+      hypervisor,
+      vm: this.vm.handle,
+      memory: this.memory,
+      intx,
+      sharedMemory: config.memory.shared,
+      wake,
+      command: new SharedArrayBuffer(4),
+      devices: devices.flatMap((device) => {
+        const served = [...device.served].find(([worker]) => worker.name === name);
+        return served === undefined ? [] : [servedDevice(device, served[1])];
+      }),
+      affinity,
     };
   }
 
-  #msiRoute(id: string): number {
+  get workers(): readonly ManagedWorker[] {
+    return [...this.#workers.values()];
+  }
+
+  get(id: string): PlacedDevice | undefined {
+    return this.#placed.get(id);
+  }
+
+  get devices(): readonly PlacedDevice[] {
+    return [...this.#placed.values()];
+  }
+
+  /** Gives back what a device holds here. No thread knows it any more, and the guest has let go of it. */
+  remove(id: string): void {
+    const { undo } = this.#placed.get(id)!;
+    this.#placed.delete(id);
+    closeAll(this.#take(undo));
+  }
+
+  #msiRoute(id: string, undo: Undo): number {
     try {
-      return this.vm.allocateMsiRoute();
+      const route = this.vm.allocateMsiRoute();
+      undo.vm.push(() => this.vm.freeMsiRoute(route));
+      return route;
     } catch (error) {
       if (!(error instanceof HypervisorError)) throw error;
       throw new MachineError(`--net vhost=on of ${id}: each queue takes an interrupt route. ${error.message}`);
@@ -223,12 +362,11 @@ export class DeviceManager {
 
   /** Segment, bus, device and function by the name of the device. */
   addresses(): ReadonlyMap<string, string> {
-    const hex = (value: number, digits: number) => value.toString(16).padStart(digits, '0');
-    return new Map(this.handles.map(({ id, segment, slot }) => [id, `${hex(segment, 4)}:00:${hex(slot, 2)}.0`]));
+    return new Map(this.devices.map(({ handle }) => [handle.id, pciAddress(handle)]));
   }
 
   counters(): DeviceCounters[] {
-    return this.handles.map(({ id, state, description }) => {
+    return this.devices.map(({ handle: { id, state, description } }) => {
       const queues = description.queueSizes.length;
       const layout = transportLayout(id, queues, description.config.length);
       const block = new StateBlock(layout, state);
@@ -245,8 +383,32 @@ export class DeviceManager {
     });
   }
 
-  /** After the workers have ended. */
+  /** After the workers have ended and the VM is closed. */
   close(): void {
-    closeAll(this.#eventfds.splice(0).map((eventfd) => () => this.kernel.close(eventfd)));
+    const undos = [...this.#undos].reverse();
+    this.#undos.clear();
+    this.#placed.clear();
+    closeAll(undos.flatMap(({ host }) => host.toReversed()));
   }
+}
+
+interface Unplaced {
+  readonly plan: DevicePlan;
+  readonly undo: Undo;
+  readonly memory: MemoryPart | undefined;
+}
+
+function plannedDevice({ description, division, busy, blocking, affinity }: DevicePlan): PlannedDevice {
+  return { queues: description.queueSizes.length, division, busy, blocking, affinity };
+}
+
+/** A device as one of its workers serves it. */
+export function servedDevice({ handle, plan }: PlacedDevice, queues: readonly number[]): ServedDevice {
+  return { handle, queues, backend: plan.backend };
+}
+
+/** Segment, bus, device and function. */
+export function pciAddress({ segment, slot }: VirtioPciHandle): string {
+  const hex = (value: number, digits: number) => value.toString(16).padStart(digits, '0');
+  return `${hex(segment, 4)}:00:${hex(slot, 2)}.0`;
 }

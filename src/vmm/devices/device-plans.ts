@@ -92,8 +92,7 @@ export function diskPlan(kernel: HostKernel, resource: DiskResource): DevicePlan
 
 /** @param vhost where the host's kernel serves the queues: an event for each of them, and what it can do */
 export function netPlan(
-  id: string,
-  { config: net, taps, mac }: NetResource,
+  { id, config: net, taps, mac }: NetResource,
   vhost: { readonly calls: readonly number[]; readonly features: readonly [number, number] | undefined } | undefined,
 ): DevicePlan {
   const limits = limiterOptions(net.rate_limiter_config);
@@ -135,13 +134,13 @@ export function entropyPlan(config: VmConfig['rng'], { source }: RngResource): D
 }
 
 /** @param start guest physical address of its memory */
-export function pmemPlan(id: string, { config, mapping, fd }: PmemResource, start: number): DevicePlan {
+export function pmemPlan({ id, config, mapping, fd }: PmemResource, start: number): DevicePlan {
   const description = pmemDescription({ start, size: mapping.handle.length });
   return { ...USUAL, id, placement: config, description, backend: { kind: 'pmem', fd }, blocking: true };
 }
 
-export function vsockPlan({ config, listener }: VsockResource): DevicePlan {
-  const { id = '_vsock0', cid, socket } = config;
+export function vsockPlan({ id, config, listener }: VsockResource): DevicePlan {
+  const { cid, socket } = config;
   const backend = { kind: 'vsock', cid, socket, listener } as const;
   return { ...USUAL, id, placement: config, description: vsockDescription(cid), backend };
 }

@@ -4,7 +4,7 @@ import type { HypervisorName, VmHandle } from '../../hypervisor/hypervisor.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import type { LimiterOptions } from '../../virtio/rate-limiter.js';
-import type { MemoryHandle } from '../memory/memory-manager.js';
+import type { MemoryHandle, MemoryPart } from '../memory/memory-manager.js';
 
 export type BackendSpec =
   | {
@@ -53,7 +53,7 @@ export interface IoWorkerData {
   readonly sharedMemory: boolean;
   /** Signalled when there is something to look at. */
   readonly wake: number;
-  /** Word 0 becomes 1 when the worker is to end. */
+  /** Word 0: {@link IoOrder}. */
   readonly command: SharedArrayBuffer;
   readonly devices: readonly ServedDevice[];
   readonly affinity?: readonly number[] | undefined;
@@ -70,15 +70,25 @@ export const Mail = { inFlight: 0, waiting: 1, words: 2 } as const;
 /** Messages on their way at most. */
 export const IN_FLIGHT_LIMIT = 64;
 
-/** From main to a worker, beside `wake`. */
-export interface IoCommand {
-  readonly device: string;
-  readonly message: unknown;
-}
+/** From main to a worker, beside `wake`. All but `control` are answered, in their order. */
+export type IoCommand =
+  | { readonly kind: 'control'; readonly device: string; readonly message: unknown }
+  | { readonly kind: 'serve'; readonly device: ServedDevice }
+  /** What is in flight is finished first. */
+  | { readonly kind: 'drop'; readonly device: string }
+  | { readonly kind: 'add-memory'; readonly part: MemoryPart }
+  | { readonly kind: 'remove-memory'; readonly part: MemoryPart };
+
+/** Bits of the word `command`; those above them count commands, so that a worker that is held sees that one has come. */
+export const IoOrder = { stop: 1, hold: 2, count: 4 } as const;
 
 /** From a worker to main. */
 export type IoMessage =
   | { readonly kind: 'log'; readonly level: 'info' | 'warn'; readonly line: string }
   | { readonly kind: 'device'; readonly device: string; readonly message: unknown }
+  /** The oldest command that has none has been carried out, or why not. */
+  | { readonly kind: 'answer'; readonly failure: string | undefined }
+  /** It serves nothing until it is let go. @param word the command word that says so */
+  | { readonly kind: 'held'; readonly word: number }
   /** What the guest has written may not be where it belongs. */
   | { readonly kind: 'close-failed'; readonly device: string; readonly reason: string };

@@ -1,14 +1,17 @@
 /** The I/O workers: which thread serves which queues; started, told things, and ended from main. */
 import { Worker } from 'node:worker_threads';
 import type { HostKernel } from '../../sys/host-kernel.js';
+import type { MemoryPart } from '../memory/memory-manager.js';
 import { QUIET } from '../thread-streams.js';
 import {
   IN_FLIGHT_LIMIT,
   type IoCommand,
   type IoMessage,
+  IoOrder,
   type IoWorkerData,
   type IoWorkerStart,
   Mail,
+  type ServedDevice,
 } from './device-specs.js';
 
 export interface IoEvents {
@@ -26,67 +29,185 @@ const WORKER_HEAP = { maxYoungGenerationSizeMb: 2, maxOldGenerationSizeMb: 64 };
 
 interface Thread {
   readonly data: IoWorkerData;
-  worker?: Worker;
-  gone: Promise<void>;
+  readonly command: Int32Array;
+  /** The names of the devices that it serves. */
+  readonly devices: Set<string>;
+  /** While its thread is there. */
+  worker?: Worker | undefined;
+  /** The command word that it was held by last, and the one that it has said it is held by. */
+  hold: number;
+  held: number;
+  /** Who waits for answers, in the order of the commands. */
+  readonly asked: ((failure: string | undefined) => void)[];
+  /** Told when it is held or gone. */
+  readonly listeners: (() => void)[];
 }
 
-export class IoManager {
-  readonly #threads: Thread[];
+/** Why a worker did not do something: it is no more. */
+const GONE = 'The machine ends';
 
-  /** @param plan one entry for each worker */
+export class IoManager {
+  readonly #threads: Thread[] = [];
+  #paused = false;
+
   constructor(
     private readonly kernel: HostKernel,
-    plan: readonly IoWorkerData[],
     private readonly script: URL,
     private readonly events: IoEvents,
-  ) {
-    this.#threads = plan.map((data) => ({ data, gone: Promise.resolve() }));
+  ) {}
+
+  /** Starts a worker, with the devices that it serves from its start on. */
+  start(data: IoWorkerData): void {
+    const command = new Int32Array(data.command);
+    const devices = new Set(data.devices.map(({ handle }) => handle.id));
+    const thread: Thread = { data, command, devices, hold: 0, held: 0, asked: [], listeners: [] };
+    this.#threads.push(thread);
+    if (this.#paused) this.#hold(thread);
+    const mail = new Int32Array(new SharedArrayBuffer(Mail.words * 4));
+    const workerData: IoWorkerStart = { ...data, mail: mail.buffer };
+    const worker = new Worker(this.script, { name: data.name, workerData, resourceLimits: WORKER_HEAP, ...QUIET });
+    thread.worker = worker;
+    worker.on('message', (message: IoMessage) => {
+      this.#onMessage(thread, message);
+      if (message.kind !== 'device') return;
+      const left = Atomics.sub(mail, Mail.inFlight, 1) - 1;
+      if (left <= IN_FLIGHT_LIMIT / 2 && Atomics.exchange(mail, Mail.waiting, 0) === 1) this.kernel.signal(data.wake);
+    });
+    worker.on('error', (error) => this.events.onCrash(data.name, error));
+    worker.on('exit', () => {
+      thread.worker = undefined;
+      for (const answer of thread.asked.splice(0)) answer(GONE);
+      tell(thread);
+    });
   }
 
-  start(): void {
-    for (const thread of this.#threads) {
-      const { data } = thread;
-      const mail = new Int32Array(new SharedArrayBuffer(Mail.words * 4));
-      const workerData: IoWorkerStart = { ...data, mail: mail.buffer };
-      const worker = new Worker(this.script, { name: data.name, workerData, resourceLimits: WORKER_HEAP, ...QUIET });
-      thread.worker = worker;
-      worker.on('message', (message: IoMessage) => {
-        if (message.kind === 'log') {
-          this.events.onLog(message.level, message.line);
-          return;
-        }
-        if (message.kind === 'close-failed') {
-          this.events.onCloseFailed(message.device, message.reason);
-          return;
-        }
+  #onMessage(thread: Thread, message: IoMessage): void {
+    switch (message.kind) {
+      case 'log':
+        this.events.onLog(message.level, message.line);
+        break;
+      case 'close-failed':
+        this.events.onCloseFailed(message.device, message.reason);
+        break;
+      case 'answer':
+        thread.asked.shift()?.(message.failure);
+        break;
+      case 'held':
+        thread.held = message.word;
+        tell(thread);
+        break;
+      case 'device':
         this.events.onDevice(message.device, message.message);
-        const left = Atomics.sub(mail, Mail.inFlight, 1) - 1;
-        if (left <= IN_FLIGHT_LIMIT / 2 && Atomics.exchange(mail, Mail.waiting, 0) === 1) this.kernel.signal(data.wake);
-      });
-      worker.on('error', (error) => this.events.onCrash(data.name, error));
-      thread.gone = new Promise((resolve) => worker.on('exit', () => resolve()));
+        break;
     }
+  }
+
+  #order({ command, data }: Thread, bit: number): void {
+    Atomics.or(command, 0, bit);
+    this.#wake(command, data);
+  }
+
+  #hold(thread: Thread): void {
+    thread.hold = Atomics.add(thread.command, 0, IoOrder.count) + IoOrder.count;
+    this.#order(thread, IoOrder.hold);
+  }
+
+  #wake(command: Int32Array, { wake }: IoWorkerData): void {
+    Atomics.notify(command, 0);
+    this.kernel.signal(wake);
+  }
+
+  #send(thread: Thread, order: IoCommand): void {
+    thread.worker?.postMessage(order);
+    Atomics.add(thread.command, 0, IoOrder.count);
+    this.#wake(thread.command, thread.data);
+  }
+
+  /** @returns why it was not done; undefined: it was */
+  #ask(thread: Thread, order: IoCommand): Promise<string | undefined> {
+    if (thread.worker === undefined) return Promise.resolve(GONE);
+    return new Promise((resolve) => {
+      thread.asked.push(resolve);
+      this.#send(thread, order);
+    });
   }
 
   /** Tells every worker that serves the device. @returns how many there are */
   control(device: string, message: unknown): number {
-    let told = 0;
-    for (const { data, worker } of this.#threads) {
-      if (!data.devices.some(({ handle }) => handle.id === device)) continue;
-      const command: IoCommand = { device, message };
-      worker?.postMessage(command);
-      this.kernel.signal(data.wake);
-      told++;
+    const serving = this.#threads.filter(({ devices }) => devices.has(device));
+    for (const thread of serving) this.#send(thread, { kind: 'control', device, message });
+    return serving.length;
+  }
+
+  has(worker: string): boolean {
+    return this.#threads.some(({ data }) => data.name === worker);
+  }
+
+  /** Has a worker that runs serve a device. @returns why it cannot; undefined: it does */
+  async serve(worker: string, device: ServedDevice): Promise<string | undefined> {
+    const thread = this.#threads.find(({ data }) => data.name === worker)!;
+    const failure = await this.#ask(thread, { kind: 'serve', device });
+    if (failure === undefined) thread.devices.add(device.handle.id);
+    return failure;
+  }
+
+  /** Takes a device from all workers that serve it. @returns what failed as it was closed */
+  async drop(device: string): Promise<string | undefined> {
+    const serving = this.#threads.filter(({ devices }) => devices.has(device));
+    const failures = await Promise.all(serving.map((thread) => this.#ask(thread, { kind: 'drop', device })));
+    for (const { devices } of serving) devices.delete(device);
+    return failures.find((failure) => failure !== undefined);
+  }
+
+  /** Guest memory comes or goes. */
+  async changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<void> {
+    await Promise.all(this.#threads.map((thread) => this.#ask(thread, { kind, part })));
+  }
+
+  /** Resolves when no device touches guest memory any more. */
+  async pause(): Promise<void> {
+    this.#paused = true;
+    await Promise.all(
+      this.#threads.map(async (thread) => {
+        this.#hold(thread);
+        await until(thread, () => thread.held >= thread.hold);
+      }),
+    );
+  }
+
+  resume(): void {
+    this.#paused = false;
+    for (const thread of this.#threads) {
+      Atomics.and(thread.command, 0, ~IoOrder.hold);
+      Atomics.notify(thread.command, 0);
     }
-    return told;
+  }
+
+  /** Ends a worker; what is in flight is finished first. */
+  async end(worker: string): Promise<void> {
+    const index = this.#threads.findIndex(({ data }) => data.name === worker);
+    const [thread] = this.#threads.splice(index, 1);
+    await this.#end(thread);
+  }
+
+  async #end(thread: Thread): Promise<void> {
+    this.#order(thread, IoOrder.stop);
+    await until(thread, () => false);
   }
 
   /** Ends the workers; what is in flight is finished first. */
   async stop(): Promise<void> {
-    for (const { data } of this.#threads) {
-      Atomics.store(new Int32Array(data.command), 0, 1);
-      this.kernel.signal(data.wake);
-    }
-    await Promise.all(this.#threads.map(({ gone }) => gone));
+    await Promise.all(this.#threads.map((thread) => this.#end(thread)));
   }
+}
+
+/** @returns resolves when something is so, or the thread is gone */
+async function until(thread: Thread, done: () => boolean): Promise<void> {
+  while (thread.worker !== undefined && !done()) {
+    await new Promise<void>((resolve) => thread.listeners.push(resolve));
+  }
+}
+
+function tell({ listeners }: Thread): void {
+  for (const listener of listeners.splice(0)) listener();
 }

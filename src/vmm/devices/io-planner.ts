@@ -1,5 +1,5 @@
 /**
- * Which I/O worker serves which queues: a pure function of the devices and of the host's CPUs.
+ * Which I/O worker serves which queues: found from the devices and the host's CPUs alone.
  *
  * - Queues that have to be on one worker are a group. A group that `queue_affinity=` names has a worker of its own.
  * - A device that may wait for a disk has workers of its own: nobody else waits with it.
@@ -28,49 +28,47 @@ export interface PlannedDevice {
 export interface PlannedWorker {
   /** Host CPUs that it is bound to; undefined: any. */
   readonly affinity: readonly number[] | undefined;
-  /** The queues that it serves, by the index of their device. */
-  readonly serves: Map<number, number[]>;
+  /** It serves one device alone, and goes with it. */
+  readonly own: boolean;
 }
 
-/** @param cpus of the host that this process may use @returns workers: each queue is served by exactly one of them */
-export function planWorkers(devices: readonly PlannedDevice[], cpus: number): PlannedWorker[] {
-  const workers: PlannedWorker[] = [];
-  const add = (affinity?: readonly number[]) => {
-    const worker: PlannedWorker = { affinity, serves: new Map() };
-    workers.push(worker);
-    return worker;
-  };
-  const shared = new Pool(poolSize(devices, cpus), add);
-  devices.forEach((device, index) => {
-    const own = new Pool(MAX_POOL, add);
-    for (const group of groups(device)) {
-      const bound = boundCpus(device, group);
-      let worker: PlannedWorker;
-      if (bound.length > 0) worker = add(bound);
-      else if (device.blocking) worker = own.next();
-      else worker = device.busy ? shared.next() : shared.first();
-      worker.serves.set(index, [...(worker.serves.get(index) ?? []), ...group]);
-    }
-  });
-  return workers;
-}
-
-/** Workers that are made as they are needed, and taken in turn. */
-class Pool {
-  readonly #workers: PlannedWorker[] = [];
+export class IoPlanner {
+  readonly #present = new Set<PlannedDevice>();
+  /** Made as they are needed. */
+  readonly #pool: PlannedWorker[] = [];
+  #size: number;
   #turn = 0;
 
+  /**
+   * @param devices that will be placed at first, in any order
+   * @param cpus of the host that this process may use
+   */
   constructor(
-    private readonly size: number,
-    private readonly add: () => PlannedWorker,
-  ) {}
-
-  first(): PlannedWorker {
-    return (this.#workers[0] ??= this.add());
+    devices: readonly PlannedDevice[],
+    private readonly cpus: number,
+  ) {
+    this.#size = poolSize(devices, cpus);
   }
 
-  next(): PlannedWorker {
-    return (this.#workers[this.#turn++ % this.size] ??= this.add());
+  /** @returns the queues that each worker serves: each queue is served by exactly one of them */
+  place(device: PlannedDevice): ReadonlyMap<PlannedWorker, readonly number[]> {
+    this.#present.add(device);
+    this.#size = Math.max(this.#size, poolSize([...this.#present], this.cpus));
+    const serves = new Map<PlannedWorker, readonly number[]>();
+    const own: PlannedWorker[] = [];
+    groups(device).forEach((group, turn) => {
+      const bound = boundCpus(device, group);
+      let worker: PlannedWorker;
+      if (bound.length > 0) worker = { affinity: bound, own: true };
+      else if (device.blocking) worker = own[turn % MAX_POOL] ??= { affinity: undefined, own: true };
+      else worker = this.#pool[device.busy ? this.#turn++ % this.#size : 0] ??= { affinity: undefined, own: false };
+      serves.set(worker, [...(serves.get(worker) ?? []), ...group]);
+    });
+    return serves;
+  }
+
+  remove(device: PlannedDevice): void {
+    this.#present.delete(device);
   }
 }
 

@@ -4,18 +4,20 @@
  */
 import fs from 'node:fs';
 import { fileSize } from '../../block/block-file.js';
-import type { NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
+import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
 import { PMEM_ALIGNMENT } from '../../config/device-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { VHOST_DEVICE, vhostFeatures } from '../../net/vhost.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
 import { type HostKernel, type HostMapping, SystemError } from '../../sys/host-kernel.js';
+import { nameOf } from '../devices/device-names.js';
 import { MachineError } from '../machine/machine-error.js';
 import { type DiskResource, openDisk } from './disk-resource.js';
 import { FILE_OR_CHARACTER, Holding } from './holding.js';
 import { bindSocket } from './unix-socket.js';
 
 export interface NetResource {
+  readonly id: string;
   readonly config: NetConfig;
   /** One descriptor for each pair of queues. */
   readonly taps: readonly number[];
@@ -24,6 +26,7 @@ export interface NetResource {
 }
 
 export interface PmemResource {
+  readonly id: string;
   readonly config: PmemConfig;
   readonly mapping: HostMapping;
   readonly fd: number | undefined;
@@ -31,6 +34,7 @@ export interface PmemResource {
 }
 
 export interface VsockResource {
+  readonly id: string;
   readonly config: VsockConfig;
   readonly listener: number;
   readonly close: () => void;
@@ -50,22 +54,72 @@ export class HostResources {
   readonly net: NetResource[] = [];
   readonly pmem: PmemResource[] = [];
   readonly rng: RngResource;
-  /** Of the host's vhost-net, where a network uses it. */
-  readonly vhostFeatures?: readonly [number, number];
-  readonly vsock?: VsockResource;
+  vsock: VsockResource | undefined;
+  #vhostFeatures: readonly [number, number] | undefined;
 
-  /** @throws MachineError in one line; nothing is left behind then */
-  constructor(kernel: HostKernel, config: VmConfig, openTaps: TapOpener) {
+  /**
+   * @param config whose devices have names
+   * @throws MachineError in one line; nothing is left behind then
+   */
+  constructor(
+    private readonly kernel: HostKernel,
+    config: VmConfig,
+    private readonly openTaps: TapOpener,
+  ) {
     try {
-      config.disks.forEach((disk, index) => this.disks.push(openDisk(kernel, disk.id ?? `_disk${index}`, disk)));
-      for (const net of config.net) this.net.push(openNet(kernel, net, openTaps));
-      if (config.net.some(({ vhost }) => vhost)) this.vhostFeatures = openVhost(kernel);
-      for (const pmem of config.pmem) this.pmem.push(openPmem(kernel, pmem));
+      for (const disk of config.disks) this.addDisk(disk);
+      for (const net of config.net) this.addNet(net);
+      for (const pmem of config.pmem) this.addPmem(pmem);
       this.rng = openRng(kernel, config.rng.src);
-      if (config.vsock !== undefined) this.vsock = openVsock(kernel, config.vsock);
+      if (config.vsock !== undefined) this.addVsock(config.vsock);
     } catch (error) {
       undoAll(error, [() => this.close()]);
     }
+  }
+
+  /** Of the host's vhost-net, where a network uses it. */
+  get vhostFeatures(): readonly [number, number] | undefined {
+    return this.#vhostFeatures;
+  }
+
+  // Each throws MachineError in one line; nothing is left behind then.
+
+  addDisk(config: DiskConfig): DiskResource {
+    const disk = openDisk(this.kernel, nameOf(config), config);
+    this.disks.push(disk);
+    return disk;
+  }
+
+  addNet(config: NetConfig): NetResource {
+    if (config.vhost) this.#vhostFeatures ??= openVhost(this.kernel);
+    const net = openNet(this.kernel, config, this.openTaps);
+    this.net.push(net);
+    return net;
+  }
+
+  addPmem(config: PmemConfig): PmemResource {
+    const pmem = openPmem(this.kernel, config);
+    this.pmem.push(pmem);
+    return pmem;
+  }
+
+  addVsock(config: VsockConfig): VsockResource {
+    return (this.vsock = openVsock(this.kernel, config));
+  }
+
+  /** Gives back what a device held; nobody uses it any more. @param id of a device that came and goes */
+  remove(id: string): void {
+    for (const list of [this.disks, this.net, this.pmem]) {
+      const index = list.findIndex((resource) => resource.id === id);
+      if (index >= 0) {
+        list.splice(index, 1)[0].close();
+        return;
+      }
+    }
+    const { vsock } = this;
+    if (vsock?.id !== id) return;
+    this.vsock = undefined;
+    vsock.close();
   }
 
   close(): void {
@@ -79,7 +133,7 @@ export class HostResources {
 
 function openNet(kernel: HostKernel, config: NetConfig, openTaps: TapOpener): NetResource {
   const { taps, mac } = openTaps(config);
-  return { config, taps, mac, close: () => closeAll(taps.map((tap) => () => kernel.close(tap))) };
+  return { id: nameOf(config), config, taps, mac, close: () => closeAll(taps.map((tap) => () => kernel.close(tap))) };
 }
 
 function openVhost(kernel: HostKernel): readonly [number, number] {
@@ -105,7 +159,13 @@ function openPmem(kernel: HostKernel, config: PmemConfig): PmemResource {
     const fd = holding.open(config.file, { readonly: config.discard_writes });
     holding.lock(config.file, fd, !config.discard_writes);
     const mapping = mapPmem(kernel, holding, config, fd);
-    return { config, mapping, fd: config.discard_writes ? undefined : fd, close: () => holding.close() };
+    return {
+      id: nameOf(config),
+      config,
+      mapping,
+      fd: config.discard_writes ? undefined : fd,
+      close: () => holding.close(),
+    };
   } catch (error) {
     return undoAll(error, [() => holding.close()]);
   }
@@ -136,5 +196,5 @@ function mapPmem(kernel: HostKernel, holding: Holding, config: PmemConfig, fd: n
 
 function openVsock(kernel: HostKernel, config: VsockConfig): VsockResource {
   const { listener, remove } = bindSocket(kernel, `--vsock socket=${config.socket}`, config.socket);
-  return { config, listener, close: () => closeAll([remove, () => kernel.close(listener)]) };
+  return { id: nameOf(config), config, listener, close: () => closeAll([remove, () => kernel.close(listener)]) };
 }

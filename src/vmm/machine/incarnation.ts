@@ -5,13 +5,20 @@ import { closeAll, undoAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { Board } from '../boards/board.js';
 import { createBoard } from '../boards/boards.js';
-import { type DeviceCounters, DeviceManager } from '../devices/device-manager.js';
-import { CpuManager, type CpuManagerEvents } from '../cpus/cpu-manager.js';
+import {
+  type DeviceCounters,
+  DeviceManager,
+  type DeviceResource,
+  pciAddress,
+  type PlacedDevice,
+  servedDevice,
+} from '../devices/device-manager.js';
+import { CpuManager, type CpuManagerEvents, type CpuStart } from '../cpus/cpu-manager.js';
 import { MachineError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
-import { MemoryManager } from '../memory/memory-manager.js';
+import { MemoryManager, type MemoryPart } from '../memory/memory-manager.js';
 import { attachPlatform, type PlatformHandle } from '../boards/platform.js';
-import type { Platform } from '../boards/platform-parts.js';
+import { monotonicClock, type Platform, type PlatformChange } from '../boards/platform-parts.js';
 import type { HostResources } from '../host/host-resources.js';
 import { type IoEvents, IoManager } from '../devices/io-manager.js';
 import type { SerialBackend } from '../host/serial-backend.js';
@@ -29,6 +36,9 @@ export class Incarnation {
   readonly #held: boolean;
   readonly #handle: PlatformHandle;
   readonly #platform: Platform;
+  readonly #vcpus: Set<number>;
+  /** When it was paused, nanoseconds of the monotonic clock. */
+  #paused = 0;
 
   /** @throws MachineError, BootError, HypervisorError or SystemError; nothing is left behind then */
   constructor(
@@ -49,6 +59,7 @@ export class Incarnation {
       undo.push(() => this.#memory.close());
       this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
+      this.#vcpus = new Set(vcpus.keys());
       undo.push(() => closeAll(vcpus.map((vcpu) => () => vcpu.close())));
 
       this.#devices = new DeviceManager(kernel, vm, {
@@ -62,25 +73,142 @@ export class Incarnation {
         logger: parts.logger,
       });
       undo.push(() => this.#devices.close());
-      this.#io = new IoManager(kernel, this.#devices.plan, parts.ioWorker, io);
-      this.#handle = this.#board.createPlatform(this.#devices.handles);
+      this.#io = new IoManager(kernel, parts.ioWorker, io);
+      this.#handle = this.#board.createPlatform(this.#devices.devices.map(({ handle }) => handle));
       this.#platform = attachPlatform(this.#handle, kernel, vm.signals, events.onEvent.bind(events));
       if (this.#platform.serial !== undefined) this.serial = new SerialPump(this.#platform.serial, backends.serial);
       const port = this.#devices.console;
       if (port !== undefined) this.console = new SerialPump(consolePort(port, kernel), backends.console);
 
       this.#held = this.#board.boot(this.#memory.memory);
-      this.#cpus = new CpuManager(hypervisor.name, vcpus, this.#devices.memory, parts.vcpuWorker, events);
+      const affinity = new Map((config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
+      this.#cpus = new CpuManager(hypervisor.name, vcpus, affinity, parts.vcpuWorker, events);
     } catch (error) {
       undoAll(error, undo.reverse());
     }
   }
 
   start(): void {
-    const affinity = new Map((this.parts.config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
-    this.#io.start();
+    for (const worker of this.#devices.workers) {
+      this.#io.start(this.#devices.workerData(worker, this.#devices.devices));
+    }
     this.#board.vm.startTime();
-    this.#cpus.start(this.#handle, affinity, this.#held);
+    this.#cpus.start(this.#present(), this.#held);
+  }
+
+  /** The machine as a vCPU thread that starts now finds it. */
+  #present(): CpuStart {
+    const virtio = this.#devices.devices.map(({ handle }) => handle);
+    return { platform: { ...this.#handle, virtio }, memory: this.#devices.memory };
+  }
+
+  /**
+   * Plugs one more device in, and tells the guest.
+   *
+   * @returns where it is on PCI
+   * @throws MachineError when it does not fit or cannot be served; nothing has changed then
+   */
+  async plug(resource: DeviceResource): Promise<string> {
+    const device = this.#devices.add(resource);
+    const { handle, memory } = device;
+    try {
+      if (memory !== undefined) await this.#changeMemory('add-memory', memory);
+      for (const [worker, queues] of device.served) {
+        if (!this.#io.has(worker.name)) this.#io.start(this.#devices.workerData(worker, []));
+        const failure = await this.#io.serve(worker.name, servedDevice(device, queues));
+        if (failure !== undefined) throw new MachineError(`${handle.id}: ${failure}`);
+      }
+      await this.#changePlatform({ kind: 'plug', device: handle });
+    } catch (error) {
+      await this.#release(device);
+      throw error;
+    }
+    this.#platform.slots.came(handle.segment, handle.slot);
+    return pciAddress(handle);
+  }
+
+  /** Asks the guest to let a device go. Its answer is the event `ejected`, if it gives one. */
+  askToUnplug(id: string): void {
+    const { segment, slot } = this.#devices.get(id)!.handle;
+    this.#platform.slots.shallGo(segment, slot);
+  }
+
+  /** The name of the device in a slot. */
+  deviceAt(segment: number, slot: number): string | undefined {
+    return this.#devices.devices.find(({ handle }) => handle.segment === segment && handle.slot === slot)?.handle.id;
+  }
+
+  /** Takes out a device that the guest has let go. @returns where it was, and what failed as it was closed */
+  async unplug(id: string): Promise<{ readonly address: string; readonly failure: string | undefined }> {
+    const device = this.#devices.get(id)!;
+    await this.#changePlatform({ kind: 'unplug', device: id });
+    const failure = await this.#release(device);
+    return { address: pciAddress(device.handle), failure };
+  }
+
+  /** No vCPU thread knows the device. @returns what failed as it was closed */
+  async #release(device: PlacedDevice): Promise<string | undefined> {
+    const failure = await this.#io.drop(device.handle.id);
+    for (const { name, own } of device.served.keys()) if (own && this.#io.has(name)) await this.#io.end(name);
+    if (device.memory !== undefined) await this.#changeMemory('remove-memory', device.memory);
+    this.#devices.remove(device.handle.id);
+    return failure;
+  }
+
+  /** The vCPUs that the guest has been given. */
+  get vcpus(): ReadonlySet<number> {
+    return this.#vcpus;
+  }
+
+  /** Whether guests of this architecture can be given vCPUs. */
+  get plugsVcpus(): boolean {
+    return this.#platform.vcpus !== undefined;
+  }
+
+  /** Gives the guest one more vCPU, and tells it. @throws HypervisorError or SystemError; nothing has changed then */
+  plugVcpu(): void {
+    let id = 0;
+    while (this.#vcpus.has(id)) id++;
+    if (id < this.#cpus.created) this.#cpus.unpark(id, this.#present());
+    else this.#cpus.add(this.#board.plugVcpu!(), this.#present());
+    this.#vcpus.add(id);
+    this.#platform.vcpus!.came(id);
+  }
+
+  /** Asks the guest to let a vCPU go. Its answer is the event `vcpu-ejected`, if it gives one. */
+  askToUnplugVcpu(vcpu: number): void {
+    this.#platform.vcpus!.shallGo(vcpu);
+  }
+
+  /** Takes out a vCPU that the guest has let go. */
+  async unplugVcpu(vcpu: number): Promise<void> {
+    await this.#cpus.park(vcpu);
+    this.#vcpus.delete(vcpu);
+  }
+
+  async #changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<void> {
+    await Promise.all([this.#io.changeMemory(kind, part), this.#cpus.change({ kind, part })]);
+  }
+
+  async #changePlatform(change: PlatformChange): Promise<void> {
+    await this.#cpus.change(change);
+    this.#platform.apply(change);
+  }
+
+  /** Resolves when no vCPU runs, and no device touches guest memory. */
+  async pause(): Promise<void> {
+    await this.#cpus.pause();
+    await this.#io.pause();
+    this.#board.vm.stopTime();
+    this.#paused = monotonicClock();
+  }
+
+  /** After `pause`. The guest goes on as if no time had passed, but for the wall clock. */
+  resume(): void {
+    this.#platform.setBack(monotonicClock() - this.#paused);
+    this.#board.vm.startTime();
+    this.#io.resume();
+    this.#cpus.resume();
   }
 
   powerButton(): void {
@@ -130,6 +258,9 @@ export class Incarnation {
     ]);
   }
 }
+
+/** One life, as its machine sees it. */
+export type MachineLife = Pick<Incarnation, keyof Incarnation>;
 
 /** Host ends of the character devices; none: output is dropped. */
 export interface Backends {

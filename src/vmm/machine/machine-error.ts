@@ -13,10 +13,10 @@ export class MachineError extends Error {
 export class RequestError extends Error {
   readonly code = 'REQUEST';
 
-  /** @param kind conflict: with a name that is taken; failed: also what the machine's state does not allow */
+  /** @param kind conflict: somebody has it already; busy: later, perhaps; failed: also what the machine's state does not allow */
   constructor(
     message: string,
-    readonly kind: 'invalid' | 'unknown' | 'conflict' | 'failed',
+    readonly kind: 'invalid' | 'unknown' | 'conflict' | 'busy' | 'failed',
   ) {
     super(message);
   }

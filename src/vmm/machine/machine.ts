@@ -13,12 +13,10 @@ import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
 import { isTerminal } from '../host/host-output.js';
 import { type HostEnds, namedByHost, openHostEnds } from './host-ends.js';
 import { MachineError, RequestError } from './machine-error.js';
-import type { Incarnation } from './incarnation.js';
+import type { Hotplug, Running } from './hotplug.js';
+import type { Incarnation, MachineLife } from './incarnation.js';
 import type { MachineParts } from './machine-parts.js';
 import type { VcpuEnd } from '../cpus/vcpu-loop.js';
-
-/** One life of a machine, as the machine sees it. */
-export type MachineLife = Pick<Incarnation, keyof Incarnation>;
 
 /** Makes one. @throws MachineError, BootError, HypervisorError or SystemError; nothing is left behind then */
 export type LifeMaker = (...parts: ConstructorParameters<typeof Incarnation>) => MachineLife;
@@ -75,9 +73,13 @@ export class Machine {
   /** Resolves when the machine has ended and nothing of it is left on the host; `boot` sets it. */
   ended!: Promise<MachineEnd>;
   #current: MachineLife | undefined;
+  /** Why the present life is about to end. */
+  #lifeEnds: Promise<LifeEnd> = new Promise(() => undefined);
   /** Ends the present life. */
   #finish: (end: LifeEnd) => void = () => undefined;
   #stopping = false;
+  /** Neither the vCPUs nor the devices do anything. */
+  #paused = false;
   /** Called when the next life has begun. */
   readonly #begun: (() => void)[] = [];
   /** By disk. */
@@ -89,6 +91,7 @@ export class Machine {
   private constructor(
     private readonly parts: MachineParts,
     private readonly makeLife: LifeMaker,
+    private readonly hotplug: Hotplug,
     private readonly host: HostEnds,
     /** Everything that a guest can make main say. */
     private readonly guestLog: GuestLog,
@@ -100,10 +103,10 @@ export class Machine {
    * @param quit called when a user presses the escape key
    * @throws MachineError, BootError, HypervisorError or SystemError; nothing is left behind then
    */
-  static async boot(parts: MachineParts, makeLife: LifeMaker, quit: () => void): Promise<Machine> {
+  static async boot(parts: MachineParts, makeLife: LifeMaker, hotplug: Hotplug, quit: () => void): Promise<Machine> {
     const guestLog = new GuestLog((level, line) => parts.logger[level](line));
     const host = await openHostEnds(parts, guestLog, quit);
-    const machine = new Machine(parts, makeLife, host, guestLog);
+    const machine = new Machine(parts, makeLife, hotplug, host, guestLog);
     try {
       const life = await machine.#begin();
       machine.ended = machine.#live(life).catch((error: unknown) => ({ kind: 'failed', error }));
@@ -155,6 +158,31 @@ export class Machine {
     });
     this.#finish({ kind: 'reset' });
     await Promise.race([begun, ended]);
+  }
+
+  get paused(): boolean {
+    return this.#paused;
+  }
+
+  /** Resolves when neither vCPUs nor devices do anything. @throws RequestError when the machine is reset or ends meanwhile */
+  async pause(): Promise<void> {
+    const life = this.#current;
+    if (life !== undefined) await Promise.race([life.pause(), this.#lifeEnds]);
+    if (life === undefined || life !== this.#current) {
+      throw new RequestError('The machine is being reset or has ended', 'busy');
+    }
+    this.#paused = true;
+  }
+
+  /** After `pause`. */
+  resume(): void {
+    this.#current?.resume();
+    this.#paused = false;
+  }
+
+  /** For `Hotplug`. */
+  running(): Running {
+    return { resources: this.host.resources, incarnation: this.#current };
   }
 
   /** Presses the ACPI power button. The guest decides what it does. */
@@ -231,6 +259,7 @@ export class Machine {
   async #begin(): Promise<Life> {
     const { logger } = this.parts;
     const finished = new Promise<LifeEnd>((resolve) => (this.#finish = resolve));
+    this.#lifeEnds = finished;
     let failure: LifeEnd | undefined;
     const failed = (error: MachineError) => {
       failure ??= { kind: 'failed', error };
@@ -244,6 +273,7 @@ export class Machine {
       },
     };
     const { resources, backends } = this.host;
+    this.hotplug.restart(resources);
     const incarnation = this.makeLife(this.parts, resources, backends, cpuEvents, {
       onLog: (level, line) => logger[level](line),
       onDevice: (device, message) => this.#onDevice(device, message as DeviceMessage),
@@ -256,9 +286,11 @@ export class Machine {
     });
     this.#current = incarnation;
     this.#ballooned = 0;
+    this.#paused = false;
     const close = async () => {
       this.#current = undefined;
       try {
+        await this.hotplug.idle();
         await incarnation.close();
       } finally {
         for (const { settle } of this.#resizing.values()) settle('The machine was reset');
@@ -352,6 +384,12 @@ export class Machine {
         log.log('machine', 'info', 'The guest powers the machine off');
         this.#finish({ kind: 'power-off' });
         break;
+      case 'ejected':
+        this.#removed(this.hotplug.ejected(event.segment, event.slot, () => this.running()));
+        break;
+      case 'vcpu-ejected':
+        this.#removed(this.hotplug.vcpuEjected(event.vcpu, () => this.running()));
+        break;
       case 'guest-panic':
         this.parts.tell('guest', 'panic', { event: (event.event & PANICKED) !== 0 ? 'panic' : 'crash_loaded' });
         log.leftOut('pvpanic', 'warn', event.untold);
@@ -369,6 +407,13 @@ export class Machine {
         );
         break;
     }
+  }
+
+  /** What the guest has let go is being taken out. */
+  #removed(done: Promise<void>): void {
+    done.catch((cause: unknown) => {
+      this.#finish({ kind: 'failed', error: new MachineError('Something could not be removed', { cause }) });
+    });
   }
 
   #onTripleFault(where: string): void {

@@ -4,9 +4,10 @@
  *
  * What changes the state goes one after the other; what only asks, or leaves the state alone, waits for nothing.
  */
-import { DeviceNames } from '../../config/device-names.js';
 import type { VmConfig } from '../../config/vm-config.js';
+import type { DeviceKind } from '../devices/device-names.js';
 import { randomMac } from '../host/taps.js';
+import { Hotplug, type PciDeviceInfo } from './hotplug.js';
 import { type LifeMaker, Machine, type MachineEnd, type RunningInfo } from './machine.js';
 import { RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
@@ -18,7 +19,7 @@ export interface VmmParts extends Omit<MachineParts, 'config'> {
 }
 
 /** Created: it never ran; Shutdown: it ran, and its configuration is left. */
-export type VmState = 'Created' | 'Running' | 'Shutdown';
+export type VmState = 'Created' | 'Running' | 'Paused' | 'Shutdown';
 
 /** Cloud Hypervisor's VmInfo. */
 export type VmInfo = Pick<RunningInfo, 'config' | 'memory_actual_size'> &
@@ -31,9 +32,11 @@ export interface VmmOptions {
 
 /** A machine's configuration, and what has become of it. */
 interface Owned {
-  config: VmConfig;
-  state: VmState;
-  /** Present while it runs. */
+  readonly config: VmConfig;
+  readonly hotplug: Hotplug;
+  /** It has run before. */
+  used: boolean;
+  /** Present while it runs or is paused. */
   machine?: Machine | undefined;
   /** Who stops it is told how that went. */
   stopping: boolean;
@@ -68,12 +71,16 @@ export class Vmm {
   create(config: VmConfig): Promise<void> {
     return this.#next(() => {
       if (this.#owned !== undefined) {
-        throw new RequestError(`There is a machine, and it is ${this.#owned.state}; vm.delete removes it`, 'failed');
+        throw new RequestError(`There is a machine, and it is ${stateOf(this.#owned)}; vm.delete removes it`, 'failed');
       }
       const own = structuredClone(config);
-      new DeviceNames().fill(own);
       for (const net of own.net) net.mac ??= randomMac();
-      this.#owned = { config: own, state: 'Created', stopping: false };
+      const { logger, tell } = this.parts;
+      const hotplug = new Hotplug(own, logger, {
+        onRemoved: (id, bdf) => tell('vm', 'device-removed', bdf === undefined ? { id } : { id, bdf }),
+        onCloseFailed: (id, reason) => logger.warn(`${id}: It may lack what the guest wrote last: ${reason}`),
+      });
+      this.#owned = { config: own, hotplug, used: false, stopping: false };
     });
   }
 
@@ -85,11 +92,11 @@ export class Vmm {
   boot(): Promise<void> {
     return this.#next(async () => {
       const owned = this.#configured();
-      if (owned.machine !== undefined) throw refused(owned.state, 'Created or Shutdown');
+      if (owned.machine !== undefined) throw refused(owned, 'Created or Shutdown');
       this.parts.tell('vm', 'booting');
       const quit = () => void this.shutdownVmm('the escape key');
-      owned.machine = await Machine.boot({ ...this.parts, config: owned.config }, this.parts.makeLife, quit);
-      owned.state = 'Running';
+      const { config, hotplug } = owned;
+      owned.machine = await Machine.boot({ ...this.parts, config }, this.parts.makeLife, hotplug, quit);
       this.parts.tell('vm', 'booted');
       void owned.machine.ended.then((end) => this.#onEnd(owned, end));
     });
@@ -113,6 +120,51 @@ export class Vmm {
     return this.#next(() => this.#running('unknown').reset('vm.reboot'));
   }
 
+  /** Holds vCPUs, devices and clocks of a machine that runs. @throws RequestError */
+  pause(): Promise<void> {
+    return this.#next(async () => {
+      const machine = this.#running();
+      if (machine.paused) throw refused(this.#owned, 'Running');
+      this.parts.tell('vm', 'pausing');
+      await machine.pause();
+      this.parts.tell('vm', 'paused');
+    });
+  }
+
+  /** Lets a paused machine go on. @throws RequestError */
+  resume(): Promise<void> {
+    return this.#next(() => {
+      const { machine } = this.#owned ?? {};
+      if (machine?.paused !== true) throw refused(this.#owned, 'Paused');
+      this.parts.tell('vm', 'resuming');
+      machine.resume();
+      this.parts.tell('vm', 'resumed');
+    });
+  }
+
+  /**
+   * Gives the machine one more device; the guest hears of it if it runs.
+   *
+   * @param device as a client gave it
+   * @returns where the guest finds it; undefined: at its next boot
+   * @throws RequestError or MachineError; nothing has changed then
+   */
+  addDevice(kind: DeviceKind, device: object): Promise<PciDeviceInfo | undefined> {
+    return this.#next(() => {
+      const { hotplug, machine } = this.#configured();
+      const whole = kind === 'net' ? { mac: randomMac(), ...device } : device;
+      return hotplug.add(kind, whole, () => machine?.running());
+    });
+  }
+
+  /** Asks the guest to let a device go; it is gone when the guest has. @throws RequestError */
+  removeDevice(id: string): Promise<void> {
+    return this.#next(() => {
+      const { hotplug, machine } = this.#configured();
+      return hotplug.remove(id, () => machine?.running());
+    });
+  }
+
   get runs(): boolean {
     return this.#owned?.machine !== undefined;
   }
@@ -129,8 +181,9 @@ export class Vmm {
 
   /** @throws RequestError when there is no machine */
   info(): VmInfo {
-    const { config, state, machine } = this.#configured();
-    return { config, memory_actual_size: config.memory.size, ...machine?.info(), state };
+    const owned = this.#configured();
+    const { config, machine } = owned;
+    return { config, memory_actual_size: config.memory.size, ...machine?.info(), state: stateOf(owned) };
   }
 
   /** What the devices have done so far, by name: Cloud Hypervisor's VmCounters, and more of them. @throws RequestError */
@@ -140,15 +193,17 @@ export class Vmm {
 
   /** What changes nothing is accepted. The guest takes its time with its balloon; `info` tells how far it is. @throws RequestError */
   resize(wanted: Resize): Promise<void> {
-    return this.#next(() => {
-      const owned = this.#configured();
-      if (owned.machine === undefined) {
-        owned.config = resized(owned.config, wanted);
+    return this.#next(async () => {
+      const { config, hotplug, machine } = this.#configured();
+      if (machine === undefined) {
+        Object.assign(config, resized(config, wanted));
         return;
       }
-      refuseLiveResize(owned.config, wanted);
+      refuseLiveResize(config, wanted);
+      const { desired_vcpus: vcpus, desired_balloon: balloon } = wanted;
       this.parts.tell('vm', 'resizing');
-      if (wanted.desired_balloon !== undefined) owned.machine.resizeBalloon(wanted.desired_balloon);
+      if (vcpus !== undefined) await hotplug.resizeVcpus(vcpus, () => machine.running());
+      if (balloon !== undefined) machine.resizeBalloon(balloon);
       this.parts.tell('vm', 'resized');
     });
   }
@@ -199,8 +254,8 @@ export class Vmm {
 
   /** @param kind of what is thrown when it does not run @throws RequestError */
   #running(kind: 'unknown' | 'failed' = 'failed'): Machine {
-    const { machine, state } = this.#owned ?? {};
-    if (machine === undefined) throw refused(state, 'Running', kind);
+    const { machine } = this.#owned ?? {};
+    if (machine === undefined) throw refused(this.#owned, 'Running or Paused', kind);
     return machine;
   }
 
@@ -223,7 +278,7 @@ export class Vmm {
   #onEnd(owned: Owned, end: MachineEnd): void {
     const asked = owned.stopping;
     owned.machine = undefined;
-    owned.state = 'Shutdown';
+    owned.used = true;
     owned.stopping = false;
     this.parts.tell('vm', 'shutdown');
     if (end.kind === 'failed' && (!asked || this.#ending !== undefined)) this.#failure ??= end.error;
@@ -232,7 +287,12 @@ export class Vmm {
   }
 }
 
-function refused(state: VmState | undefined, accepted: string, kind: 'unknown' | 'failed' = 'failed'): RequestError {
-  const now = state === undefined ? 'There is no machine' : `The machine is ${state}`;
+function stateOf({ machine, used }: Owned): VmState {
+  if (machine === undefined) return used ? 'Shutdown' : 'Created';
+  return machine.paused ? 'Paused' : 'Running';
+}
+
+function refused(owned: Owned | undefined, accepted: string, kind: 'unknown' | 'failed' = 'failed'): RequestError {
+  const now = owned === undefined ? 'There is no machine' : `The machine is ${stateOf(owned)}`;
   return new RequestError(`${now}: accepted is a machine that is ${accepted}`, kind);
 }

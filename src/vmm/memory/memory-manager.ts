@@ -21,7 +21,12 @@ export type MemoryHandle = readonly MemoryPart[];
 
 /** Guest memory on a thread that did not allocate it. */
 export function attachMemory(handle: MemoryHandle, kernel: HostKernel): GuestMemory {
-  return new GuestMemory(handle.map(({ range, mapping, ram }) => source(range, kernel.attach(mapping), ram)));
+  return new GuestMemory(handle.map((part) => attachPart(part, kernel)));
+}
+
+/** A stretch of it that came later. */
+export function attachPart({ range, mapping, ram }: MemoryPart, kernel: HostKernel): MemorySource {
+  return source(range, kernel.attach(mapping), ram);
 }
 
 export class MemoryManager {

@@ -32,6 +32,7 @@ afterAll(async () => {
 });
 
 const NAMES = [
+  ...['vm.pause', 'vm.resume', 'vm.add-disk', 'vm.add-net', 'vm.add-vsock', 'vm.remove-device'],
   ...['vmm.ping', 'vmm.shutdown', 'vm.info', 'vm.counters', 'vm.create', 'vm.delete', 'vm.boot', 'vm.shutdown'],
   ...[
     'vm.reboot',

@@ -64,9 +64,18 @@ test('what a machine can be asked', async () => {
 test('the process and its machine can be told', async () => {
   await open();
   const none = { status: 204, body: undefined };
-  const calls = ['vm.boot', 'vm.power-button', 'vm.reboot', 'vm.shutdown', 'vm.delete', 'vmm.shutdown'];
+  const calls = [
+    'vm.boot',
+    'vm.pause',
+    'vm.resume',
+    'vm.power-button',
+    'vm.reboot',
+    'vm.shutdown',
+    'vm.delete',
+    'vmm.shutdown',
+  ];
   for (const name of calls) expect(await put(name)).toEqual(none);
-  expect(asked).toEqual(['boot', 'power-button', 'reboot', 'shutdown', 'delete', 'vmm.shutdown']);
+  expect(asked).toEqual(['boot', 'pause', 'resume', 'power-button', 'reboot', 'shutdown', 'delete', 'vmm.shutdown']);
   asked = [];
   for (const shrink of [undefined, null, false, true]) {
     expect(await put('vm.resize-disk', { id: '_disk0', desired_size: 1024, shrink })).toEqual(none);
@@ -106,11 +115,34 @@ test.each([
   ['PUT', 'vm.resize-disk', '{"desired_size":512}', 400, 'id: accepted is the name of a disk'],
   ['PUT', 'vm.resize-disk', '{"id":"none","desired_size":512}', 404, 'The machine has no disk none'],
   ['PUT', 'vm.resize-disk', '{"id":"stuck","desired_size":512}', 500, 'No space'],
+  ['PUT', 'vm.add-net', '[]', 400, 'accepted is the configuration of a device'],
+  ['PUT', 'vm.add-disk', '{"vhost_user":true}', 400, 'vhost_user: accepted is null: what it asks for is not built yet'],
+  ['PUT', 'vm.remove-device', '{}', 400, 'id: accepted is the name of a device'],
   ['PUT', 'vm.create', undefined, 400, 'accepted is a VmConfig, {"payload": {"kernel": PATH}, ...}'],
 ])('%s %s is refused (%#)', async (method, name, body, status, message) => {
   await open();
   expect(await request(method, name, body)).toEqual({ status, body: [message] });
   expect(asked).toEqual([]);
+});
+
+test('devices are added and removed', async () => {
+  await open();
+  const place = (id: string) => ({ status: 200, body: { id, bdf: '0000:00:07.0' } });
+  const disk = { path: '/d', image_type: 'Raw', vhost_user: false, serial: null, color: 'red' };
+  expect(await put('vm.add-disk', disk)).toEqual(place('_disk7'));
+  expect(await put('vm.add-net', { tap: null, mtu: 1500 })).toEqual(place('_net7'));
+  expect(await put('vm.add-pmem', { file: '/p' })).toEqual(place('_pmem7'));
+  // Into the configuration of a machine that does not run.
+  expect(await put('vm.add-vsock', { cid: 3, socket: 's' })).toEqual({ status: 204, body: undefined });
+  expect(await put('vm.remove-device', { id: '_net7' })).toEqual({ status: 204, body: undefined });
+  expect(asked).toEqual([
+    { add: 'disk', device: { path: '/d', image_type: 'raw' } },
+    { add: 'net', device: { mtu: 1500 } },
+    { add: 'pmem', device: { file: '/p' } },
+    { add: 'vsock', device: { cid: 3, socket: 's' } },
+    { remove: '_net7' },
+  ]);
+  expect(logged).toEqual(['API: color is ignored: there is no such field']);
 });
 
 test('brackets within text are text', async () => {
@@ -193,6 +225,21 @@ test.each([
   ['PUT', 'vm.resize', '{"desired_vcpus":null,"desired_ram":null,"desired_balloon":1073741824}', 204],
   ['PUT', 'vm.resize', '{"desired_vcpus":1,"desired_ram":536870912,"desired_balloon":null}', 204],
   ['PUT', 'vm.resize-disk', '{"id":"_disk0","desired_size":1073741824}', 204],
+  ['PUT', 'vm.pause', undefined, 204],
+  ['PUT', 'vm.resume', undefined, 204],
+  [
+    'PUT',
+    'vm.add-disk',
+    '{"id":null,"pci_segment":0,"pci_device_id":null,"path":"/d","readonly":false,"direct":false,"num_queues":1,"queue_size":128,"vhost_user":false,"disable_io_uring":false,"disable_aio":false,"backing_files":false,"sparse":true,"image_type":"Unknown","lock_granularity":"ByteRange"}',
+    200,
+  ],
+  [
+    'PUT',
+    'vm.add-net',
+    '{"id":null,"pci_segment":0,"pci_device_id":null,"num_queues":2,"queue_size":256,"vhost_user":false,"vhost_mode":"Client","offload_tso":true,"offload_ufo":true,"offload_csum":true}',
+    200,
+  ],
+  ['PUT', 'vm.remove-device', '{"id":"_disk0"}', 204],
   ['PUT', 'vm.shutdown', undefined, 204],
   ['PUT', 'vm.delete', undefined, 204],
   ['PUT', 'vmm.shutdown', undefined, 204],

@@ -1,5 +1,5 @@
 import { describe, expect, test } from '@jest/globals';
-import { buildArm64Acpi } from '../../../src/arch/aarch64/acpi.js';
+import { type Arm64AcpiConfig, buildArm64Acpi } from '../../../src/arch/aarch64/acpi.js';
 import { buildEfi } from '../../../src/arch/aarch64/efi.js';
 import * as layout from '../../../src/arch/aarch64/layout.js';
 import { AcpiError } from '../../../src/arch/acpi/tables.js';
@@ -9,14 +9,15 @@ import { compile, disassemble } from '../../support/iasl.js';
 const START = layout.ACPI + 0x1000;
 const END = layout.ACPI + layout.ACPI_MAX;
 
-function tablesOf(vcpus: number, segments: number, more: { serial?: boolean; pvpanic?: boolean } = {}) {
+function tablesOf(vcpus: number, segments: number, more: Partial<Arm64AcpiConfig> = {}) {
   const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
   const windows = divideSegments(segments, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, {
     start: 2 ** 33,
     end: 2 ** 40,
   });
   const mpidrs = Array.from({ length: vcpus }, (_, id) => (id & 15) | ((id >> 4) << 8));
-  const config = { mpidrs, serial: true, pvpanic: true, segments: windows, ...more };
+  const { PCI_HOTPLUG: pciHotplug } = layout;
+  const config = { mpidrs, serial: true, pvpanic: true, segments: windows, pciHotplug, ...more };
   const { tables } = buildArm64Acpi(config, START, END);
   const signature = (bytes: Uint8Array) => Buffer.from(bytes.subarray(0, 4)).toString('latin1');
   // iasl takes an RSDP for something else: it has no header.
@@ -29,11 +30,12 @@ describe('the ACPI tables of an aarch64 machine', () => {
     [4, 2],
     [20, 16],
   ])('are read by iasl without complaint: %d vCPUs, %d segments', (vcpus, segments) => {
-    const { dsl, complaints } = disassemble(tablesOf(vcpus, segments));
+    const { dsl, complaints } = disassemble(tablesOf(vcpus, segments, { memoryHotplug: layout.MEMORY_HOTPLUG }));
     expect(complaints).toEqual([]);
     expect(Object.keys(dsl).sort()).toEqual(['APIC', 'DSDT', 'FACP', 'GTDT', 'IORT', 'MCFG', 'SPCR', 'XSDT']);
     expect(dsl['APIC'].match(/Subtable Type : 0B/g)).toHaveLength(vcpus);
     expect(dsl['IORT'].match(/Type : 02/g)).toHaveLength(segments);
+    expect(dsl['DSDT'].match(/Device \(M00\d\)/g)).toHaveLength(8);
     const { summary } = compile(dsl['DSDT']);
     expect(summary).toMatch(/0 Errors, 0 Warnings/);
   });
@@ -52,16 +54,17 @@ describe('the ACPI tables of an aarch64 machine', () => {
     expect(dsl['SPCR']).toMatch(/Address : 0000000009000000/);
     expect(dsl['IORT']).toMatch(/Output base : 00000100/i);
     expect(dsl['DSDT']).toMatch(/ARMH0011/);
+    expect(dsl['DSDT']).toMatch(/OperationRegion \(PCST, SystemMemory, 0x09070000, 0x10\)/);
   });
 
   test('leave out what is not there', () => {
     const { dsl } = disassemble(tablesOf(1, 1, { serial: false, pvpanic: false }));
     expect(dsl['SPCR']).toBeUndefined();
-    expect(dsl['DSDT']).not.toMatch(/ARMH0011|QEMU0001/);
+    expect(dsl['DSDT']).not.toMatch(/ARMH0011|QEMU0001|MHPC/);
   });
 
   test('are refused where they have no room', () => {
-    const config = { mpidrs: [0], serial: true, pvpanic: true, segments: [] };
+    const config = { mpidrs: [0], serial: true, pvpanic: true, segments: [], pciHotplug: 0 };
     expect(() => buildArm64Acpi(config, START, START + 256)).toThrow(AcpiError);
   });
 });

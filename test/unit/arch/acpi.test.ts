@@ -9,8 +9,9 @@ import { compile, disassemble } from '../../support/iasl.js';
 
 const GIB = 2 ** 30;
 
-/** @param bootVcpus those enabled at boot; the others can be plugged */
-function machine(vcpus: number, segments: number, pvpanic: boolean, bootVcpus = vcpus): AcpiConfig {
+/** @param bootVcpus those enabled at boot; the others can be plugged @param memory whether memory can be plugged */
+function machine(vcpus: number, segments: number, pvpanic: boolean, bootVcpus = vcpus, memory = false): AcpiConfig {
+  const { ged: gedAddress, ...area } = layout.platformArea(46, memory);
   const share = (layout.MMIO32_END - layout.MMIO32_START) / segments;
   return {
     apicIds: Array.from({ length: vcpus }, (_, id) => id),
@@ -20,7 +21,8 @@ function machine(vcpus: number, segments: number, pvpanic: boolean, bootVcpus = 
       mmio32: { start: layout.MMIO32_START + segment * share, end: layout.MMIO32_START + (segment + 1) * share },
       mmio64: { start: (64 + segment) * GIB, end: (65 + segment) * GIB },
     })),
-    gedAddress: layout.platformArea(46).ged,
+    gedAddress,
+    ...area,
     serial: true,
     pvpanic,
   };
@@ -63,31 +65,36 @@ function fieldsOf(dsl: string, field: string): string[] {
 }
 
 const machines = [1, 4, 254].flatMap((vcpus) =>
-  [1, 16].flatMap((segments) => [true, false].map((pvpanic) => ({ vcpus, segments, pvpanic }))),
+  [1, 16].flatMap((segments) =>
+    [true, false].map((pvpanic) => ({ vcpus, segments, pvpanic, bootVcpus: pvpanic ? 1 : vcpus, memory: pvpanic })),
+  ),
 );
 
 describe('ACPI tables', () => {
   test.each(machines)(
-    'of $vcpus vCPUs, $segments segments, pvpanic $pvpanic: iasl reads them all and compiles the DSDT to the same AML',
-    ({ vcpus, segments, pvpanic }) => {
-      const config = machine(vcpus, segments, pvpanic);
+    'of $vcpus vCPUs ($bootVcpus of boot), $segments segments, pvpanic $pvpanic, memory hotplug $memory: iasl reads them all and compiles the DSDT to the same AML',
+    ({ vcpus, segments, pvpanic, bootVcpus, memory }) => {
+      const config = machine(vcpus, segments, pvpanic, bootVcpus, memory);
       const { dsl, complaints } = disassembleMachine(config);
       expect(complaints).toEqual([]);
       expect(Object.keys(dsl).sort()).toEqual(['APIC', 'DSDT', 'FACP', 'MCFG', 'XSDT']);
       const { summary, aml } = compile(dsl['DSDT']);
-      expect(summary).toMatch(/^Compilation successful\. 0 Errors, 0 Warnings, 0 Remarks/);
+      // The remark says that names within a method (MCRS) cost time; a buffer of the device's would be shared by its callers.
+      expect(summary).toContain(`0 Errors, 0 Warnings, ${memory ? 1 : 0} Remarks`);
       const HEADER_SIZE = 36;
       expect(Buffer.from(aml.subarray(HEADER_SIZE)).equals(tablesOf(config)['DSDT'].bytes.subarray(HEADER_SIZE))).toBe(
         true,
       );
       const devices = [...plain(dsl['DSDT']).matchAll(/Device \((\w+)\)/g)].map((match) => match[1]);
-      expect(devices).toHaveLength(segments + 5 + Number(pvpanic) + vcpus);
+      const controllers = (vcpus > bootVcpus ? 2 : 0) + (memory ? 9 : 0);
+      expect(devices).toHaveLength(segments * 33 + 6 + Number(pvpanic) + vcpus + controllers);
+      expect(new Set(devices.filter((device) => !device.startsWith('S0'))).size).toBe(devices.length - segments * 32);
       expect(devices.includes('PEVT')).toBe(pvpanic);
     },
   );
 
-  test('of 254 vCPUs and 16 segments lie one behind the other below ACPI_END, each with its checksum and length', () => {
-    const { rsdp, tables } = buildAcpiTables(machine(254, 16, true));
+  test('of 254 vCPUs, 16 segments and all that can be plugged lie one behind the other below ACPI_END, each with its checksum and length', () => {
+    const { rsdp, tables } = buildAcpiTables(machine(254, 16, true, 1, true));
     const inOrder = [...tables].sort((a, b) => a.address - b.address);
     let end = layout.EBDA_START;
     for (const { address, bytes } of inOrder) {
@@ -252,20 +259,34 @@ describe('the DSDT', () => {
     expect(text).not.toMatch(/COM1|0x03F8/);
   });
 
-  test('has a generic event device whose method reads the register and notifies the power button', () => {
+  test('has a generic event device whose method reads the register calls the scans and notifies the power button', () => {
     const ged = deviceOf(dsdt, 'GED');
     expect(ged).toContain('Name (_HID, "ACPI0013" )');
     expect(ged).toContain('Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive, ,, ) { 0x0000000D, }');
     expect(ged).toContain('OperationRegion (GEDR, SystemMemory, 0x00003FFFFFFED000, One)');
-    expect(ged).toContain('Field (GEDR, ByteAcc, NoLock, Preserve) { GEVT, 8 }');
+    expect(ged).toContain('Field (GEDR, ByteAcc, NoLock, WriteAsZeros) { GEVT, 8 }');
     expect(ged).toContain(
-      'Method (_EVT, 1, Serialized) { Local0 = GEVT If ((Local0 & 0x08)) { Notify (\\_SB.PWRB, 0x80) } }',
+      'Method (_EVT, 1, Serialized) { Local0 = GEVT If ((Local0 & 0x04)) { \\_SB.PHPR.PSCN () } If ((Local0 & 0x08)) { Notify (\\_SB.PWRB, 0x80) } }',
     );
   });
 
-  test('lists the processors of boot alone', () => {
+  test('lists every possible processor, in a device of their own where some can be plugged', () => {
     const text = plain(disassembleMachine(machine(8, 1, false, 3)).dsl['DSDT']);
-    expect([...text.matchAll(/Device \((C0\w+)\)/g)].map((match) => match[1])).toEqual(['C000', 'C001', 'C002']);
+    const processors = [...text.matchAll(/Device \((C0\w+)\)/g)].map((match) => match[1]);
+    expect(processors).toEqual(Array.from({ length: 8 }, (_, id) => `C00${id}`));
+    expect(text.indexOf('Device (CPUS)')).toBeLessThan(text.indexOf('Device (C000)'));
+    expect(dsdt).not.toMatch(/CPUS|PRES|CSTA|_MAT|MHPC|PNP0C80/);
+  });
+
+  test('gives each controller its registers', () => {
+    const text = disassembleMachine(machine(2, 1, false, 1, true)).dsl['DSDT'];
+    const registers = (device: string) => /OperationRegion \((.*?)\)/.exec(deviceOf(text, device))![1];
+    expect(registers('MHPC')).toBe('MHPR, SystemMemory, 0x00003FFFFFFEF000, 0x18');
+    expect(registers('PHPR')).toBe('PCST, SystemMemory, 0x00003FFFFFFEE000, 0x10');
+    expect(registers('PRES')).toBe('PRST, SystemMemory, 0x00003FFFFFFED000, 0x0C');
+    expect(registers('GED')).toBe('GEDR, SystemMemory, 0x00003FFFFFFEC000, One');
+    expect(/OperationRegion \((.*?)\)/.exec(deviceOf(dsdt, 'PHPR'))![1]).toContain('0x00003FFFFFFEF000');
+    expect(deviceOf(text, 'PHPR')).toMatch(/QWordMemory.*0x00003FFFFFFEE000, 0x00003FFFFFFEE00F,/);
   });
 
   test('numbers the processors as the MADT does', () => {
@@ -282,8 +303,11 @@ describe('the DSDT', () => {
   });
 });
 
+const bytesOf = (aml: Aml) => [...Buffer.from(aml, 'latin1')];
+
 /** 20.2.4: the length, which counts its own bytes, and how many these are. */
-function decodePackageLength([lead, ...rest]: Aml): { length: number; size: number } {
+function decodePackageLength(aml: Aml): { length: number; size: number } {
+  const [lead, ...rest] = bytesOf(aml);
   const following = lead >> 6;
   if (following === 0) return { length: lead & 0x3f, size: 1 };
   const high = rest.slice(0, following).reduceRight((value, byte) => value * 0x100 + byte, 0);
@@ -291,7 +315,8 @@ function decodePackageLength([lead, ...rest]: Aml): { length: number; size: numb
 }
 
 /** 20.2.3. */
-function decodeInteger([prefix, ...data]: Aml): number {
+function decodeInteger(aml: Aml): number {
+  const [prefix, ...data] = bytesOf(aml);
   const widths = new Map([
     [0x0a, 1],
     [0x0b, 2],
@@ -318,19 +343,19 @@ describe('AML', () => {
 
   test('package lengths count themselves and take as few bytes as they can', () => {
     for (const size of CONTENT_SIZES) {
-      const encoded = withPackageLength(new Array<number>(size).fill(0xa3));
+      const encoded = withPackageLength('\xa3'.repeat(size));
       const decoded = decodePackageLength(encoded);
       expect(decoded.length).toBe(encoded.length);
       expect(encoded.length - decoded.size).toBe(size);
     }
-    const lengthSize = (size: number) => withPackageLength(new Array<number>(size).fill(0)).length - size;
+    const lengthSize = (size: number) => withPackageLength('\0'.repeat(size)).length - size;
     expect([0, 0x3e, 0x3f, 0xffd, 0xffe, 0xf_fffc, 0xf_fffd].map(lengthSize)).toEqual([1, 1, 2, 2, 3, 3, 4]);
   });
 
   test('a package length of any size is read back', () => {
     fc.assert(
       fc.property(fc.integer({ min: 0, max: 0x3000 }), (size) => {
-        const encoded = withPackageLength(new Array<number>(size).fill(0));
+        const encoded = withPackageLength('\0'.repeat(size));
         return decodePackageLength(encoded).length === encoded.length;
       }),
     );
@@ -350,7 +375,7 @@ describe('AML', () => {
       ...CONTENT_SIZES.map((size) => scope('\\_SB', ...filling(size - SCOPE_PATH))),
       ...INTEGERS.map((value, index) => name(label('I', index), integer(value))),
     ];
-    const { dsl, complaints } = disassemble([definitionBlock(terms.flat())]);
+    const { dsl, complaints } = disassemble([definitionBlock(terms.join(''))]);
     expect(complaints).toEqual([]);
     const text = plain(dsl['DSDT'])
       .replace(/\bZero\b/g, '0')
@@ -371,7 +396,7 @@ function definitionBlock(terms: Aml): Uint8Array {
   table.writeUInt32LE(table.length, 4);
   table[8] = 6;
   table.write('TEST  TESTTEST', 10, 'latin1');
-  table.set(terms, 36);
+  table.write(terms, 36, 'latin1');
   table[9] = -sum(table) & 0xff;
   return table;
 }

@@ -1,6 +1,6 @@
 import { describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { AcpiPmTimer } from '../../../src/devices/acpi-pm.js';
+import { AcpiPmTimer, pmTimerLayout } from '../../../src/devices/acpi-pm.js';
 import { type AccessSize, Bus, filler } from '../../../src/devices/bus.js';
 import { DebugPort, debugPortLayout } from '../../../src/devices/debug-port.js';
 import { Ged, GedEvent, gedLayout } from '../../../src/devices/ged.js';
@@ -62,7 +62,7 @@ describe('the bus', () => {
 
 test('the timer wraps at 2^32, never goes back otherwise, and can only be read', () => {
   let nanoseconds = 0;
-  const timer = new AcpiPmTimer(() => nanoseconds);
+  const timer = new AcpiPmTimer(new StateBlock(pmTimerLayout), () => nanoseconds);
   const wrap = (2 ** 32 / 3_579_545) * 1e9;
   nanoseconds = wrap - 300;
   expect(timer.read(0, 4)).toBe(0xffff_fffe);

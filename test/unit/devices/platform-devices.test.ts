@@ -1,6 +1,6 @@
 import { describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { AcpiPmTimer, AcpiSleep } from '../../../src/devices/acpi-pm.js';
+import { AcpiPmTimer, AcpiSleep, pmTimerLayout } from '../../../src/devices/acpi-pm.js';
 import { type AccessSize, Bus, type BusDevice, filler } from '../../../src/devices/bus.js';
 import { DebugPort, debugPortLayout } from '../../../src/devices/debug-port.js';
 import { Ged, GedEvent, gedLayout } from '../../../src/devices/ged.js';
@@ -57,7 +57,7 @@ describe('reset and power', () => {
 
   test('the timer counts 3.579545 MHz in 32 bits', () => {
     let nanoseconds = 0;
-    const timer = new AcpiPmTimer(() => nanoseconds);
+    const timer = new AcpiPmTimer(new StateBlock(pmTimerLayout), () => nanoseconds);
     nanoseconds = 1e9;
     expect(timer.read(0, 4)).toBe(3_579_545);
     nanoseconds = 3600e9;
@@ -157,7 +157,7 @@ test('no access makes a device throw, or answer more than was asked', () => {
     new I8042(nothing),
     new DebugPort(new StateBlock(debugPortLayout), nothing),
     new AcpiSleep(nothing, nothing),
-    new AcpiPmTimer(() => performance.now() * 1e6),
+    new AcpiPmTimer(new StateBlock(pmTimerLayout), () => performance.now() * 1e6),
     new Ged(new StateBlock(gedLayout), line),
     new Pvpanic(budget(), nothing),
     new PciConfigPorts(new StateBlock(pciPortsLayout), segment, nothing),

@@ -23,6 +23,8 @@ const STRUCTURES: Readonly<Record<string, string>> = {
   IRQFD_SIZE: 'sizeof(struct kvm_irqfd)',
   IOEVENTFD_SIZE: 'sizeof(struct kvm_ioeventfd)',
   MSI_SIZE: 'sizeof(struct kvm_msi)',
+  CLOCK_SIZE: 'sizeof(struct kvm_clock_data)',
+  DEVICE_ATTR_SIZE: 'sizeof(struct kvm_device_attr)',
   PIT_CONFIG_SIZE: 'sizeof(struct kvm_pit_config)',
   IRQ_LEVEL_SIZE: 'sizeof(struct kvm_irq_level)',
   IRQCHIP_SIZE: 'sizeof(struct kvm_irqchip)',
@@ -64,6 +66,12 @@ test("every constant agrees with the kernel's own headers", () => {
   for (const [field, value] of Object.entries(abi.RUN)) {
     const member = RUN_FIELDS[field as keyof typeof abi.RUN];
     add(`run.${field}`, value, `offsetof(struct kvm_run, ${member})`);
+  }
+
+  const clock = { clock: 'clock', flags: 'flags', hostTsc: 'host_tsc' };
+  for (const [field, member] of Object.entries(clock)) {
+    const value = abi.CLOCK[field as keyof typeof abi.CLOCK];
+    add(`clock.${field}`, value, `offsetof(struct kvm_clock_data, ${member})`);
   }
 
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-probe-'));

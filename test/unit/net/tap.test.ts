@@ -558,7 +558,7 @@ describe('vhost-net', () => {
       const queues = indices.map((index) => new TestQueue(guest, index));
       const taps = [kernel.controlSocket(), kernel.controlSocket()];
       const control = tapControl(kernel);
-      const net = new VhostNetDevice(context, { taps, control, calls: [10, 11, 12, 13], regions: REGIONS });
+      const net = new VhostNetDevice(context, { taps, control, calls: [10, 11, 12, 13] });
       net.activate(testDriver(guest, queues, features));
       const close = () => {
         net.close();
@@ -650,7 +650,6 @@ describe('vhost-net', () => {
         taps,
         control: tapControl(kernel),
         calls: [10, 11, 12, 13],
-        regions: REGIONS,
       });
       net.activate(driver);
       expect(kernel.of(VHOST.NET_SET_BACKEND).map((bytes) => bytes.readUInt32LE(4))).toEqual([taps[0], taps[0]]);

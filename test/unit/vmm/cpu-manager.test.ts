@@ -1,26 +1,46 @@
 /** The vCPU threads' start, with threads that only tell when they would run. */
 import { expect, test } from '@jest/globals';
 import type { Vcpu } from '../../../src/hypervisor/hypervisor.js';
-import { CpuManager } from '../../../src/vmm/cpus/cpu-manager.js';
-import type { MemoryHandle } from '../../../src/vmm/memory/memory-manager.js';
+import { CpuManager, type CpuStart } from '../../../src/vmm/cpus/cpu-manager.js';
 import type { PlatformHandle } from '../../../src/vmm/boards/platform.js';
 import type { PlatformEvent } from '../../../src/vmm/boards/platform-parts.js';
 import { VcpuCommand, vcpuControlLayout } from '../../../src/vmm/cpus/vcpu-loop.js';
 
 const { command } = vcpuControlLayout.at;
 
-/** A vCPU thread as vcpu-thread.ts: it is up, waits while it is held, and tells how many were up when it ran, or that it did not. */
+/**
+ * A vCPU thread as vcpu-thread.ts: it is up, obeys, and tells how many were up when it ran first, or that it did not. A change
+ * that says `lost` is one that the thread dies of.
+ */
 const THREAD = `
-  const { workerData, parentPort } = require('node:worker_threads');
+  const { workerData, parentPort, receiveMessageOnPort } = require('node:worker_threads');
   const control = new Int32Array(workerData.control);
   const shared = new Int32Array(workerData.platform.shared);
   if (workerData.name === 'vcpu2') Atomics.wait(shared, 0, 0); // the last is late
   Atomics.add(shared, 1, 1);
-  if (Atomics.load(control, ${command}) === ${VcpuCommand.Hold}) parentPort.postMessage({ kind: 'ready' });
-  while (Atomics.load(control, ${command}) === ${VcpuCommand.Hold}) Atomics.wait(control, ${command}, ${VcpuCommand.Hold});
-  const ran = Atomics.load(control, ${command}) === ${VcpuCommand.Run};
-  parentPort.postMessage({ kind: 'boot-mark', value: ran ? Atomics.load(shared, 1) : -1, microseconds: 0 });
-  while (Atomics.load(control, ${command}) !== ${VcpuCommand.Stop}) Atomics.wait(control, ${command}, ${VcpuCommand.Run});
+  let changes = 0;
+  let ran = false;
+  const say = (value) => parentPort.postMessage({ kind: 'boot-mark', value, microseconds: 0 });
+  for (;;) {
+    const bits = Atomics.load(control, ${command});
+    if (bits & ${VcpuCommand.stop}) break;
+    if (bits & ${VcpuCommand.attend}) {
+      Atomics.and(control, ${command}, ~${VcpuCommand.attend});
+      for (let next = receiveMessageOnPort(parentPort); next; next = receiveMessageOnPort(parentPort)) {
+        if (next.message.device === 'lost') process.exit();
+        changes++;
+      }
+      parentPort.postMessage({ kind: 'attended', changes });
+      continue;
+    }
+    if (bits & ${VcpuCommand.hold}) parentPort.postMessage({ kind: 'held', time: bits >>> 3 });
+    else if (!ran) {
+      ran = true;
+      say(Atomics.load(shared, 1));
+    }
+    Atomics.wait(control, ${command}, bits);
+  }
+  if (!ran) say(-1);
 `;
 
 function threads() {
@@ -39,9 +59,9 @@ function threads() {
   const script = new URL(
     `data:text/javascript,${encodeURIComponent(`import { createRequire } from 'node:module'; const require = createRequire('/'); ${THREAD}`)}`,
   );
-  const manager = new CpuManager('kvm', [vcpu, vcpu, vcpu], {} as MemoryHandle, script, events);
-  const start = (held: boolean) =>
-    manager.start({ shared: shared.buffer } as unknown as PlatformHandle, new Map(), held);
+  const manager = new CpuManager('kvm', [vcpu, vcpu, vcpu], new Map(), script, events);
+  const machine: CpuStart = { platform: { shared: shared.buffer } as unknown as PlatformHandle, memory: [] };
+  const start = (held: boolean) => manager.start(machine, held);
   const ran = async (count: number) => {
     while (up.length < count) await new Promise<void>((resolve) => listeners.push(resolve));
   };
@@ -77,4 +97,44 @@ test('those that wait for one that never comes are ended all the same', async ()
   const stopped = manager.stop();
   letLastCome();
   await stopped;
+});
+
+test('a change has been made when all have made it: those that wait, and one that is gone, too', async () => {
+  const { manager, start, ran, letLastCome } = threads();
+  letLastCome();
+  start(false);
+  await ran(3);
+  const unplug = (device: string) => manager.change({ kind: 'unplug', device });
+  await Promise.all([unplug('a'), unplug('b')]);
+  await manager.pause();
+  await unplug('c');
+  manager.resume();
+  await unplug('lost');
+  await unplug('d');
+  await manager.stop();
+});
+
+test('held again before all have seen that they were let go', async () => {
+  const { manager, start, letLastCome } = threads();
+  letLastCome();
+  start(false);
+  for (let round = 0; round < 50; round++) {
+    await manager.pause();
+    manager.resume();
+  }
+  await manager.pause();
+  await manager.stop();
+});
+
+test('a machine that is paused while its vCPUs wait for each other stays so', async () => {
+  const { manager, start, ran, up, letLastCome } = threads();
+  start(true);
+  const paused = manager.pause();
+  letLastCome();
+  await paused;
+  expect(up).toEqual([]);
+  manager.resume();
+  await ran(3);
+  expect(up).toEqual([3, 3, 3]);
+  await manager.stop();
 });

@@ -7,6 +7,7 @@ import { openImage } from '../../../src/block/formats/open-image.js';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { resizeRefusal } from '../../../src/vmm/host/disk-resource.js';
+import { DeviceNames } from '../../../src/vmm/devices/device-names.js';
 import { HostResources } from '../../../src/vmm/host/host-resources.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
 
@@ -27,7 +28,9 @@ afterEach(() => {
 });
 
 function open(config: object, host: LinuxKernel = kernel): HostResources {
-  return new HostResources(host, vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config }), () => {
+  const parsed = vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config });
+  new DeviceNames().nameAll(parsed);
+  return new HostResources(host, parsed, () => {
     throw new Error('No network was asked for');
   });
 }

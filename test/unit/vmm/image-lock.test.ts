@@ -8,6 +8,7 @@ import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { errnoText, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
+import { DeviceNames } from '../../../src/vmm/devices/device-names.js';
 import { HostResources } from '../../../src/vmm/host/host-resources.js';
 import { causeMessages } from '../../../src/vmm/machine/machine-error.js';
 
@@ -23,10 +24,13 @@ beforeEach(() => {
 });
 afterEach(() => fs.rmSync(folder, { recursive: true }));
 
-const machine = (config: object, host: LinuxKernel = kernel) =>
-  new HostResources(host, vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config }), () => {
+function machine(config: object, host: LinuxKernel = kernel): HostResources {
+  const parsed = vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config });
+  new DeviceNames().nameAll(parsed);
+  return new HostResources(host, parsed, () => {
     throw new Error('No network was asked for');
   });
+}
 const disk = (name: string, readonly = false) => ({
   disks: [{ path: `${folder}/${name}`, readonly, backing_files: true }],
 });

@@ -13,18 +13,13 @@ test('what could not be closed has been told when the workers have ended', async
   `;
   const told: unknown[] = [];
   const data = { name: 'io0', wake, command: new SharedArrayBuffer(4), devices: [] } as Partial<IoWorkerData>;
-  const manager = new IoManager(
-    kernel,
-    [data as IoWorkerData],
-    new URL(`data:text/javascript,${encodeURIComponent(script)}`),
-    {
-      onLog: (_level, line) => told.push(line),
-      onDevice: (device, message) => told.push([device, message]),
-      onCloseFailed: (device, reason) => told.push([device, reason]),
-      onCrash: (_worker, error) => told.push(error),
-    },
-  );
-  manager.start();
+  const manager = new IoManager(kernel, new URL(`data:text/javascript,${encodeURIComponent(script)}`), {
+    onLog: (_level, line) => told.push(line),
+    onDevice: (device, message) => told.push([device, message]),
+    onCloseFailed: (device, reason) => told.push([device, reason]),
+    onCrash: (_worker, error) => told.push(error),
+  });
+  manager.start(data as IoWorkerData);
   await manager.stop();
   expect(told).toEqual([
     ['_disk0', 'input/output error'],

@@ -1,7 +1,7 @@
 /** Which worker serves which queues. */
 import { expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { type PlannedDevice, planWorkers } from '../../../src/vmm/devices/io-planner.js';
+import { IoPlanner, type PlannedDevice, type PlannedWorker } from '../../../src/vmm/devices/io-planner.js';
 
 const other: PlannedDevice = { queues: 1, division: 'together', busy: false, blocking: false };
 const disk = (queues: number, more: Partial<PlannedDevice> = {}): PlannedDevice => ({
@@ -12,6 +12,19 @@ const net = (pairs: number, more: Partial<PlannedDevice> = {}): PlannedDevice =>
   ...{ queues: pairs * 2 + 1, division: 'pairs', busy: true, blocking: false },
   ...more,
 });
+/** Workers in the order in which they are made. @returns of each: the queues that it serves, by the index of their device */
+function planWorkers(devices: readonly PlannedDevice[], cpus: number) {
+  const planner = new IoPlanner(devices, cpus);
+  const workers = new Map<PlannedWorker, Map<number, readonly number[]>>();
+  devices.forEach((device, index) => {
+    for (const [worker, queues] of planner.place(device)) {
+      if (!workers.has(worker)) workers.set(worker, new Map());
+      workers.get(worker)!.set(index, queues);
+    }
+  });
+  return [...workers].map(([{ affinity, own }, serves]) => ({ affinity, own, serves }));
+}
+
 /** Workers as the queues that each serves of each device. */
 const plan = (devices: readonly PlannedDevice[], cpus: number) =>
   planWorkers(devices, cpus).map(({ serves }) => Object.fromEntries(serves));
@@ -92,8 +105,9 @@ test('each queue has one worker, and nobody waits with a device that blocks', ()
       const workers = planWorkers(devices, cpus);
       devices.forEach((one, index) => {
         const served = workers.flatMap(({ serves }) => serves.get(index) ?? []);
-        expect(served.sort((a, b) => a - b)).toEqual(Array.from({ length: one.queues }, (_, queue) => queue));
+        expect([...served].sort((a, b) => a - b)).toEqual(Array.from({ length: one.queues }, (_, queue) => queue));
         const serving = workers.filter(({ serves }) => serves.has(index));
+        expect(serving.every(({ own, serves }) => !own || serves.size === 1)).toBe(true);
         if (one.blocking) expect(serving.every(({ serves }) => serves.size === 1)).toBe(true);
         if (one.division === 'together') expect(serving).toHaveLength(1);
         if (one.division === 'pairs') {
@@ -108,4 +122,17 @@ test('each queue has one worker, and nobody waits with a device that blocks', ()
       );
     }),
   );
+});
+
+test('a device that comes later goes on round the pool, which grows for it; one that has gone no longer counts', () => {
+  const [first, second, third] = [disk(1), disk(1), disk(1)];
+  const planner = new IoPlanner([first], 3);
+  const [one] = planner.place(first).keys();
+  const [two] = planner.place(second).keys();
+  expect(two).not.toBe(one);
+  expect([...planner.place(other).keys()]).toEqual([one]);
+  planner.remove(second);
+  expect([...planner.place(third).keys()]).toEqual([one]);
+  const blocking = planner.place({ ...other, blocking: true });
+  expect([...blocking.keys()]).toEqual([{ affinity: undefined, own: true }]);
 });

@@ -17,7 +17,18 @@ test('the PM timer of a thread that is held up while it builds its devices is th
   } as unknown as Vm;
   const range = { start: 0x1_0000_0000, end: 0x2_0000_0000 };
   const segments = [{ ecam: layout.ECAM_START, mmio32: { start: 0xc000_0000, end: 0xd000_0000 }, mmio64: range }];
-  const options = { serial: false, pvpanic: false, ioapic: false, gedAddress: 0x2_0000_0000, lowRam: 0, highRam: 0 };
+  const options = {
+    serial: false,
+    pvpanic: false,
+    ioapic: false,
+    gedAddress: 0x2_0000_0000,
+    pciHotplugAddress: 0x2_0000_1000,
+    cpuHotplugAddress: undefined,
+    vcpus: 1,
+    bootVcpus: 1,
+    lowRam: 0,
+    highRam: 0,
+  };
   const intx = IntxLines.powerOn(layout.IRQ_INTX, vm.signals);
   const handle = createX86Platform(vm, [], intx, { ...options, segments });
   const clock = process.hrtime.bigint.bind(process.hrtime);

@@ -2,7 +2,8 @@ import { describe, expect, test } from '@jest/globals';
 import { Bus, type BusDevice } from '../../../src/devices/bus.js';
 import { EXIT_KINDS, ExitKind, type Vcpu, type VcpuExit } from '../../../src/hypervisor/hypervisor.js';
 import { StateBlock } from '../../../src/state/state-block.js';
-import { awaitCommand, runVcpu, VcpuCommand, vcpuControlLayout } from '../../../src/vmm/cpus/vcpu-loop.js';
+import { hold, letGo, runVcpu, VcpuCommand, vcpuControlLayout } from '../../../src/vmm/cpus/vcpu-loop.js';
+import { NO_ORDERS } from '../../support/vcpu-orders.js';
 
 type Step = { kind: ExitKind; exit?: Partial<VcpuExit>; data?: number[] };
 
@@ -47,22 +48,76 @@ function buses(): { ports: Bus; memory: Bus; device: Recorder } {
   return { ports, memory, device };
 }
 
-describe('a vCPU that is held', () => {
-  test('says that it is ready, and waits for another command', () => {
-    const control = new StateBlock(vcpuControlLayout);
-    const { command } = vcpuControlLayout.at;
-    const seen: string[] = [];
-    awaitCommand(control, () => seen.push('ready'));
-    expect(seen).toEqual([]); // it is not held
-    for (const next of [VcpuCommand.Run, VcpuCommand.Stop]) {
-      control.words[command] = VcpuCommand.Hold;
-      // Main lets it go between what it says and its wait: it must not sleep then.
-      awaitCommand(control, () => {
-        seen.push('ready');
-        control.words[command] = next;
+const { command } = vcpuControlLayout.at;
+
+describe('a vCPU that is told something', () => {
+  test('that it is held, before it runs: it says so, and waits for another command', () => {
+    const { ports, memory } = buses();
+    const seen: unknown[] = [];
+    for (const next of [0, VcpuCommand.stop]) {
+      const control = new StateBlock(vcpuControlLayout);
+      expect(hold(control)).toBe(1);
+      const { vcpu } = scripted([{ kind: ExitKind.Halt }]);
+      const end = runVcpu(vcpu, control, ports, memory, {
+        ...NO_ORDERS,
+        // Main lets it go between what it says and its wait: it must not sleep then.
+        held: (time) => {
+          seen.push(time);
+          control.words[command] = next;
+        },
       });
+      seen.push(end.kind);
     }
-    expect(seen).toEqual(['ready', 'ready']);
+    expect(seen).toEqual([1, 'halt', 1, 'stopped']);
+  });
+
+  test('that it is held while it runs: when the exit that it was at is complete, each time, and it reads messages meanwhile', () => {
+    const { ports, memory } = buses();
+    const control = new StateBlock(vcpuControlLayout);
+    const { words } = control;
+    const seen: string[] = [];
+    const { vcpu } = scripted([
+      { kind: ExitKind.PortWrite, exit: { address: 0x101, size: 1 }, data: [7] },
+      { kind: ExitKind.Interrupted },
+      { kind: ExitKind.Halt },
+    ]);
+    const run = vcpu.run.bind(vcpu);
+    vcpu.run = () => {
+      const kind = run();
+      seen.push(EXIT_KINDS[kind]);
+      if (kind === ExitKind.PortWrite) hold(control);
+      return kind;
+    };
+    let told = 0;
+    const end = runVcpu(vcpu, control, ports, memory, {
+      ...NO_ORDERS,
+      held: (time) => {
+        seen.push(`held ${time}`);
+        told++;
+        if (told === 1) words[command] |= VcpuCommand.attend;
+        // Let go, and held anew before the thread could see it.
+        if (told === 2 || told === 3) letGo(control);
+        if (told === 2) hold(control);
+      },
+      attend: () => seen.push('attend'),
+    });
+    expect(end).toEqual({ kind: 'halt' });
+    expect(seen).toEqual(['PortWrite', 'Interrupted', 'held 1', 'attend', 'held 1', 'held 2', 'Halt']);
+  });
+
+  test('a message, also one that comes while another is read', () => {
+    const { ports, memory } = buses();
+    const control = new StateBlock(vcpuControlLayout);
+    control.words[command] = VcpuCommand.attend;
+    let messages = 0;
+    const { vcpu } = scripted([{ kind: ExitKind.Halt }]);
+    runVcpu(vcpu, control, ports, memory, {
+      ...NO_ORDERS,
+      attend: () => {
+        if (++messages === 1) control.words[command] |= VcpuCommand.attend;
+      },
+    });
+    expect(messages).toBe(2);
   });
 });
 
@@ -76,7 +131,7 @@ describe('the vCPU loop', () => {
       { kind: ExitKind.PortRead, exit: { address: 0x500, size: 4, count: 1 } },
     ]);
     const { ports, memory, device } = buses();
-    const end = runVcpu(vcpu, new StateBlock(vcpuControlLayout), ports, memory);
+    const end = runVcpu(vcpu, new StateBlock(vcpuControlLayout), ports, memory, NO_ORDERS);
     expect(end).toEqual({ kind: 'failed', detail: 'end of script' });
     expect(device.writes).toEqual([
       [1, 1, 7],
@@ -96,11 +151,11 @@ describe('the vCPU loop', () => {
       { kind: ExitKind.Interrupted },
       { kind: ExitKind.Halt },
     ]);
-    expect(runVcpu(vcpu, control, ports, memory)).toEqual({ kind: 'halt' });
+    expect(runVcpu(vcpu, control, ports, memory, NO_ORDERS)).toEqual({ kind: 'halt' });
     expect(acknowledged()).toBe(1);
     const counts = EXIT_KINDS.map((_, index) => control.words[vcpuControlLayout.at.exits + index]);
     expect(counts).toEqual(EXIT_KINDS.map((kind) => (['Handled', 'Interrupted', 'Halt'].includes(kind) ? 1 : 0)));
-    control.words[vcpuControlLayout.at.command] = VcpuCommand.Stop;
-    expect(runVcpu(vcpu, control, ports, memory)).toEqual({ kind: 'stopped' });
+    control.words[vcpuControlLayout.at.command] = VcpuCommand.stop;
+    expect(runVcpu(vcpu, control, ports, memory, NO_ORDERS)).toEqual({ kind: 'stopped' });
   });
 });

@@ -30,6 +30,10 @@ interface Model {
   state?: VmState | undefined;
   vcpus: number;
   balloon?: number | undefined;
+  /** Whether a guest has been asked to let vCPUs go, and has not. */
+  vcpusLeave: boolean;
+  /** By name, whether the guest has been asked to let it go. */
+  readonly networks: Map<string, boolean>;
   /** Lives that began. */
   lives: number;
   ended: boolean;
@@ -50,7 +54,15 @@ interface Action {
   readonly call: (real: Real) => Promise<void> | void;
 }
 
-const runs = (model: Model) => model.state === 'Running';
+const runs = (model: Model) => model.state === 'Running' || model.state === 'Paused';
+
+/** A life begins: what a guest was asked for and did not let go of does not come back. */
+function begin(model: Model): void {
+  model.state = 'Running';
+  model.lives += 1;
+  model.vcpusLeave = false;
+  for (const [name, leaves] of model.networks) if (leaves) model.networks.delete(name);
+}
 
 /** A step that changes the state: refused when the process is ending. */
 function action(name: string, predict: (model: Model) => Answer, call: Action['call']): Action {
@@ -62,7 +74,8 @@ const create = (balloon: boolean) =>
     `create${balloon ? ' with a balloon' : ''}`,
     (model) => {
       if (model.state !== undefined) return 'failed';
-      Object.assign(model, { state: 'Created', vcpus: 1, balloon: balloon ? 0 : undefined });
+      Object.assign(model, { state: 'Created', vcpus: 1, vcpusLeave: false, balloon: balloon ? 0 : undefined });
+      model.networks.clear();
       return 'done';
     },
     ({ vmm }) =>
@@ -84,8 +97,7 @@ const boot = (broken?: 'make' | 'start') =>
       if (model.state === undefined) return 'unknown';
       if (runs(model)) return 'failed';
       if (broken !== undefined) return 'broken';
-      model.state = 'Running';
-      model.lives += 1;
+      begin(model);
       return 'done';
     },
     async ({ vmm, lives }) => {
@@ -121,7 +133,7 @@ const reboot = action(
   'reboot',
   (model) => {
     if (!runs(model)) return 'unknown';
-    model.lives += 1;
+    begin(model);
     return 'done';
   },
   ({ vmm }) => vmm.reboot(),
@@ -132,7 +144,11 @@ const resizeCpus = (vcpus: number) =>
     `resize to ${vcpus} vCPUs`,
     (model) => {
       if (model.state === undefined) return 'unknown';
-      if (runs(model) ? vcpus !== model.vcpus : vcpus > MAX_VCPUS) return 'invalid';
+      if (vcpus > MAX_VCPUS) return 'invalid';
+      if (runs(model) && vcpus !== model.vcpus) {
+        if (model.vcpusLeave) return 'busy';
+        model.vcpusLeave = vcpus < model.vcpus;
+      }
       model.vcpus = vcpus;
       return 'done';
     },
@@ -162,6 +178,89 @@ const resizeDisk: Action = {
   },
 };
 
+/** @param broken where the host fails it */
+const pause = (broken: boolean) =>
+  action(
+    `pause${broken ? ', which fails' : ''}`,
+    (model) => {
+      if (model.state !== 'Running') return 'failed';
+      if (broken) return 'broken';
+      model.state = 'Paused';
+      return 'done';
+    },
+    async ({ vmm, lives }) => {
+      if (broken) lives.failure = { at: 'pause', error: new Error('The host fails') };
+      try {
+        await vmm.pause();
+      } finally {
+        lives.failure = undefined;
+      }
+    },
+  );
+
+const resume = action(
+  'resume',
+  (model) => {
+    if (model.state !== 'Paused') return 'failed';
+    model.state = 'Running';
+    return 'done';
+  },
+  ({ vmm }) => vmm.resume(),
+);
+
+const add = (id: string, broken: boolean) =>
+  action(
+    `add ${id}${broken ? ', which fails' : ''}`,
+    (model) => {
+      if (model.state === undefined) return 'unknown';
+      if (model.networks.has(id)) return 'conflict';
+      if (broken && runs(model)) return 'broken';
+      model.networks.set(id, false);
+      return 'done';
+    },
+    async ({ vmm, lives }) => {
+      if (broken) lives.failure = { at: 'plug', error: new Error('The host fails') };
+      try {
+        const place = await vmm.addDevice('net', { id });
+        expect(place === undefined).toBe(!vmm.runs);
+        if (place !== undefined) expect(place).toEqual({ id, bdf: expect.stringMatching(/^0000:00:[0-9a-f]{2}\.0$/) });
+      } finally {
+        lives.failure = undefined;
+      }
+    },
+  );
+
+const removeDevice = (id: string) =>
+  action(
+    `remove ${id}`,
+    (model) => {
+      const leaves = model.networks.get(id);
+      if (model.state === undefined || leaves === undefined) return 'unknown';
+      if (!runs(model)) model.networks.delete(id);
+      else if (leaves) return 'busy';
+      else model.networks.set(id, true);
+      return 'done';
+    },
+    ({ vmm }) => vmm.removeDevice(id),
+  );
+
+/** The guest lets go of what it was asked for; of anything else, it cannot. */
+const eject = (id: string): Action => ({
+  name: `the guest lets ${id} go`,
+  predict: (model) => {
+    if (model.state === 'Running' && model.networks.get(id) === true) model.networks.delete(id);
+    return 'done';
+  },
+  call: async ({ lives }) => {
+    const life = lives.open.find(({ paused }) => !paused);
+    const slot = life?.slots.get(id);
+    if (life === undefined || slot === undefined) return;
+    const leaves = life.leaving.has(id);
+    life.cpus.onEvent({ kind: 'ejected', segment: 0, slot });
+    while (leaves && life.slots.has(id)) await new Promise(setImmediate);
+  },
+});
+
 const powerButton = action(
   'power button',
   (model) => (runs(model) ? 'done' : 'failed'),
@@ -173,12 +272,13 @@ const guest = (kind: 'reset' | 'power-off') =>
   ({
     name: `the guest's ${kind}`,
     predict: (model) => {
-      if (runs(model) && kind === 'reset') model.lives += 1;
-      if (runs(model) && kind === 'power-off') model.state = 'Shutdown';
+      if (model.state !== 'Running') return 'done';
+      if (kind === 'reset') begin(model);
+      else model.state = 'Shutdown';
       return 'done';
     },
     call: async ({ vmm, lives }) => {
-      const life = lives.open.at(-1);
+      const life = lives.open.find(({ paused }) => !paused);
       life?.cpus.onEvent({ kind });
       while (life !== undefined && (lives.open.includes(life) || (vmm.runs && lives.open.length === 0))) {
         await new Promise(setImmediate);
@@ -200,10 +300,22 @@ const anyAction = fc.oneof(
   { weight: 4, arbitrary: fc.constantFrom(create(true), create(false), boot()) },
   { weight: 5, arbitrary: fc.constantFrom(shutdown, remove, reboot, resizeDisk, powerButton) },
   { weight: 2, arbitrary: fc.constantFrom(guest('reset'), guest('power-off'), boot('make'), boot('start')) },
+  { weight: 3, arbitrary: fc.constantFrom(pause(false), pause(true), resume) },
+  {
+    weight: 6,
+    arbitrary: fc
+      .constantFrom('a', 'b')
+      .chain((id) => fc.constantFrom(add(id, false), add(id, true), removeDevice(id), eject(id))),
+  },
   { weight: 1, arbitrary: fc.integer({ min: 1, max: MAX_VCPUS + 1 }).map(resizeCpus) },
   { weight: 1, arbitrary: fc.constantFrom(0, MIB, 512 * MIB).map(resizeBalloon) },
   { weight: 1, arbitrary: fc.constant(shutdownVmm) },
 );
+
+/** Most begin with a machine that runs: from nothing, few would come far. */
+const sequence = fc
+  .tuple(fc.constantFrom([], [create(true), boot()], [create(false), boot()]), fc.array(anyAction, { maxLength: 20 }))
+  .map(([first, then]) => [...first, ...then]);
 
 async function answerOf(called: () => Promise<void> | void): Promise<Answer> {
   try {
@@ -217,7 +329,8 @@ async function answerOf(called: () => Promise<void> | void): Promise<Answer> {
 function stateOf(vmm: Vmm): unknown {
   try {
     const { state, config } = vmm.info();
-    return { state, vcpus: config.cpus.boot_vcpus, balloon: config.balloon?.size };
+    const networks = config.net.map(({ id }) => id);
+    return { state, vcpus: config.cpus.boot_vcpus, balloon: config.balloon?.size, networks };
   } catch {
     return undefined;
   }
@@ -227,22 +340,26 @@ test('2,000 sequences of calls', async () => {
   const before = openDescriptors();
   const seen = new Set<string>();
   await fc.assert(
-    fc.asyncProperty(fc.array(anyAction, { maxLength: 20 }), async (actions) => {
+    fc.asyncProperty(sequence, async (actions) => {
       const lives = new FakeLives();
       const vmm = new Vmm(lives.parts, { noShutdown: true });
-      const model: Model = { vcpus: 1, lives: 0, ended: false };
-      for (const { name, predict, call } of actions) {
-        const from = String(model.state);
-        const wanted = predict(model);
-        seen.add(`${name} when ${from}: ${wanted}`);
-        const got = await answerOf(() => call({ vmm, lives }));
-        const { state, vcpus, balloon } = model;
-        expect([name, got, stateOf(vmm)]).toEqual([name, wanted, state && { state, vcpus, balloon }]);
-        expect(lives.open.length).toBe(runs(model) ? 1 : 0);
+      const model: Model = { vcpus: 1, vcpusLeave: false, networks: new Map(), lives: 0, ended: false };
+      try {
+        for (const { name, predict, call } of actions) {
+          const from = String(model.state);
+          const wanted = predict(model);
+          seen.add(`${name} when ${from}: ${wanted}`);
+          const got = await answerOf(() => call({ vmm, lives }));
+          const { state, vcpus, balloon } = model;
+          const networks = [...model.networks.keys()];
+          expect([name, got, stateOf(vmm)]).toEqual([name, wanted, state && { state, vcpus, balloon, networks }]);
+          expect(lives.open.length).toBe(runs(model) ? 1 : 0);
+        }
+      } finally {
+        await vmm.shutdownVmm('the end');
       }
       const count = (event: string) => lives.events.filter((each) => each === event).length;
       expect(count('vm booted') + count('vm rebooted')).toBe(model.lives);
-      await vmm.shutdownVmm('the end');
       await vmm.ended;
       expect(lives.open).toEqual([]);
       expect(newDescriptors(before)).toEqual([]);
@@ -250,18 +367,21 @@ test('2,000 sequences of calls', async () => {
     { numRuns: SEQUENCES },
   );
   // The sequences went everywhere.
-  for (const state of ['Created', 'Running', 'Shutdown', 'undefined']) {
+  for (const state of ['Created', 'Running', 'Paused', 'Shutdown', 'undefined']) {
     expect([...seen].filter((each) => each.includes(` when ${state}: `)).length).toBeGreaterThan(10);
   }
 });
 
 test('calls all at once are answered as if they came one after the other', async () => {
-  const steps = fc.constantFrom(create(true), boot(), shutdown, remove, reboot, resizeCpus(2));
+  const steps = fc.constantFrom(
+    ...[create(true), boot(), shutdown, remove, reboot, resizeCpus(2), pause(false), resume],
+    ...[add('a', false), removeDevice('a')],
+  );
   await fc.assert(
     fc.asyncProperty(fc.array(steps, { maxLength: 12 }), async (actions) => {
       const lives = new FakeLives();
       const vmm = new Vmm(lives.parts, {});
-      const model: Model = { vcpus: 1, lives: 0, ended: false };
+      const model: Model = { vcpus: 1, vcpusLeave: false, networks: new Map(), lives: 0, ended: false };
       const wanted = actions.map(({ predict }) => predict(model));
       const got = await Promise.all(actions.map(({ call }) => answerOf(() => call({ vmm, lives }))));
       expect(got).toEqual(wanted);

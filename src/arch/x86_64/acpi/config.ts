@@ -9,6 +9,10 @@ export interface AcpiConfig {
   readonly pciSegments: readonly PciSegmentWindows[];
   /** Guest physical address of the GED's event register. */
   readonly gedAddress: number;
+  /** Guest physical addresses of the hotplug controllers' registers; the CPU's is there if there are more possible vCPUs than boot. */
+  readonly pciHotplug: number;
+  readonly cpuHotplug: number;
+  readonly memoryHotplug?: number;
   readonly serial: boolean;
   readonly pvpanic: boolean;
 }

@@ -1,9 +1,15 @@
 /** The DSDT: what the guest cannot find by itself. One function for each device, in the order of the table. */
 import { genericEvents, hostBridge, powerButton, processor, pvpanicDevice } from '../../acpi/devices.js';
+import { GedEvent } from '../../acpi/config.js';
+import { CPU_SCAN, cpuHotplug } from '../../acpi/cpu-hotplug.js';
+import { MEMORY_SCAN, memoryHotplug } from '../../acpi/memory-hotplug.js';
+import { PCI_SCAN, pciHotplug } from '../../acpi/pci-hotplug.js';
 import * as layout from '../layout.js';
 import type { AcpiConfig } from './config.js';
+import { localApic, LocalApicFlags } from './local-apic.js';
 import {
   type Aml,
+  bytes,
   device,
   eisaId,
   integer,
@@ -24,9 +30,15 @@ const SLEEP_TYPE_S5 = 5;
 export function dsdtTerms(config: AcpiConfig): Aml {
   // Segment 0 alone has I/O ports.
   const ports = [io(layout.PORT_PCI_CONFIG, 8), wordIo(0, 0xcf7), wordIo(0xd00, 0xffff)];
-  return [
-    ...scope(
+  const { memoryHotplug: memoryRegisters } = config;
+  const plugsCpus = config.apicIds.length > config.bootVcpus;
+  const scans = new Map<GedEvent, string>([[GedEvent.Pci, PCI_SCAN]]);
+  if (plugsCpus) scans.set(GedEvent.Cpu, CPU_SCAN);
+  if (memoryRegisters !== undefined) scans.set(GedEvent.Memory, MEMORY_SCAN);
+  return (
+    scope(
       '\\_SB',
+      pciHotplug(config.pciHotplug, config.pciSegments.length),
       ...config.pciSegments.map((windows, segment) =>
         hostBridge(windows, segment, layout.IRQ_INTX, segment === 0 ? ports : []),
       ),
@@ -35,11 +47,16 @@ export function dsdtTerms(config: AcpiConfig): Aml {
       clock(),
       powerButton(),
       ...(config.pvpanic ? [pvpanicDevice(io(layout.PORT_PVPANIC, 1))] : []),
-      genericEvents(config.gedAddress, layout.IRQ_GED),
-      ...config.apicIds.slice(0, config.bootVcpus).map((_, id) => processor(id)),
-    ),
-    ...name('\\_S5', packageOf(integer(SLEEP_TYPE_S5), integer(0), integer(0), integer(0))),
-  ];
+      genericEvents(config.gedAddress, layout.IRQ_GED, scans),
+      ...(memoryRegisters === undefined ? [] : [memoryHotplug(memoryRegisters)]),
+      ...(plugsCpus ? [plugged(config)] : config.apicIds.map((_, id) => processor(id))),
+    ) + name('\\_S5', packageOf(integer(SLEEP_TYPE_S5), integer(0), integer(0), integer(0)))
+  );
+}
+
+function plugged({ cpuHotplug: registers, apicIds }: AcpiConfig): Aml {
+  const entries = apicIds.map((apicId, id) => bytes(...localApic(id, apicId, LocalApicFlags.Enabled)));
+  return cpuHotplug(registers, entries);
 }
 
 /** Reserves the fixed registers, and the configuration space, without which Linux does not use it. */

@@ -1,12 +1,13 @@
 /**
  * ACPI tables of a hardware-reduced machine (ACPI 6.5, chapter 5): RSDP, XSDT, FADT, MADT, MCFG, DSDT.
  *
- * Not here yet: SRAT and SLIT, which need a NUMA description; the hotplug controllers.
+ * Not here yet: SRAT and SLIT, which need a NUMA description.
  */
 import { buildMcfg, HEADER_SIZE, type PlacedTable, placeTables, sealTable } from '../../acpi/tables.js';
 import * as layout from '../layout.js';
 import type { AcpiConfig } from './config.js';
 import { dsdtTerms } from './dsdt.js';
+import { localApic, LocalApicFlags } from './local-apic.js';
 
 /** Writes a generic address structure for an 8-bit or 32-bit register in I/O space: 5.2.3.2. */
 function writeIoRegister(table: DataView, at: number, bits: 8 | 32, port: number): void {
@@ -51,8 +52,7 @@ function buildFadt(dsdt: number): Uint8Array {
 
 /** 5.2.12. */
 function buildMadt({ apicIds, bootVcpus }: AcpiConfig): Uint8Array {
-  const ENABLED = 1;
-  const ONLINE_CAPABLE = 2;
+  const { Enabled, OnlineCapable } = LocalApicFlags;
   const EDGE_ACTIVE_HIGH = 0x5;
   const u32 = (value: number) => [value & 0xff, (value >>> 8) & 0xff, (value >>> 16) & 0xff, value >>> 24];
   const u16 = (value: number) => [value & 0xff, value >> 8];
@@ -60,7 +60,7 @@ function buildMadt({ apicIds, bootVcpus }: AcpiConfig): Uint8Array {
   const body = [
     ...u32(layout.LOCAL_APIC),
     ...u32(0), // no PC-AT interrupt controllers that ACPI has to care for
-    ...apicIds.flatMap((apicId, id) => [0, 8, id, apicId, ...u32(id < bootVcpus ? ENABLED : ONLINE_CAPABLE)]),
+    ...apicIds.flatMap((apicId, id) => localApic(id, apicId, id < bootVcpus ? Enabled : OnlineCapable)),
     ...[1, 12, 0, 0, ...u32(layout.IOAPIC), ...u32(0)],
     // The timer is wired to pin 2, as on every PC; the serial port's line is as it is on the ISA bus.
     ...override(0, 2),
@@ -77,7 +77,7 @@ function buildMadt({ apicIds, bootVcpus }: AcpiConfig): Uint8Array {
  * @throws AcpiError when they do not fit below ACPI_END
  */
 export function buildAcpiTables(config: AcpiConfig): { rsdp: number; tables: PlacedTable[] } {
-  return placeTables(layout.EBDA_START, layout.ACPI_END, Uint8Array.from(dsdtTerms(config)), (dsdt) => [
+  return placeTables(layout.EBDA_START, layout.ACPI_END, dsdtTerms(config), (dsdt) => [
     buildFadt(dsdt),
     buildMadt(config),
     buildMcfg(config.pciSegments),

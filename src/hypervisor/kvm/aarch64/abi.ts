@@ -42,7 +42,6 @@ export const KVM_ARM_VCPU_INIT = 0x4020aeae;
 export const KVM_ARM_PREFERRED_TARGET = 0x8020aeaf;
 export const KVM_ARM_VCPU_FINALIZE = 0x4004aec2;
 export const KVM_CREATE_DEVICE = 0xc00caee0;
-export const KVM_SET_DEVICE_ATTR = 0x4018aee1;
 
 /** Capability numbers, by the name the kernel gives them. */
 export const KVM_CAP = {
@@ -83,6 +82,8 @@ export const KVM_ARM_VCPU_PTRAUTH_GENERIC = 6;
 export const ONE_REG_SIZE = 16;
 /** Ids of registers: those of struct kvm_regs count in 32-bit words, system registers are op0, op1, CRn, CRm, op2. */
 export const REG_X0 = 0x6030_0000_0010_0000n;
+/** The virtual timer's counter, CNTVCT_EL0: all vCPUs have one offset. */
+export const REG_TIMER_CNT = 0x6030_0000_0013_df1an;
 export const REG_PC = 0x6030_0000_0010_0040n;
 export const REG_PSTATE = 0x6030_0000_0010_0042n;
 export const REG_MPIDR_EL1 = 0x6030_0000_0013_c005n;
@@ -97,8 +98,6 @@ export const CREATE_DEVICE_SIZE = 12;
 export const KVM_CREATE_DEVICE_TEST = 1;
 export const KVM_DEV_TYPE_ARM_VGIC_V3 = 7;
 export const KVM_DEV_TYPE_ARM_VGIC_ITS = 8;
-/** struct kvm_device_attr: flags at 0, group at 4, attr at 8, addr at 16. */
-export const DEVICE_ATTR_SIZE = 24;
 
 /** Groups of the GIC's and the ITS's attributes, and the attributes in them. */
 export const KVM_DEV_ARM_VGIC_GRP_ADDR = 0;

@@ -5,7 +5,8 @@
 import type { HostKernel } from '../../../sys/host-kernel.js';
 import { type Arm64VmOptions, HypervisorError } from '../../hypervisor.js';
 import * as abi from './abi.js';
-import { createDevice, hasDevice, setAttribute } from './attributes.js';
+import { setAttribute } from '../attribute.js';
+import { createDevice, hasDevice } from './attributes.js';
 
 const DISTRIBUTOR_SIZE = 0x1_0000;
 const REDISTRIBUTOR_SIZE = 0x2_0000;

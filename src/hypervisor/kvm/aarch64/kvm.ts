@@ -14,7 +14,9 @@ import { createKvmVm, openedWith, openKvmDevice } from '../device.js';
 import { setRouting, wireSpis } from '../routes.js';
 import { KvmVmBase } from '../vm.js';
 import * as abi from './abi.js';
-import { setAttribute } from './attributes.js';
+import { setAttribute } from '../attribute.js';
+
+import { register, setRegister } from './attributes.js';
 import { createGic, requireGic } from './gic.js';
 import { hostFeatures, initializeVcpu, KvmArm64Vcpu } from './vcpu.js';
 
@@ -84,6 +86,8 @@ export class KvmArm64Hypervisor implements Arm64Hypervisor {
 class KvmArm64Vm extends KvmVmBase implements Arm64Vm {
   readonly #features: number;
   readonly #vcpus: number[] = [];
+  /** The virtual counter as it was when it was stopped. */
+  #stopped: bigint | undefined;
   readonly #gic: number[] = [];
 
   constructor(
@@ -119,6 +123,16 @@ class KvmArm64Vm extends KvmVmBase implements Arm64Vm {
     });
     this.#vcpus.push(vcpu.handle.fd);
     return vcpu;
+  }
+
+  startTime(): void {
+    const [first] = this.#vcpus;
+    if (this.#stopped !== undefined) setRegister(this.kernel, first, abi.REG_TIMER_CNT, this.#stopped);
+    this.#stopped = undefined;
+  }
+
+  stopTime(): void {
+    this.#stopped = register(this.kernel, this.#vcpus[0], abi.REG_TIMER_CNT);
   }
 
   finishVcpus(): void {

@@ -23,6 +23,7 @@ export interface NetOptions {
 }
 
 export class NetDevice implements VirtioDevice {
+  readonly holdsChains = true;
   readonly #pairs: (NetPair | undefined)[] = [];
   readonly #timers: readonly PairTimers[];
   readonly #control: NetControl;

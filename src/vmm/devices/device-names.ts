@@ -1,0 +1,42 @@
+/** The names of devices that nobody named: Cloud Hypervisor's, whose numbers run across kinds (`_disk0`, `_net1`). */
+import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
+import type { VmConfig } from '../../config/vm-config.js';
+
+/** The kinds of devices that come and go while the machine runs. */
+export type DeviceKind = 'disk' | 'net' | 'pmem' | 'vsock';
+
+type AnyConfig = DiskConfig | NetConfig | PmemConfig | VsockConfig;
+
+export class DeviceNames {
+  #next = 0;
+
+  /** Names the devices of a configuration that have none, in the order of their slots. */
+  nameAll(config: VmConfig): void {
+    const { disks, net, pmem, vsock } = config;
+    const taken = deviceNames(config);
+    for (const disk of disks) this.name('disk', disk, taken);
+    for (const one of net) this.name('net', one, taken);
+    for (const one of pmem) this.name('pmem', one, taken);
+    if (vsock !== undefined) this.name('vsock', vsock, taken);
+  }
+
+  /** Names a device that has no name. A number is never given twice: whoever looks for a device that is gone finds no other. */
+  name(kind: DeviceKind, device: AnyConfig, taken: ReadonlySet<string>): void {
+    while (device.id === undefined) {
+      const name = `_${kind}${this.#next++}`;
+      if (!taken.has(name)) device.id = name;
+    }
+  }
+}
+
+/** The names that devices of a configuration have. */
+export function deviceNames({ disks, net, pmem, vsock, rng, balloon }: VmConfig): Set<string> {
+  const all = [...disks, ...net, ...pmem, vsock, rng, balloon];
+  return new Set(all.map((device) => device?.id).filter((id) => id !== undefined));
+}
+
+/** A device's name, which `DeviceNames` has seen to. */
+export function nameOf({ id }: { readonly id?: string | undefined }): string {
+  if (id === undefined) throw new Error('A device without a name');
+  return id;
+}

@@ -1,0 +1,268 @@
+/**
+ * Devices that come and go while there is a machine: in its configuration, on the host and, while it runs, in the guest.
+ *
+ * To come is main's decision; to go is the guest's. What it has been asked for and has not let go of is still there, and goes at the
+ * latest when the machine is reset. One change is made after the other.
+ */
+import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
+import { findHostProblem, readHostFacts } from '../../config/host-facts.js';
+import { type VmConfig, vmConfigSchema } from '../../config/vm-config.js';
+import type { DeviceResource } from '../devices/device-manager.js';
+import { type DeviceKind, DeviceNames, deviceNames } from '../devices/device-names.js';
+import type { HostResources } from '../host/host-resources.js';
+import type { Logger } from '../log/logger.js';
+import type { MachineLife } from './incarnation.js';
+import { RequestError } from './machine-error.js';
+
+/** Where a device has been put: Cloud Hypervisor's PciDeviceInfo. */
+export interface PciDeviceInfo {
+  readonly id: string;
+  readonly bdf: string;
+}
+
+/** The machine since it was switched on. */
+export interface Running {
+  readonly resources: HostResources;
+  /** Undefined between a reset and the life after it. */
+  readonly incarnation: MachineLife | undefined;
+}
+
+export interface HotplugEvents {
+  /** @param bdf undefined: the machine did not run */
+  onRemoved(id: string, bdf: string | undefined): void;
+  /** What the guest wrote to it last may be lost. */
+  onCloseFailed(id: string, reason: string): void;
+}
+
+type AnyDevice = DiskConfig | NetConfig | PmemConfig | VsockConfig;
+
+/** Where the devices of a kind stand in the configuration. */
+const SECTIONS = { disk: 'disks', net: 'net', pmem: 'pmem', vsock: 'vsock' } as const;
+
+export class Hotplug {
+  readonly #names = new DeviceNames();
+  /** Those that the guest has been asked to let go. */
+  readonly #leaving = new Set<string>();
+  readonly #leavingVcpus = new Set<number>();
+  #last: Promise<unknown> = Promise.resolve();
+
+  /** @param config whose devices get their names; it is changed as they come and go */
+  constructor(
+    private readonly config: VmConfig,
+    private readonly logger: Logger,
+    private readonly events: HotplugEvents,
+  ) {
+    this.#names.nameAll(config);
+  }
+
+  /** One after the other, whether or not the one before could be made. */
+  #next<T>(change: () => Promise<T>): Promise<T> {
+    const done = this.#last.then(change, change);
+    this.#last = done.catch(() => undefined);
+    return done;
+  }
+
+  /**
+   * @param device as a client gave it
+   * @param running undefined: the machine does not run, and gets it when it does
+   * @throws RequestError or MachineError; nothing has changed then
+   */
+  add(kind: DeviceKind, device: object, running: () => Running | undefined): Promise<PciDeviceInfo | undefined> {
+    return this.#next(async () => {
+      const checked = this.#check(kind, device);
+      this.#names.name(kind, checked, deviceNames(this.config));
+      const id = checked.id!;
+      const now = running();
+      const bdf = now === undefined ? undefined : await plug(now, kind, checked);
+      this.#insert(kind, checked);
+      this.logger.info(`${id}: plugged in${bdf === undefined ? '' : ` at ${bdf}`}`);
+      return bdf === undefined ? undefined : { id, bdf };
+    });
+  }
+
+  /** The device with its defaults, if the machine could have it as well. @throws RequestError */
+  #check(kind: DeviceKind, device: object): AnyDevice {
+    const { config } = this;
+    const { id } = device as { id?: unknown };
+    if (typeof id === 'string' && deviceNames(config).has(id)) {
+      throw new RequestError(`id: ${id} is the name of another device`, 'conflict');
+    }
+    if (kind === 'vsock' && config.vsock !== undefined) {
+      throw new RequestError('The machine has a vsock device, and takes one', 'conflict');
+    }
+    const section = SECTIONS[kind];
+    const several = section === 'vsock' ? undefined : config[section];
+    // A queue for each vCPU that can be there.
+    const cpus = { ...config.cpus, boot_vcpus: config.cpus.max_vcpus };
+    const wanted = { ...config, cpus, [section]: several === undefined ? device : [...several, device] };
+    const { success, data, error } = vmConfigSchema.safeParse(wanted);
+    const issue = success ? findHostProblem(data, readHostFacts()) : error.issues[0];
+    if (issue !== undefined) {
+      const field = issue.path.slice(several === undefined ? 1 : 2).map(String);
+      const accepted = 'accepted' in issue ? issue.accepted : issue.message;
+      throw new RequestError(`${field.join('.') || kind}: accepted is ${accepted}`, 'invalid');
+    }
+    return section === 'vsock' ? data!.vsock! : data![section].at(-1)!;
+  }
+
+  #insert(kind: DeviceKind, device: AnyDevice): void {
+    if (kind === 'vsock') this.config.vsock = device as VsockConfig;
+    else (this.config[SECTIONS[kind]] as AnyDevice[]).push(device);
+  }
+
+  /**
+   * Asks for a device to go. It is gone when the guest has let go of it; at once where none runs.
+   *
+   * @throws RequestError
+   */
+  remove(id: string, running: () => Running | undefined): Promise<void> {
+    return this.#next(async () => {
+      if (!this.#has(id)) {
+        const fixed = deviceNames(this.config).has(id);
+        throw fixed
+          ? new RequestError(`${id}: accepted is a disk, a network, a persistent memory or a vsock device`, 'invalid')
+          : new RequestError(`The machine has no device ${id}`, 'unknown');
+      }
+      const now = running();
+      if (now?.incarnation === undefined) {
+        this.#gone(id, now?.resources);
+        this.events.onRemoved(id, undefined);
+        return;
+      }
+      now.incarnation.askToUnplug(id);
+      if (this.#leaving.has(id)) {
+        // It has been told again, as it may have heard of it too early.
+        throw new RequestError(`The guest has been asked to let ${id} go, and has not answered yet`, 'busy');
+      }
+      this.#leaving.add(id);
+      this.logger.info(`${id}: the guest is asked to let it go`);
+    });
+  }
+
+  /** The guest has let a slot go. */
+  ejected(segment: number, slot: number, running: () => Running | undefined): Promise<void> {
+    return this.#next(async () => {
+      const { resources, incarnation } = running() ?? {};
+      const id = incarnation?.deviceAt(segment, slot);
+      // Of an earlier life, if it is not asked for.
+      if (incarnation === undefined || id === undefined || !this.#leaving.has(id)) return;
+      const { address, failure } = await incarnation.unplug(id);
+      this.#gone(id, resources);
+      if (failure !== undefined) this.events.onCloseFailed(id, failure);
+      this.events.onRemoved(id, address);
+    });
+  }
+
+  /**
+   * Gives the guest more vCPUs, or asks it to let the last ones go.
+   *
+   * @throws RequestError; HypervisorError or SystemError, after as many as could be had
+   */
+  resizeVcpus(desired: number, running: () => Running | undefined): Promise<void> {
+    return this.#next(async () => {
+      const { cpus } = this.config;
+      const { max_vcpus: max, boot_vcpus: present } = cpus;
+      if (desired > max) throw new RequestError(`desired_vcpus: accepted is a number from 1 to ${max}`, 'invalid');
+      if (desired === present) return;
+      const incarnation = running()?.incarnation;
+      if (incarnation === undefined) {
+        cpus.boot_vcpus = desired;
+        return;
+      }
+      if (!incarnation.plugsVcpus) {
+        const line = `desired_vcpus: accepted is ${present}: a guest of this architecture can be given no others while it runs`;
+        throw new RequestError(line, 'invalid');
+      }
+      if (this.#leavingVcpus.size > 0) {
+        for (const vcpu of this.#leavingVcpus) incarnation.askToUnplugVcpu(vcpu);
+        throw new RequestError('The guest has been asked to let vCPUs go, and has not answered yet', 'busy');
+      }
+      for (; cpus.boot_vcpus < desired; cpus.boot_vcpus++) incarnation.plugVcpu();
+      const leaving = [...incarnation.vcpus].sort((a, b) => b - a).slice(0, Math.max(present - desired, 0));
+      for (const vcpu of leaving) {
+        this.#leavingVcpus.add(vcpu);
+        incarnation.askToUnplugVcpu(vcpu);
+      }
+      cpus.boot_vcpus = desired;
+      this.logger.info(`${desired} vCPUs, of ${present} before`);
+    });
+  }
+
+  /** The guest has let a vCPU go. */
+  vcpuEjected(vcpu: number, running: () => Running | undefined): Promise<void> {
+    return this.#next(async () => {
+      const incarnation = running()?.incarnation;
+      // Of an earlier life, if it is not asked for.
+      if (incarnation === undefined || !this.#leavingVcpus.delete(vcpu)) return;
+      await incarnation.unplugVcpu(vcpu);
+      this.logger.info(`vCPU ${vcpu}: removed`);
+    });
+  }
+
+  /** The machine is to run again: what the guest had been asked for does not come back. */
+  restart(resources: HostResources): void {
+    this.#leavingVcpus.clear();
+    for (const id of [...this.#leaving]) {
+      this.#gone(id, resources);
+      this.events.onRemoved(id, undefined);
+    }
+  }
+
+  /** Resolves when the changes that were under way or due have been made. */
+  idle(): Promise<unknown> {
+    return this.#last;
+  }
+
+  /** Those that the guest has been asked to let go, and has not. */
+  get leaving(): ReadonlySet<string> {
+    return this.#leaving;
+  }
+
+  #gone(id: string, resources: HostResources | undefined): void {
+    this.#forget(id);
+    resources?.remove(id);
+    this.logger.info(`${id}: removed`);
+  }
+
+  #has(id: string): boolean {
+    const { disks, net, pmem, vsock } = this.config;
+    return [...disks, ...net, ...pmem, vsock].some((device) => device?.id === id);
+  }
+
+  #forget(id: string): void {
+    const { config } = this;
+    this.#leaving.delete(id);
+    config.disks = config.disks.filter((device) => device.id !== id);
+    config.net = config.net.filter((device) => device.id !== id);
+    config.pmem = config.pmem.filter((device) => device.id !== id);
+    if (config.vsock?.id === id) config.vsock = undefined;
+  }
+}
+
+/** @returns where it is on PCI, if the guest can see it @throws MachineError; nothing has changed then */
+async function plug(
+  { resources, incarnation }: Running,
+  kind: DeviceKind,
+  config: AnyDevice,
+): Promise<string | undefined> {
+  const device = open(resources, kind, config);
+  try {
+    return await incarnation?.plug(device);
+  } catch (error) {
+    resources.remove(device.resource.id);
+    throw error;
+  }
+}
+
+function open(resources: HostResources, kind: DeviceKind, config: AnyDevice): DeviceResource {
+  switch (kind) {
+    case 'disk':
+      return { kind, resource: resources.addDisk(config as DiskConfig) };
+    case 'net':
+      return { kind, resource: resources.addNet(config as NetConfig) };
+    case 'pmem':
+      return { kind, resource: resources.addPmem(config as PmemConfig) };
+    case 'vsock':
+      return { kind, resource: resources.addVsock(config as VsockConfig) };
+  }
+}
