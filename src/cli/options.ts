@@ -28,6 +28,9 @@ export const CPUS_SUB_OPTIONS: readonly SubOption<keyof CpusConfig>[] = [
 
 export const MEMORY_SUB_OPTIONS: readonly SubOption<keyof MemoryConfig>[] = [
   { name: 'size', field: 'size', kind: KINDS.size },
+  { name: 'hotplug_method', field: 'hotplug_method', kind: KINDS.hotplugMethod },
+  { name: 'hotplug_size', field: 'hotplug_size', kind: KINDS.size },
+  { name: 'hotplugged_size', field: 'hotplugged_size', kind: KINDS.size },
   { name: 'shared', field: 'shared', kind: KINDS.toggle },
   { name: 'hugepages', field: 'hugepages', kind: KINDS.toggle },
   { name: 'hugepage_size', field: 'hugepage_size', kind: KINDS.size },
@@ -205,7 +208,8 @@ function listHelp(
 ): string {
   const lines = subOptions.map(({ name, field, kind }) => {
     const value = defaults[field];
-    const shown = typeof value === 'boolean' ? (value ? 'on' : 'off') : formatDefault(value);
+    const written = typeof value === 'boolean' ? (value ? 'on' : 'off') : formatDefault(value);
+    const shown = kind === KINDS.hotplugMethod ? written.toLowerCase() : written;
     const suffix = value === undefined || field === 'max_vcpus' ? '' : ` [${shown}]`;
     return `${name}=${kind.placeholder}: ${LIMIT_HELP[field] ?? helpOf(shape[field])}${suffix}`;
   });

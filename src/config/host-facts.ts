@@ -106,11 +106,10 @@ export function findHostProblem(config: VmConfig, host: HostFacts): ConfigProble
     const accepted = `a huge page size of the host: ${host.hugepageSizes.map(formatSize).join(', ')}`;
     return { path: ['memory', 'hugepage_size'], accepted };
   }
-  if (memory.size % pageSize !== 0) {
-    return {
-      path: ['memory', 'size'],
-      accepted: `a size that is a multiple of the huge page size ${formatSize(pageSize)}`,
-    };
+  for (const field of ['size', 'hotplug_size', 'hotplugged_size'] as const) {
+    if ((memory[field] ?? 0) % pageSize === 0) continue;
+    const accepted = `a size that is a multiple of the huge page size ${formatSize(pageSize)}`;
+    return { path: ['memory', field], accepted };
   }
   return undefined;
 }

@@ -139,6 +139,11 @@ const TOGGLES = new Map([
   ['false', false],
 ]);
 
+const HOTPLUG_METHODS = new Map([
+  ['acpi', 'Acpi'],
+  ['virtio-mem', 'VirtioMem'],
+]);
+
 export const KINDS = {
   number: { placeholder: 'N', accepted: 'a whole number', parse: (raw) => parseNumber(unquote(raw)) },
   size: {
@@ -150,6 +155,11 @@ export const KINDS = {
   text: { placeholder: 'TEXT', accepted: 'text', parse: unquote },
   /** One of some words, whose case does not count. */
   word: { placeholder: 'TEXT', accepted: 'text', parse: (raw) => unquote(raw).toLowerCase() },
+  hotplugMethod: {
+    placeholder: 'acpi|virtio-mem',
+    accepted: 'acpi or virtio-mem',
+    parse: (raw) => HOTPLUG_METHODS.get(unquote(raw).toLowerCase()),
+  },
   topology: {
     placeholder: 'T:C:D:P',
     accepted: 'threads:cores:dies:packages, four whole numbers',

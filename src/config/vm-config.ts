@@ -28,6 +28,10 @@ const MIN_PHYS_BITS = 36;
 const PAGE_SIZE = 4096;
 /** Bytes; also keeps every guest address exact in a plain number. */
 const MAX_MEMORY = 2 ** MAX_PHYS_BITS;
+/** Linux adds memory in blocks of this size (x86, and aarch64 with pages of 4 KiB), and leaves out what is no whole one. Bytes. */
+export const HOTPLUG_ALIGNMENT = 128 * 2 ** 20;
+/** Memory is plugged by multiples of this, so that the host can have a huge page for each (bigger where its huge pages are). */
+export const HOTPLUG_BLOCK = 2 * 2 ** 20;
 /** Linux is built for at most 8192 CPUs (CONFIG_NR_CPUS_RANGE_END on x86). */
 const MAX_HOST_CPU = 8191;
 
@@ -86,6 +90,12 @@ export const cpusSchema = z
     }
   });
 
+/** The device that plugs memory, by the name that Cloud Hypervisor gives to the zone that all memory is in. */
+export const MEM_ID = 'mem0';
+const HOTPLUG_METHODS = ['Acpi', 'VirtioMem'] as const;
+const hotplugError = `a multiple of 128M up to 2^${MAX_PHYS_BITS}`;
+const hotpluggedError = 'a multiple of 2M up to hotplug_size';
+
 const sizeError = `a multiple of ${PAGE_SIZE} bytes from ${PAGE_SIZE} to 2^${MAX_PHYS_BITS}`;
 
 export const memorySchema = z
@@ -100,6 +110,27 @@ export const memorySchema = z
           z.multipleOf(PAGE_SIZE, { error: sizeError }),
         ),
       512 * 2 ** 20,
+    ),
+    hotplug_method: defaulted(
+      'How memory is plugged while the guest runs',
+      z.enum(HOTPLUG_METHODS, { error: `one of ${HOTPLUG_METHODS.join(', ')}` }),
+      'Acpi',
+    ),
+    hotplug_size: optional(
+      'RAM that can be plugged beyond size, with hotplug_method=virtio-mem',
+      z
+        .int({ error: hotplugError })
+        .check(
+          z.gte(HOTPLUG_ALIGNMENT, { error: hotplugError }),
+          z.lte(MAX_MEMORY, { error: hotplugError }),
+          z.multipleOf(HOTPLUG_ALIGNMENT, { error: hotplugError }),
+        ),
+    ),
+    hotplugged_size: optional(
+      'How much of it the guest is to plug at first, default none',
+      z
+        .int({ error: hotpluggedError })
+        .check(z.gte(0, { error: hotpluggedError }), z.multipleOf(HOTPLUG_BLOCK, { error: hotpluggedError })),
     ),
     shared: defaulted('Map it shared, for back ends in other processes', flag, false),
     hugepages: defaulted('Take it from the huge page pool of the host', flag, false),
@@ -118,6 +149,13 @@ export const memorySchema = z
     };
     if (value.hugepage_size !== undefined && !value.hugepages) refuse('hugepage_size', 'a size only with hugepages=on');
     if (value.shared && value.mergeable) refuse('mergeable', 'off when shared=on');
+    const { hotplug_size: most, hotplugged_size: plugged, hotplug_method: method } = value;
+    // Slots that ACPI plugs memory into are not there yet.
+    if (most !== undefined && method !== 'VirtioMem') {
+      refuse('hotplug_size', 'a size only with hotplug_method=virtio-mem');
+    }
+    if (plugged !== undefined && most === undefined) refuse('hotplugged_size', 'a size only with hotplug_size=');
+    if (plugged !== undefined && most !== undefined && plugged > most) refuse('hotplugged_size', hotpluggedError);
   });
 
 const vmFields = z.strictObject({
@@ -139,10 +177,12 @@ const vmFields = z.strictObject({
 
 /** Every device of a configuration that has a PCI function, with its path in the configuration. */
 export function pciDevices(config: z.infer<typeof vmFields>): { path: PropertyKey[]; device: PciPlacement }[] {
-  const { disks, net, rng, balloon, pmem, vsock } = config;
+  const { disks, net, rng, balloon, pmem, vsock, memory } = config;
   const several = (name: string, list: readonly PciPlacement[]) =>
     list.map((device, index) => ({ path: [name, index], device }));
   return [
+    // First, so that it is another one whose name is refused.
+    ...(memory.hotplug_size === undefined ? [] : [{ path: ['memory'], device: { id: MEM_ID, pci_segment: 0 } }]),
     ...several('disks', disks),
     ...several('net', net),
     { path: ['rng'], device: rng },

@@ -17,9 +17,6 @@ export function cpuHotplugLayout(vcpus: number): StateLayout<'selected' | 'statu
   return stateLayout('acpi-cpu-hotplug', 1, { selected: 1, status: vcpus });
 }
 
-/** Bytes. */
-export const CPU_HOTPLUG_SIZE = 12;
-
 const SELECTED = 0;
 const STATUS = 4;
 const DATA = 8;

@@ -9,11 +9,10 @@
  *
  * The first five are read as 32 bits each. They take no other access. A number that no slot has can be selected; all of it reads 0.
  */
+import { MEMORY_SLOTS } from '../arch/acpi/config.js';
 import { stateLayout } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler } from './bus.js';
 import { HotplugStatus } from './hotplug-status.js';
-
-export const MEMORY_SLOTS = 8;
 
 /** Of a slot: the registers from base to proximity domain, in their order. */
 const SLOT_WORDS = 5;

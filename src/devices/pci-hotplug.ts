@@ -19,8 +19,6 @@ import { type StateBlock, stateLayout } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler } from './bus.js';
 
 const SEGMENTS = 16;
-/** Bytes. */
-export const PCI_HOTPLUG_SIZE = 16;
 
 /** But for the first, a bitmap of slots for each segment. */
 export const pciHotplugLayout = stateLayout('acpi-pci-hotplug', 1, {

@@ -165,6 +165,8 @@ export interface HostKernel {
   aioEventsRaw(context: number, least: number, most: number, events: number): number;
   /** Gives pages of guest memory back to the host; they read as zeros then. @param shared backed by a shared file */
   discardRaw(address: number, length: number, shared: boolean): number;
+  /** Has pages of guest memory there, writable, before anybody touches them (Linux 5.14); what is there stays as it is. */
+  populateRaw(address: number, length: number): number;
   /** @param events address of at least `most` struct epoll_event @param timeout milliseconds, -1 for ever */
   epollWaitRaw(epoll: number, events: number, most: number, timeout: number): number;
 

@@ -379,6 +379,10 @@ export class LinuxKernel implements HostKernel {
     return raw(io().madvise(address, length, shared ? MADV_REMOVE : MADV_DONTNEED) as number);
   }
 
+  populateRaw(address: number, length: number): number {
+    return raw(io().madvise(address, length, ADVICE.populate) as number);
+  }
+
   epollWaitRaw(epoll: number, events: number, most: number, timeout: number): number {
     return raw(io().epollWait(epoll, events, most, timeout) as number);
   }

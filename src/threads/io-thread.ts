@@ -15,6 +15,7 @@ import { ConsoleDevice } from '../virtio/devices/console.js';
 import type { DeviceContext, VirtioDevice } from '../virtio/device.js';
 import { EntropyDevice } from '../virtio/devices/entropy.js';
 import { EpollLoop } from '../virtio/transport/epoll-loop.js';
+import { MemDevice } from '../virtio/devices/mem.js';
 import { NetDevice } from '../virtio/devices/net/net.js';
 import { PmemDevice } from '../virtio/devices/pmem.js';
 import { RateLimiter, type LimiterOptions } from '../virtio/rate-limiter.js';
@@ -30,6 +31,7 @@ import {
   type ServedDevice,
 } from '../vmm/devices/device-specs.js';
 import { GuestLog } from '../vmm/log/guest-log.js';
+import { HostPages } from '../vmm/memory/host-pages.js';
 import { attachMemory, attachPart } from '../vmm/memory/memory-manager.js';
 import { attachSignals } from './backends.js';
 import { Outbox } from './outbox.js';
@@ -58,6 +60,7 @@ export function runIoThread(kernel: HostKernel): void {
   const post = (message: IoMessage) => parentPort!.postMessage(message);
   const loop = new EpollLoop(kernel);
   const memory = attachMemory(data.memory, kernel);
+  const pages = new HostPages(kernel, memory, data.sharedMemory);
   const command = new Int32Array(data.command);
 
   const guestLog = new GuestLog((level, line) => post({ kind: 'log', level, line }));
@@ -97,18 +100,15 @@ export function runIoThread(kernel: HostKernel): void {
         return new ConsoleDevice(context, { pipe: new BytePipe(spec.pipe), wake: spec.wake });
       case 'entropy':
         return new EntropyDevice(context, { source: spec.source });
+      case 'mem': {
+        const discard = (address: number, length: number) => pages.discard(address, length);
+        const populate = spec.populate
+          ? (address: number, length: number) => pages.populate(address, length)
+          : undefined;
+        return new MemDevice(context, { plugged: spec.plugged, discard, populate });
+      }
       case 'balloon':
-        return new BalloonDevice(context, {
-          discard: (address, length) => {
-            for (let at = address, end = address + length; at < end;) {
-              const count = Math.min(memory.hostLength(at), end - at);
-              // A file behind persistent memory keeps what it has.
-              if (count === 0 || !memory.isRam(at, count)) return;
-              kernel.discardRaw(memory.hostAddress(at, count), count, data.sharedMemory);
-              at += count;
-            }
-          },
-        });
+        return new BalloonDevice(context, { discard: (address, length) => pages.discard(address, length) });
       case 'pmem':
         return new PmemDevice(context, { fd: spec.fd });
       case 'watchdog':

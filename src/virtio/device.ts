@@ -18,6 +18,7 @@ export const VirtioType = {
   Entropy: 4,
   Balloon: 5,
   Vsock: 19,
+  Mem: 24,
   Pmem: 27,
   /** Not in the specification: the number that Cloud Hypervisor's guests know. */
   Watchdog: 35,
@@ -152,8 +153,8 @@ export interface DeviceContext {
   readonly counters: Float64Array;
   /** Words of the state block for what the driver has set and no other word holds. All workers of the device see the same. */
   readonly own: Int32Array;
-  /** Changes the configuration space, so that the driver sees all of it or nothing, and tells it (4.1.5.4). */
-  changeConfig(change: () => void): void;
+  /** Changes the configuration space, so that the driver sees all of it or nothing, and, but for `untold`, tells it (4.1.5.4). */
+  changeConfig(change: () => void, untold?: 'untold'): void;
   /** Something is beyond repair: DEVICE_NEEDS_RESET, an interrupt, and no more kicks until the driver resets it. */
   needsReset(reason: string): void;
   /** A line for the log of main. What a guest can cause is limited in number there. */

@@ -3,6 +3,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
+import { askApi } from '../support/api-client.js';
 import { Guest, testFolder, VMM } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
 import { COM1, runnable, TURN_OFF } from '../support/synthetic-kernel.js';
@@ -30,30 +31,11 @@ afterAll(async () => {
   remove();
 });
 
-/** One request from the machine that runs vmm. */
-async function api(
-  method: 'GET' | 'PUT',
-  name: string,
-  body?: unknown,
-  at = host,
-): Promise<{ status: number; body: unknown }> {
-  const script = `
-    const [socketPath, method, path, body] = process.argv.slice(1);
-    require('node:http').request({ socketPath, method, path }, (response) => {
-      process.stdout.write(response.statusCode + ' ');
-      response.pipe(process.stdout);
-    }).end(body);`;
-  const words = [socket, method, `/api/v1/${name}`, ...(body === undefined ? [] : [JSON.stringify(body)])];
-  const { stdout, stderr } = await at.run([process.execPath, '-e', script, ...words]);
-  const match = /^(\d+) ([^]*)$/.exec(stdout);
-  if (match === null) throw new Error(`${method} ${name}: ${stderr}`);
-  const [, status, text] = match;
-  return { status: Number(status), body: text === '' ? undefined : (JSON.parse(text) as unknown) };
-}
+const api = (method: 'GET' | 'PUT', name: string, body?: unknown, at = host) => askApi(at, socket, method, name, body);
 
 const done = { status: 204, body: undefined };
 
-test('disks and the balloon change their size under a running guest, and keep it over a reboot', async () => {
+test('disks, the balloon and memory change their size under a running guest, and keep it over a reboot', async () => {
   await host.check(`truncate -s 8M ${scratch}/raw; qemu-img create -q -f qcow2 ${scratch}/qcow2 8M`);
   // Lines come one by one, so that the guest does nothing unasked.
   const loop = `
@@ -63,9 +45,14 @@ while echo "@@done-$?@@"; read -r line; do
 done`;
   const guest = await Guest.start(host, folder, {
     kernel: cloud,
-    task: { command: loop, modules: { kernel: cloud, names: ['virtio_pci', 'virtio_blk', 'virtio_balloon'] } },
+    cmdline: 'memhp_default_state=online_movable',
+    task: {
+      command: loop,
+      modules: { kernel: cloud, names: ['virtio_pci', 'virtio_blk', 'virtio_balloon', 'virtio_mem'] },
+    },
     vmm: [
-      ...['--cpus', 'boot=2', '--memory', 'size=512M', '--balloon', 'size=0', '--api-socket', `path=${socket}`],
+      ...['--cpus', 'boot=2', '--balloon', 'size=0', '--api-socket', `path=${socket}`],
+      ...['--memory', 'size=512M,hotplug_method=virtio-mem,hotplug_size=1G,hotplugged_size=128M'],
       // Two threads serve the first disk: both have to hear of its size.
       ...['--disk', `path=${scratch}/raw,num_queues=2,queue_affinity=[0@[0],1@[0]]`, `path=${scratch}/qcow2,id=data`],
     ],
@@ -115,6 +102,15 @@ done`;
   expect(await api('PUT', 'vm.resize-disk', { ...smaller, desired_size: 16 * MIB })).toEqual(done);
   expect(await api('PUT', 'vm.resize-disk', { id: 'none', desired_size: 8 * MIB })).toMatchObject({ status: 404 });
 
+  const plugged = (mib: number) => new RegExp(`mem0: The guest has plugged ${mib * MIB} bytes`);
+  await guest.waitForLog(plugged(128));
+  expect(await api('PUT', 'vm.resize', { desired_ram: 2048 * MIB })).toEqual({
+    status: 400,
+    body: [`desired_ram: accepted is ${512 * MIB} and up to ${1024 * MIB} more, by multiples of ${2 * MIB}`],
+  });
+  expect(await api('PUT', 'vm.resize', { desired_ram: 768 * MIB })).toEqual(done);
+  await guest.waitForLog(plugged(256));
+
   expect(await api('PUT', 'vm.resize', { desired_balloon: 64 * MIB })).toEqual(done);
   const inflated = new RegExp(`__balloon: The guest has given back ${64 * MIB} bytes`);
   await guest.waitForLog(inflated);
@@ -122,8 +118,12 @@ done`;
     status: 200,
     body: {
       state: 'Running',
-      memory_actual_size: 448 * MIB,
-      config: { balloon: { size: 64 * MIB }, disks: [{ path: `${scratch}/raw` }, { id: 'data' }] },
+      memory_actual_size: 704 * MIB,
+      config: {
+        memory: { size: 512 * MIB, hotplugged_size: 256 * MIB },
+        balloon: { size: 64 * MIB },
+        disks: [{ path: `${scratch}/raw` }, { id: 'data' }],
+      },
       device_tree: {
         '_virtio-pci-data': { children: ['data'], pci_bdf: expect.stringMatching(/^0000:00:[0-9a-f]{2}\.0$/) },
       },
@@ -141,6 +141,7 @@ done`;
   await prompt();
   expect(await sizes()).toEqual(['32768', '65536']);
   await guest.waitForLog(inflated, logged);
+  await guest.waitForLog(plugged(256), logged);
 
   // The machine of the command line is one like any other.
   expect(await api('PUT', 'vm.shutdown')).toEqual(done);

@@ -1,9 +1,10 @@
-/** Devices that come and go while a guest runs. */
+/** Devices that come and go a hundred times, and guests and clients that do not do what is expected of them. */
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
 import { ApiClient, Conversation, DONE, LISTEN } from '../support/conversation.js';
 import { Guest, testFolder } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
+import { guestTools } from '../support/rootfs.js';
 
 const { folder, remove } = testFolder();
 const scratch = `/tmp/hotplug-${process.pid}`;
@@ -15,7 +16,7 @@ beforeAll(async () => {
   host = await TestHost.open();
   cloud = await kernel('cloud');
   await host.loadModules(await kernel('generic'), ['tun']);
-  await host.check(`mkdir -p ${scratch}`);
+  await host.check(`mkdir -p ${scratch}; for n in 0 1 2 3 4 5 6 7 8 9; do truncate -s 1M ${scratch}/disk$n; done`);
 });
 
 afterAll(async () => {
@@ -24,26 +25,136 @@ afterAll(async () => {
   remove();
 });
 
-test('a disk comes and goes', async () => {
-  await host.check(
-    `truncate -s 8M ${scratch}/raw; echo plugged >${scratch}/text; cat ${scratch}/text >${scratch}/raw; truncate -s 8M ${scratch}/raw`,
-  );
+const modules = () => ({ kernel: cloud, names: ['virtio_pci', 'virtio_blk', 'virtio_net'] });
+
+test('ten disks and ten networks at once, ten times, while fio verifies what it writes to a disk that stays', async () => {
+  const COUNT = 10;
+  await host.check(`truncate -s 64M ${scratch}/stays`);
   const guest = await Guest.start(host, folder, {
     kernel: cloud,
-    task: { command: LISTEN, modules: { kernel: cloud, names: ['virtio_pci', 'virtio_blk', 'virtio_net'] } },
-    vmm: ['-v', '--api-socket', `path=${socket}`],
+    task: { command: LISTEN, modules: modules(), archives: [await guestTools('fio')] },
+    vmm: ['--cpus', 'boot=2', '--disk', `path=${scratch}/stays`, '--api-socket', socket],
   });
-  const api = new ApiClient(host, socket);
   const shell = new Conversation(guest);
   await shell.listens();
-  for (let round = 0; round < 3; round++) {
-    const answer = await api.put('vm.add-disk', { path: `${scratch}/raw`, id: 'one' });
-    expect(answer).toMatchObject({ status: 200, body: { id: 'one' } });
-    expect(await shell.run('until [ -b /dev/vda ]; do sleep 0.1; done; head -c 7 /dev/vda')).toContain('plugged');
-    expect(await api.put('vm.remove-device', { id: 'one' })).toEqual(DONE);
-    await shell.run('until [ ! -b /dev/vda ]; do sleep 0.1; done');
-    await guest.waitForLog(/one: removed[^]*/);
-  }
+  const api = new ApiClient(host, socket);
+  const pid = await guest.process.pid;
+  const held = () =>
+    host.check(`ls -l /proc/${pid}/fd | sed 's/.*-> //; s/[0-9]*//g' | sort; ls /proc/${pid}/task | wc -l`);
+  const fio = [
+    'fio --name=v --filename=/dev/vda --rw=randrw --bsrange=4k-64k --ioengine=libaio --iodepth=8 --direct=1',
+    '--verify=crc32c --verify_fatal=1 --size=64M --loops=1000000',
+  ].join(' ');
+  await shell.run(`{ ${fio} >/tmp/fio 2>&1; echo "ended $?" >>/tmp/fio; } & echo $! >/tmp/pid`);
+  const numbers = Array.from({ length: COUNT }, (_, number) => number);
+  const round = async () => {
+    const added = await Promise.all(
+      numbers.flatMap((number) => [
+        api.put('vm.add-disk', { path: `${scratch}/disk${number}`, id: `d${number}` }),
+        api.put('vm.add-net', { tap: `hp${number}`, id: `n${number}` }),
+      ]),
+    );
+    expect(added.map(({ status }) => status)).toEqual(added.map(() => 200));
+    const disks = 'ls -d /sys/block/vd? | wc -l';
+    const nets = 'ls -d /sys/class/net/eth* | wc -l';
+    await shell.run(`until [ $(${disks}) = ${COUNT + 1} ] && [ $(${nets}) = ${COUNT} ]; do sleep 0.1; done`);
+    const from = guest.log.length;
+    const asked = await Promise.all(
+      numbers.flatMap((number) => [`d${number}`, `n${number}`]).map((id) => api.put('vm.remove-device', { id })),
+    );
+    expect(asked).toEqual(asked.map(() => DONE));
+    await shell.run(`until [ $(${disks}) = 1 ] && [ ! -e /sys/class/net/eth0 ]; do sleep 0.1; done`);
+    for (const number of numbers) {
+      await guest.waitForLog(new RegExp(`d${number}: removed`), from);
+      await guest.waitForLog(new RegExp(`n${number}: removed`), from);
+    }
+  };
+  await round();
+  const before = await held();
+  for (let rounds = 1; rounds < 10; rounds++) await round();
+  expect(await held()).toBe(before);
+  expect(await shell.run('cat /tmp/fio')).not.toMatch(/ended|verify:/);
   expect(await api.put('vmm.shutdown')).toEqual(DONE);
+  await api.close();
+  expect(await guest.end()).toMatchObject({ status: 0 });
+});
+
+test('a plug while the guest boots, one that the guest never answers, two clients at once, mistakes, a reboot between', async () => {
+  const guest = await Guest.start(host, folder, {
+    kernel: cloud,
+    task: { command: LISTEN, modules: modules() },
+    vmm: ['--cpus', 'boot=1,max=2', '--api-socket', socket],
+  });
+  const shell = new Conversation(guest);
+  await guest.waitForLog(/served by/);
+  const [api, other] = [new ApiClient(host, socket), new ApiClient(host, socket)];
+  // The guest's kernel has hardly begun.
+  const early = { path: `${scratch}/disk0`, id: 'early' };
+  expect(await api.put('vm.add-disk', early)).toMatchObject({ status: 200, body: { id: 'early' } });
+  await shell.listens();
+  await shell.run('until [ -b /dev/vda ]; do sleep 0.1; done');
+
+  const disk = { path: `${scratch}/disk1`, id: 'same' };
+  const both = await Promise.all([api.put('vm.add-disk', disk), other.put('vm.add-disk', disk)]);
+  expect(both.map(({ status }) => status).sort()).toEqual([200, 409]);
+  await shell.run('until [ -b /dev/vdb ]; do sleep 0.1; done');
+
+  const pid = await guest.process.pid;
+  const descriptors = () => host.check(`ls /proc/${pid}/fd | wc -l`);
+  const before = await descriptors();
+  const refusals = [
+    ['vm.add-disk', { path: `${scratch}/none` }, 500, `--disk path=${scratch}/none: no such file or directory`],
+    [
+      'vm.add-disk',
+      { path: `${scratch}/disk1` },
+      500,
+      `--disk path=${scratch}/disk1: ${scratch}/disk1 is in use by another process`,
+    ],
+    [
+      'vm.add-disk',
+      { path: `${scratch}/disk2`, pci_device_id: 1 },
+      500,
+      'pci_device_id=1 of _disk2: taken on segment 0',
+    ],
+    [
+      'vm.add-disk',
+      { path: `${scratch}/disk2`, queue_size: 3 },
+      400,
+      'queue_size: accepted is a power of two from 4 to 32768',
+    ],
+    ['vm.add-net', { mac: 'x' }, 400, 'mac: accepted is'],
+    ['vm.remove-device', { id: 'none' }, 404, 'The machine has no device none'],
+    ['vm.remove-device', { id: '__rng' }, 404, 'The machine has no device __rng'],
+    ['vm.resize', { desired_vcpus: 3 }, 400, 'desired_vcpus: accepted is a number from 1 to 2'],
+  ] as const;
+  for (const [call, body, status, line] of refusals) {
+    const answer = await api.put(call, body);
+    expect(answer).toMatchObject({ status, body: [expect.stringContaining(line)] });
+  }
+  expect(await descriptors()).toBe(before);
+
+  // A guest that does not answer: its ACPI events go nowhere.
+  await shell.run(
+    "echo 'ACPI:Ged' >/sys/bus/platform/drivers/acpi-ged/unbind 2>/dev/null; ls /sys/bus/platform/drivers/acpi-ged | grep : >/tmp/ged; for ged in $(cat /tmp/ged); do echo $ged >/sys/bus/platform/drivers/acpi-ged/unbind; done",
+  );
+  const removals = await Promise.all([
+    api.put('vm.remove-device', { id: 'same' }),
+    other.put('vm.remove-device', { id: 'same' }),
+  ]);
+  expect(removals.map(({ status }) => status).sort()).toEqual([204, 429]);
+  expect(await shell.run('ls /dev/vdb')).toContain('/dev/vdb');
+  const { body } = await api.get('vm.info');
+  expect((body as { device_tree: object }).device_tree).toHaveProperty('same');
+  expect(await api.put('vm.remove-device', { id: 'early' })).toEqual(DONE);
+  // The next life begins without them, and with the vCPU.
+  expect(await api.put('vm.resize', { desired_vcpus: 2 })).toEqual(DONE);
+  expect(await api.put('vm.reboot')).toEqual(DONE);
+  await shell.listens();
+  expect(await shell.run('ls /sys/block; nproc')).not.toContain('vd');
+  await shell.run('[ $(nproc) = 2 ]');
+  expect(await api.put('vm.add-disk', disk)).toMatchObject({ status: 200, body: { id: 'same' } });
+  await shell.run('until [ -b /dev/vda ]; do sleep 0.1; done');
+  expect(await api.put('vmm.shutdown')).toEqual(DONE);
+  await Promise.all([api.close(), other.close()]);
   expect(await guest.end()).toMatchObject({ status: 0 });
 });

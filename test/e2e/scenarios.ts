@@ -6,6 +6,7 @@ import { createHash, randomBytes } from 'node:crypto';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { type Flavour, type Kernel, kernel } from '../lab/kernels.js';
+import { askApi } from '../support/api-client.js';
 import type { Backend } from '../support/backend.js';
 import { ApiClient, Conversation, DONE, LISTEN } from '../support/conversation.js';
 import { expectFacts } from '../support/facts.js';
@@ -186,7 +187,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect({ status, output }).toEqual({ status: 0, output: wanted.join('') });
   });
 
-  test('hotplug: a disk, a network, persistent memory and a vsock device come and go, and leave nothing', async () => {
+  test('hotplug: devices and vCPUs come and go, also while the machine is paused, and leave nothing', async () => {
     const socket = `${scratch}/hotplug`;
     const path = (name: string) => `${scratch}/hotplug-${name}`;
     await host.check(
@@ -197,9 +198,16 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
       cmdline: backend.architecture === 'aarch64' ? 'acpi=force' : '',
       task: {
         command: LISTEN,
-        modules: modules('virtio_pci', 'virtio_blk', 'virtio_net', 'virtio_pmem', 'vmw_vsock_virtio_transport'),
+        modules: modules(
+          'virtio_pci',
+          'virtio_blk',
+          'virtio_net',
+          'virtio_pmem',
+          'nd_pmem',
+          'vmw_vsock_virtio_transport',
+        ),
       },
-      vmm: ['--platform', 'num_pci_segments=2', '--api-socket', socket],
+      vmm: ['--cpus', 'boot=1,max=3', '--platform', 'num_pci_segments=2', '--api-socket', socket],
     });
     const shell = new Conversation(guest);
     await shell.listens();
@@ -257,11 +265,47 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
       for (const { gone } of devices) await shell.run(`until ${gone}; do sleep 0.1; done`);
       for (const id of names) await guest.waitForLog(new RegExp(`${id}: removed`));
     };
+    const vcpus = async (desired: number) => {
+      expect(await api.put('vm.resize', { desired_vcpus: desired, desired_ram: null, desired_balloon: null })).toEqual(
+        DONE,
+      );
+      const cpus = '/sys/devices/system/cpu';
+      const plugged = `[ "$(echo ${cpus}/cpu[0-9]* | wc -w)" = ${desired} ]`;
+      const online = `for cpu in ${cpus}/cpu[1-9]*; do [ ! -e $cpu/online ] || echo 1 >$cpu/online; done`;
+      expect(await shell.run(`until ${plugged}; do sleep 0.1; done; ${online}; nproc`)).toContain(`${desired}`);
+      if (desired === 1) for (const id of [1, 2]) await guest.waitForLog(new RegExp(`vCPU ${id}: removed`));
+    };
+    const vcpuRound = async () => {
+      if (backend.architecture === 'aarch64') {
+        expect(await api.put('vm.resize', { desired_vcpus: 3 })).toMatchObject({ status: 400 });
+        return;
+      }
+      await vcpus(3);
+      await vcpus(1);
+    };
     // What Node.js opens when something is done for the first time, it keeps.
     await round();
+    await vcpuRound();
     const before = await held();
     await round();
+    await vcpuRound();
     expect(await held()).toBe(before);
+
+    const uptime = async () => Number(/[\d.]+/.exec(await shell.run('cat /proc/uptime'))![0]);
+    const [began, first] = [performance.now(), await uptime()];
+    expect(await api.put('vm.pause')).toEqual(DONE);
+    const paused = performance.now();
+    const { id } = await come('disk', { path: path('raw'), readonly: true });
+    shell.begin('until [ -b /dev/vda ]; do sleep 0.1; done; head -c 9 /dev/vda');
+    for (let times = 0; times < 20; times++) expect(await api.get('vm.info')).toMatchObject({ status: 200 });
+    const resumed = performance.now();
+    expect(await api.put('vm.resume')).toEqual(DONE);
+    expect(await shell.listens()).toContain('hello-raw');
+    // The time of the pause did not pass in the guest, whose clock has steps of 10 ms.
+    const passed = (await uptime()) - first;
+    expect(passed).toBeLessThanOrEqual((performance.now() - began - (resumed - paused)) / 1000 + 0.02);
+    expect(await api.put('vm.remove-device', { id })).toEqual(DONE);
+    await guest.waitForLog(new RegExp(`${id}: removed`));
     expect(await api.put('vmm.shutdown')).toEqual(DONE);
     await api.close();
     expect(await guest.end()).toMatchObject({ status: 0 });
@@ -459,18 +503,26 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect(guest.console).toContain(`guest sent ${fromGuest}`);
   });
 
-  test('console beside the serial port, rng and balloon', async () => {
+  test('console beside the serial port, rng and balloon; memory grows and shrinks', async () => {
+    const api = `${scratch}/api`;
     const guest = await start({
+      // What is only set aside need not be cleared.
+      cmdline: 'memhp_default_state=online_movable init_on_alloc=0',
       task: {
         command: [
           'cat /sys/class/misc/hw_random/rng_current; dd if=/dev/hwrng bs=1k count=1 2>/dev/null | wc -c',
           // The balloon holds 64 of 512 MiB.
           'until [ $(awk "/MemTotal/ {print \\$2}" /proc/meminfo) -lt 440000 ]; do :; done; echo inflated',
           'head -n 1 </dev/hvc0 >/tmp/line; cat /tmp/line; echo to-the-console >/dev/hvc0',
-        ].join('; '),
-        modules: modules('virtio_pci', 'virtio_console', 'virtio-rng', 'virtio_balloon'),
+          // Lines come one by one, so that the guest does nothing unasked.
+          'mount -o remount,size=1G /tmp; while echo "@@$?@@"; read -r line; do eval "$line"; done </dev/console',
+        ].join('\n'),
+        modules: modules('virtio_pci', 'virtio_console', 'virtio-rng', 'virtio_balloon', 'virtio_mem'),
       },
-      vmm: ['--console', `socket=${scratch}/console`, '--balloon', 'size=64M'],
+      vmm: [
+        ...['--console', `socket=${scratch}/console`, '--balloon', 'size=64M', '--api-socket', api],
+        ...['--memory', `size=${MEMORY}M,hotplug_method=virtio-mem,hotplug_size=1G`],
+      ],
     });
     await guest.waitFor('inflated');
     // The rest of it comes yet.
@@ -485,6 +537,47 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     const peer = await host.run([process.execPath, '-e', node]);
     expect(peer.stdout).toMatch(/to-the-console/);
     await guest.waitFor('from-the-host');
+
+    let from = guest.console.indexOf('from-the-host');
+    const prompt = async (): Promise<string> => {
+      await guest.waitFor(/@@\d+@@/, from);
+      const [all, before, status] = /^([^]*?)@@(\d+)@@/.exec(guest.console.slice(from))!;
+      from += all.length;
+      expect({ before, status }).toMatchObject({ status: '0' });
+      return before;
+    };
+    const run = (command: string): Promise<string> => {
+      guest.type(`${command}\n`);
+      return prompt();
+    };
+    const pid = await guest.process.pid;
+    /** MiB: what the host has given the process, and what the guest says that it has. */
+    const resident = async () => Number(await host.check(`awk '/^Rss/ { print $2 }' /proc/${pid}/smaps_rollup`)) / 1024;
+    const total = async () => Number(await run(`awk '/MemTotal/ { print $2 }' /proc/meminfo`)) / 1024;
+    const resize = async (mib: number) => {
+      const logged = guest.log.length;
+      expect(await askApi(host, api, 'PUT', 'vm.resize', { desired_ram: mib * MIB })).toMatchObject({ status: 204 });
+      await guest.waitForLog(new RegExp(`mem0: The guest has plugged ${(mib - MEMORY) * MIB} bytes`), logged);
+    };
+    await prompt();
+    const first = await total();
+    await run('head -c 8m /dev/urandom >/tmp/kept; md5sum </tmp/kept >/tmp/sum');
+    for (let round = 0; round < 3; round++) {
+      await resize(1536);
+      expect(await total()).toBeCloseTo(first + 1024, -1);
+      const before = await resident();
+      // There is room for more than there was. Files can be moved: Linux has them in what was plugged, and later finds room elsewhere.
+      await run('fallocate -l 600m /tmp/much && rm /tmp/much');
+      await run('cp /tmp/kept /tmp/moved; mv /tmp/moved /tmp/kept; head -c 64m /dev/zero >/tmp/much');
+      const full = await resident();
+      expect(full - before).toBeGreaterThan(48);
+      await run('rm /tmp/much');
+      await resize(MEMORY);
+      expect(await total()).toBeCloseTo(first, -1);
+      expect(full - (await resident())).toBeGreaterThan(48);
+      await run('md5sum </tmp/kept | cmp - /tmp/sum');
+    }
+    guest.process.kill('SIGTERM');
     expect(await guest.end()).toMatchObject({ status: 0 });
   });
 

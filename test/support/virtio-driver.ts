@@ -286,9 +286,9 @@ export function testContext(host: HostKernel = kernel): TestContext {
     messages,
     lines,
     configChanges: 0,
-    changeConfig: (change: () => void) => {
+    changeConfig: (change: () => void, untold?: 'untold') => {
       change();
-      context.configChanges++;
+      if (untold === undefined) context.configChanges++;
     },
     needsReset: (reason: string) => {
       resets.push(reason);

@@ -21,3 +21,4 @@ export type GedEvent = (typeof GedEvent)[keyof typeof GedEvent];
 export const PCI_HOTPLUG_SIZE = 0x10;
 export const CPU_HOTPLUG_SIZE = 0xc;
 export const MEMORY_HOTPLUG_SIZE = 0x18;
+export const MEMORY_SLOTS = 8;

@@ -24,7 +24,7 @@ import {
   store,
   subtract,
 } from './aml.js';
-import { MEMORY_HOTPLUG_SIZE } from './config.js';
+import { MEMORY_HOTPLUG_SIZE, MEMORY_SLOTS } from './config.js';
 import { controller, numbered, statusFields, statusMethods } from './hotplug-controller.js';
 
 export const MEMORY_SCAN = '\\_SB.MHPC.MSCN';
@@ -33,8 +33,7 @@ const CONTROLLER = { path: '\\_SB.MHPC', letter: 'M', lock: 'MLCK', enabled: 'ME
 
 /** The controller of memory, and its slots: src/devices/memory-hotplug.ts. */
 export function memoryHotplug(registers: number): Aml {
-  const SLOTS = 8;
-  const slots = Array.from({ length: SLOTS }, (_, slot) => ({ slot, path: numbered('M', slot) }));
+  const slots = Array.from({ length: MEMORY_SLOTS }, (_, slot) => ({ slot, path: numbered('M', slot) }));
   return controller(
     'MHPC',
     'Memory Hotplug Controller',

@@ -51,10 +51,11 @@ export class Interrupts {
   }
 
   /**
-   * Changes the configuration space, and tells the driver. The generation is read under the same lock, so a driver that
-   * reads a part of it as it was and another as it is finds another generation afterwards (2.5.1, 4.1.4.3.1).
+   * Changes the configuration space, and tells the driver unless the change is `untold`. The generation is read under the same
+   * lock, so a driver that reads a part of it as it was and another as it is finds another generation afterwards (2.5.1,
+   * 4.1.4.3.1).
    */
-  changeConfig(change: () => void): void {
+  changeConfig(change: () => void, untold?: 'untold'): void {
     this.#state.lock();
     try {
       change();
@@ -62,7 +63,7 @@ export class Interrupts {
     } finally {
       this.#state.unlock();
     }
-    this.config();
+    if (untold === undefined) this.config();
   }
 
   generation(): number {

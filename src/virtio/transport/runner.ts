@@ -98,7 +98,7 @@ export class VirtioRunner {
       config: configBytes(this.#state, description.config.length),
       counters: workerCounters(this.#state, served),
       own: ownWords(this.#state),
-      changeConfig: (change) => this.#interrupts.changeConfig(change),
+      changeConfig: (change, untold) => this.#interrupts.changeConfig(change, untold),
       needsReset: (reason) => this.#needsReset(reason),
       log: (level, line) => services.log(level, `${id}: ${line}`),
       emit: (message) => services.emit(id, message),

@@ -14,6 +14,7 @@ import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
 import { type Board, configuredTopology } from './board.js';
 import { MachineError } from '../machine/machine-error.js';
+import { hotplugRange, sizeOptions } from '../memory/hotplug.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
 const MMIO64_ALIGNMENT = 2 ** 30;
@@ -26,6 +27,7 @@ const EFI_MAX = 0x1000;
 export class Arm64Board implements Board {
   readonly vm: Arm64Vm;
   readonly ram: readonly MemoryRange[];
+  readonly hotplug: MemoryRange | undefined;
   readonly segments: readonly SegmentWindows[];
   readonly intx: IntxHandle;
   #vcpus: Arm64Vcpu[] = [];
@@ -48,12 +50,12 @@ export class Arm64Board implements Board {
     this.ram = layout.ramRanges(memory.size);
     const { address, size } = this.ram.at(-1)!;
     const ramEnd = Math.max(address + size, layout.HIGH_RAM_START);
-    const mmio64 = { start: Math.ceil(ramEnd / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end: 2 ** ipaBits };
+    this.hotplug = hotplugRange(memory, ramEnd);
+    const memoryEnd = this.hotplug === undefined ? ramEnd : this.hotplug.address + this.hotplug.size;
+    const mmio64 = { start: Math.ceil(memoryEnd / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end: 2 ** ipaBits };
     // Each segment's part is a multiple of 4 GiB.
     if (mmio64.end - mmio64.start < platform.num_pci_segments * 2 ** 32) {
-      throw new MachineError(
-        `--memory size=${memory.size}: more than a guest of ${ipaBits} physical address bits can have`,
-      );
+      throw new MachineError(`${sizeOptions(memory)}: more than a guest of ${ipaBits} physical address bits can have`);
     }
     const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
     const { num_pci_segments: count } = platform;

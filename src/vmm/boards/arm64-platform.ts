@@ -2,6 +2,7 @@
  * The platform devices of an aarch64 machine: made once by main, then built again over the same state by every thread that
  * touches them.
  */
+import { PCI_HOTPLUG_SIZE } from '../../arch/acpi/config.js';
 import * as layout from '../../arch/aarch64/layout.js';
 import { Bus } from '../../devices/bus.js';
 import { Ged, GedEvent, gedLayout } from '../../devices/ged.js';
@@ -12,7 +13,7 @@ import { PRIMECELL_SIZE } from '../../devices/primecell.js';
 import type { InterruptHandle, Vm, VmSignals } from '../../hypervisor/hypervisor.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
-import { PCI_HOTPLUG_SIZE, pciHotplugLayout } from '../../devices/pci-hotplug.js';
+import { pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { budgetLayout } from '../../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
@@ -118,6 +119,7 @@ export function attachArm64Platform(
     powerButton,
     endOfInterrupt: () => undefined,
     slots: slotEvents(hotplug, ged),
+    remind: () => ged.remind(),
     apply: pci.apply,
     setBack: () => undefined,
   };

@@ -13,6 +13,8 @@ export interface Board {
   readonly vm: Vm;
   /** Where RAM lies, ascending, as the configuration wants it. */
   readonly ram: readonly MemoryRange[];
+  /** Where memory that the guest plugs lies, behind RAM; undefined: there is none. No firmware table lists it (virtio 1.3, 5.15). */
+  readonly hotplug: MemoryRange | undefined;
   /** By segment number. */
   readonly segments: readonly SegmentWindows[];
   /** The lines of PCI functions without MSI-X, at power-on. */

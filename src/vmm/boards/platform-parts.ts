@@ -54,6 +54,8 @@ export interface Platform {
   readonly slots: SlotEvents;
   /** Tells the guest of vCPUs; undefined where it can be given none. */
   readonly vcpus?: VcpuEvents | undefined;
+  /** Tells it again if it has not heard. @returns false: it has */
+  remind(): boolean;
   /** Follows what has changed of the machine. */
   readonly apply: (change: PlatformChange) => void;
   /** Clocks of the machine's own stood still for so many nanoseconds. While no vCPU runs. */

@@ -20,6 +20,7 @@ import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Board, configuredTopology } from './board.js';
 import { MachineError } from '../machine/machine-error.js';
+import { hotplugRange, sizeOptions } from '../memory/hotplug.js';
 import { createX86Platform, type X86PlatformHandle } from './x86-platform.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
@@ -28,6 +29,7 @@ const MMIO64_ALIGNMENT = 128 * 2 ** 20;
 export class X86Board implements Board {
   readonly vm: X86Vm;
   readonly ram: readonly MemoryRange[];
+  readonly hotplug: MemoryRange | undefined;
   readonly segments: readonly SegmentWindows[];
   readonly intx: IntxHandle;
   readonly #physicalBits: number;
@@ -49,7 +51,10 @@ export class X86Board implements Board {
     try {
       this.#supported = this.vm.supportedCpuid();
       this.#physicalBits = Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits);
-      this.ram = this.#ramRanges();
+      this.ram = layout.ramRanges(config.memory.size);
+      const { address, size } = this.ram.at(-1)!;
+      this.hotplug = hotplugRange(config.memory, Math.max(address + size, layout.HIGH_RAM_START));
+      this.#checkMemory();
       this.segments = this.#segments();
       this.intx = IntxLines.powerOn(layout.IRQ_INTX, this.vm.signals);
     } catch (error) {
@@ -58,26 +63,28 @@ export class X86Board implements Board {
     }
   }
 
-  #ramRanges(): MemoryRange[] {
-    const { size } = this.config.memory;
-    if (size < layout.HIGH_MEMORY) {
-      throw new MachineError(`--memory size=${size}: accepted is a size that holds the kernel, 1M at the least`);
+  /** @throws MachineError */
+  #checkMemory(): void {
+    const { memory } = this.config;
+    if (memory.size < layout.HIGH_MEMORY) {
+      throw new MachineError(`--memory size=${memory.size}: accepted is a size that holds the kernel, 1M at the least`);
     }
-    const ranges = layout.ramRanges(size);
-    const last = ranges.at(-1)!;
-    if (last.address + last.size > 2 ** this.#physicalBits - layout.PLATFORM_AREA_SIZE) {
+    if (this.#memoryEnd() > 2 ** this.#physicalBits - layout.PLATFORM_AREA_SIZE) {
       throw new MachineError(
-        `--memory size=${size}: more than a guest of ${this.#physicalBits} physical address bits can have`,
+        `${sizeOptions(memory)}: more than a guest of ${this.#physicalBits} physical address bits can have`,
       );
     }
-    return ranges;
+  }
+
+  #memoryEnd(): number {
+    const { address, size } = this.hotplug ?? this.ram.at(-1)!;
+    return address + size;
   }
 
   #segments(): SegmentWindows[] {
-    const last = this.ram.at(-1)!;
-    const ramEnd = Math.max(last.address + last.size, layout.HIGH_RAM_START);
+    const memoryEnd = Math.max(this.#memoryEnd(), layout.HIGH_RAM_START);
     const { start: end } = layout.platformArea(this.#physicalBits);
-    const mmio64 = { start: Math.ceil(ramEnd / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end };
+    const mmio64 = { start: Math.ceil(memoryEnd / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end };
     const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
     const { num_pci_segments: count } = this.config.platform;
     return divideSegments(count, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, mmio64);

@@ -2,10 +2,11 @@
  * The platform devices of an x86_64 machine: made once by main, then built again over the same state by every thread that
  * touches them.
  */
+import { CPU_HOTPLUG_SIZE, PCI_HOTPLUG_SIZE } from '../../arch/acpi/config.js';
 import * as layout from '../../arch/x86_64/layout.js';
 import { ACPI_SLEEP_PORTS, AcpiPmTimer, AcpiSleep, pmTimerLayout } from '../../devices/acpi-pm.js';
 import { Bus } from '../../devices/bus.js';
-import { CPU_HOTPLUG_SIZE, CpuHotplug, cpuHotplugLayout } from '../../devices/cpu-hotplug.js';
+import { CpuHotplug, cpuHotplugLayout } from '../../devices/cpu-hotplug.js';
 import { DebugPort, debugPortLayout } from '../../devices/debug-port.js';
 import { Ged, GedEvent, gedLayout } from '../../devices/ged.js';
 import { I8042, I8042_PORTS } from '../../devices/i8042.js';
@@ -16,7 +17,7 @@ import type { InterruptHandle, Vm, VmSignals } from '../../hypervisor/hypervisor
 import { PCI_CONFIG_PORTS, PciConfigPorts, pciPortsLayout } from '../../pci/config-space.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
-import { PCI_HOTPLUG_SIZE, pciHotplugLayout } from '../../devices/pci-hotplug.js';
+import { pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { budgetLayout } from '../../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
@@ -161,6 +162,7 @@ export function attachX86Platform(
     powerButton: () => ged.notify(GedEvent.PowerButton),
     endOfInterrupt: (vector) => ioapic?.endOfInterrupt(vector),
     slots: slotEvents(hotplug, ged),
+    remind: () => ged.remind(),
     vcpus: {
       came: (vcpu) => {
         vcpuHotplug.plug(vcpu);

@@ -7,6 +7,7 @@ import { intxLine } from '../../arch/pci-intx.js';
 import { PMEM_ALIGNMENT } from '../../config/device-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { HypervisorError, type HypervisorName, type Vm } from '../../hypervisor/hypervisor.js';
+import type { MemoryRange } from '../../memory/guest-memory.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import { type SegmentWindows, SlotAllocator, WindowAllocator } from '../../pci/segments.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
@@ -24,6 +25,7 @@ import {
   type DevicePlan,
   diskPlan,
   entropyPlan,
+  memPlan,
   netPlan,
   pmemPlan,
   vsockPlan,
@@ -56,8 +58,10 @@ export interface DeviceManagerOptions {
   readonly resources: HostResources;
   readonly segments: readonly SegmentWindows[];
   readonly intx: IntxHandle;
-  /** RAM. */
+  /** RAM, and what the guest plugs. */
   readonly memory: MemoryHandle;
+  /** Where the latter is; undefined: nowhere. */
+  readonly hotplug: MemoryRange | undefined;
   /** First memory slot that is free. */
   readonly memorySlot: number;
   readonly logger: Logger;
@@ -174,7 +178,7 @@ export class DeviceManager {
 
   /** In the order of their slots, which is Cloud Hypervisor's. */
   #plans({ disks, net, rng, pmem, vsock }: HostResources): Unplaced[] {
-    const { config } = this.options;
+    const { config, hotplug } = this.options;
     const simple = (plan: DevicePlan): Unplaced => ({ plan, undo: this.#newUndo(), memory: undefined });
     return [
       ...(this.console === undefined ? [] : [simple(consolePlan(this.console.pipe, this.console.wake))]),
@@ -183,6 +187,7 @@ export class DeviceManager {
       simple(entropyPlan(config.rng, rng)),
       ...pmem.map((resource) => this.#plan({ kind: 'pmem', resource })),
       ...(vsock === undefined ? [] : [this.#plan({ kind: 'vsock', resource: vsock })]),
+      ...(hotplug === undefined ? [] : [simple(memPlan(config.memory, hotplug))]),
       ...(config.balloon === undefined ? [] : [simple(balloonPlan(config.balloon))]),
       ...(config.watchdog ? [simple(watchdogPlan())] : []),
     ];
@@ -383,11 +388,10 @@ export class DeviceManager {
     });
   }
 
-  /** After the workers have ended and the VM is closed. */
+  /** After the workers have ended and the VM is closed. What the devices have done can still be read. */
   close(): void {
     const undos = [...this.#undos].reverse();
     this.#undos.clear();
-    this.#placed.clear();
     closeAll(undos.flatMap(({ host }) => host.toReversed()));
   }
 }

@@ -3,12 +3,14 @@ import fs from 'node:fs';
 import { blockDescription, SECTOR } from '../../block/block-description.js';
 import { probeEngine } from '../../block/engines/engine.js';
 import type { PciPlacement } from '../../config/device-config.js';
-import type { VmConfig } from '../../config/vm-config.js';
+import { MEM_ID, type MemoryConfig, type VmConfig } from '../../config/vm-config.js';
+import type { MemoryRange } from '../../memory/guest-memory.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { balloonDescription } from '../../virtio/devices/balloon.js';
 import type { BytePipe } from '../../virtio/devices/byte-pipe.js';
 import { consoleDescription } from '../../virtio/devices/console.js';
 import { entropyDescription } from '../../virtio/devices/entropy.js';
+import { bitmapBytes, memDescription } from '../../virtio/devices/mem.js';
 import { netDescription } from '../../virtio/devices/net/description.js';
 import { pmemDescription } from '../../virtio/devices/pmem.js';
 import { vsockDescription } from '../../virtio/devices/vsock/description.js';
@@ -17,6 +19,7 @@ import type { VirtioDescription } from '../../virtio/device.js';
 import type { LimiterOptions } from '../../virtio/rate-limiter.js';
 import type { DiskResource } from '../host/disk-resource.js';
 import type { NetResource, PmemResource, RngResource, VsockResource } from '../host/host-resources.js';
+import { blockSize } from '../memory/hotplug.js';
 import type { BackendSpec } from './device-specs.js';
 import type { PlannedDevice, QueueAffinity } from './io-planner.js';
 
@@ -143,6 +146,16 @@ export function vsockPlan({ id, config, listener }: VsockResource): DevicePlan {
   const { cid, socket } = config;
   const backend = { kind: 'vsock', cid, socket, listener } as const;
   return { ...USUAL, id, placement: config, description: vsockDescription(cid), backend };
+}
+
+export function memPlan(memory: MemoryConfig, { address: start, size }: MemoryRange): DevicePlan {
+  const { shared, hugepages, prefault, hotplugged_size: requested = 0 } = memory;
+  const setup = { start, size, blockSize: blockSize(memory), requested, readsCost: shared || hugepages };
+  const plugged = new SharedArrayBuffer(bitmapBytes(setup));
+  // Of an empty pool, a huge page that is touched would end the process.
+  const backend = { kind: 'mem', plugged, populate: prefault || hugepages } as const;
+  // The host may take its time for the pages of 128 GiB, which one request may be about.
+  return { ...USUAL, id: MEM_ID, placement: ON_SEGMENT_0, description: memDescription(setup), backend, blocking: true };
 }
 
 export function balloonPlan(config: NonNullable<VmConfig['balloon']>): DevicePlan {

@@ -29,6 +29,8 @@ export type BackendSpec =
   | { readonly kind: 'vhost-net'; readonly taps: readonly number[]; readonly calls: readonly number[] }
   | { readonly kind: 'console'; readonly pipe: SharedArrayBuffer; readonly wake: number }
   | { readonly kind: 'entropy'; readonly source: number }
+  /** A bit for each block; whether its pages are to be there before the guest has it. */
+  | { readonly kind: 'mem'; readonly plugged: SharedArrayBuffer; readonly populate: boolean }
   | { readonly kind: 'balloon' }
   | { readonly kind: 'vsock'; readonly cid: number; readonly socket: string; readonly listener: number }
   | { readonly kind: 'pmem'; readonly fd: number | undefined }

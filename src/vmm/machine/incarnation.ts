@@ -24,6 +24,8 @@ import { type IoEvents, IoManager } from '../devices/io-manager.js';
 import type { SerialBackend } from '../host/serial-backend.js';
 import { type BytePort, SerialPump } from '../host/serial-pump.js';
 
+const REMINDER_MILLISECONDS = 1000;
+
 export class Incarnation {
   readonly serial?: SerialPump;
   readonly console?: SerialPump;
@@ -37,6 +39,7 @@ export class Incarnation {
   readonly #handle: PlatformHandle;
   readonly #platform: Platform;
   readonly #vcpus: Set<number>;
+  #reminder: NodeJS.Timeout | undefined;
   /** When it was paused, nanoseconds of the monotonic clock. */
   #paused = 0;
 
@@ -55,7 +58,7 @@ export class Incarnation {
       this.#board = createBoard(hypervisor, config);
       const { vm, segments, intx } = this.#board;
       undo.push(() => vm.close());
-      this.#memory = new MemoryManager(kernel, config.memory, this.#board.ram);
+      this.#memory = new MemoryManager(kernel, config.memory, this.#board.ram, this.#board.hotplug);
       undo.push(() => this.#memory.close());
       this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
@@ -69,6 +72,7 @@ export class Incarnation {
         segments,
         intx,
         memory: this.#memory.handle(),
+        hotplug: this.#board.hotplug,
         memorySlot: this.#memory.slots,
         logger: parts.logger,
       });
@@ -124,6 +128,7 @@ export class Incarnation {
       throw error;
     }
     this.#platform.slots.came(handle.segment, handle.slot);
+    this.#remind();
     return pciAddress(handle);
   }
 
@@ -131,6 +136,7 @@ export class Incarnation {
   askToUnplug(id: string): void {
     const { segment, slot } = this.#devices.get(id)!.handle;
     this.#platform.slots.shallGo(segment, slot);
+    this.#remind();
   }
 
   /** The name of the device in a slot. */
@@ -173,17 +179,28 @@ export class Incarnation {
     else this.#cpus.add(this.#board.plugVcpu!(), this.#present());
     this.#vcpus.add(id);
     this.#platform.vcpus!.came(id);
+    this.#remind();
   }
 
   /** Asks the guest to let a vCPU go. Its answer is the event `vcpu-ejected`, if it gives one. */
   askToUnplugVcpu(vcpu: number): void {
     this.#platform.vcpus!.shallGo(vcpu);
+    this.#remind();
   }
 
   /** Takes out a vCPU that the guest has let go. */
   async unplugVcpu(vcpu: number): Promise<void> {
     await this.#cpus.park(vcpu);
     this.#vcpus.delete(vcpu);
+  }
+
+  /** A guest that still boots does not hear of it the first time. */
+  #remind(): void {
+    this.#reminder ??= setInterval(() => {
+      if (this.#platform.remind()) return;
+      clearInterval(this.#reminder);
+      this.#reminder = undefined;
+    }, REMINDER_MILLISECONDS).unref();
   }
 
   async #changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<void> {
@@ -242,6 +259,7 @@ export class Incarnation {
 
   /** Stops the vCPUs and takes everything down. */
   async close(): Promise<void> {
+    clearInterval(this.#reminder);
     await this.#cpus.stop();
     await this.#io.stop();
     closeAll([

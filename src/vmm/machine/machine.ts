@@ -5,12 +5,13 @@
  * configuration; what the devices hold on the host stays, and so do terminals and sockets.
  */
 import type { PlatformEvent } from '../boards/platform-parts.js';
-import type { VmConfig } from '../../config/vm-config.js';
+import { MEM_ID, type VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FalseStarts } from './false-starts.js';
 import { GuestLog } from '../log/guest-log.js';
 import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
 import { isTerminal } from '../host/host-output.js';
+import { resizeRefusal as memoryRefusal } from '../memory/hotplug.js';
 import { type HostEnds, namedByHost, openHostEnds } from './host-ends.js';
 import { MachineError, RequestError } from './machine-error.js';
 import type { Hotplug, Running } from './hotplug.js';
@@ -33,7 +34,7 @@ type DeviceMessage =
   | { readonly kind: 'console-output' | 'console-room' | 'watchdog-expired' }
   | { readonly kind: 'resized'; readonly size: number }
   /** Whether that is the size that was asked for: a driver tells of each step on its way. */
-  | { readonly kind: 'balloon-actual'; readonly size: number; readonly reached: boolean }
+  | { readonly kind: 'balloon-actual' | 'memory-plugged'; readonly size: number; readonly reached: boolean }
   | { readonly kind: 'resize-failed'; readonly reason: string };
 
 interface DeviceNode {
@@ -47,7 +48,7 @@ interface DeviceNode {
 export interface RunningInfo {
   /** With what the host has named. */
   readonly config: VmConfig;
-  /** Bytes, without what the balloon holds. */
+  /** Bytes, with what the guest has plugged and without what its balloon holds. */
   readonly memory_actual_size: number;
   readonly device_tree: Readonly<Record<string, DeviceNode>>;
 }
@@ -87,6 +88,8 @@ export class Machine {
   readonly #falseStarts = new FalseStarts();
   /** Bytes that the guest has put in its balloon. */
   #ballooned = 0;
+  /** Bytes that the guest has plugged. */
+  #plugged = 0;
 
   private constructor(
     private readonly parts: MachineParts,
@@ -197,9 +200,11 @@ export class Machine {
       nodes[function_] = { id: function_, resources: [], children: [id], pci_bdf: address };
       nodes[id] = { id, resources: [], children: [] };
     }
+    const { memory } = this.parts.config;
     return {
       config: namedByHost(this.parts, this.host),
-      memory_actual_size: this.parts.config.memory.size - this.#ballooned,
+      // A guest can tell of a balloon larger than its memory.
+      memory_actual_size: Math.max(memory.size + this.#plugged - this.#ballooned, 0),
       device_tree: nodes,
     };
   }
@@ -222,6 +227,24 @@ export class Machine {
     // A reset finds it there.
     balloon.size = size;
     this.#current?.control(balloon.id ?? '__balloon', { kind: 'resize', size });
+  }
+
+  /**
+   * Asks the guest to plug memory, or to unplug some. It takes its time; `info` tells how far it is.
+   *
+   * @param size bytes that it is to have in all
+   * @throws RequestError
+   */
+  resizeMemory(size: number): void {
+    const { memory } = this.parts.config;
+    const refusal = memoryRefusal(memory, size);
+    if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
+    // What changes nothing is accepted of a machine that can plug none, too.
+    if (memory.hotplug_size === undefined) return;
+    const wanted = size - memory.size;
+    // A reset asks for as much.
+    memory.hotplugged_size = wanted === 0 ? undefined : wanted;
+    this.#current?.control(MEM_ID, { kind: 'resize', size: wanted });
   }
 
   /**
@@ -286,6 +309,7 @@ export class Machine {
     });
     this.#current = incarnation;
     this.#ballooned = 0;
+    this.#plugged = 0;
     this.#paused = false;
     const close = async () => {
       this.#current = undefined;
@@ -333,6 +357,8 @@ export class Machine {
       return end.kind === 'reset' ? { kind: 'stopped' } : end;
     } finally {
       if (watched) process.stdout.off('resize', onTerminalResize);
+      // A guest that is no more has let go of everything.
+      this.hotplug.restart(this.host.resources);
       this.guestLog.close();
       await this.host.close();
     }
@@ -355,6 +381,10 @@ export class Machine {
       case 'balloon-actual':
         this.#ballooned = message.size;
         if (message.reached) log.log(device, 'info', `${device}: The guest has given back ${message.size} bytes`);
+        break;
+      case 'memory-plugged':
+        this.#plugged = message.size;
+        if (message.reached) log.log(device, 'info', `${device}: The guest has plugged ${message.size} bytes`);
         break;
       case 'resized':
         logger.info(`${device}: ${message.size} bytes from now on`);

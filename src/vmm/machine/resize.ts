@@ -40,9 +40,3 @@ export function resized(config: VmConfig, wanted: Resize): VmConfig {
   const field = path.map(String).join('.');
   throw new RequestError(`${FIELDS[field] ?? field}: accepted is ${accepted}`, 'invalid');
 }
-
-/** @throws RequestError for what cannot change while the machine runs */
-export function refuseLiveResize({ memory }: VmConfig, { desired_ram: ram }: Resize): void {
-  if (ram === undefined || ram === memory.size) return;
-  throw new RequestError(`desired_ram: accepted is ${memory.size}, which the machine has, while it runs`, 'invalid');
-}

@@ -11,7 +11,7 @@ import { Hotplug, type PciDeviceInfo } from './hotplug.js';
 import { type LifeMaker, Machine, type MachineEnd, type RunningInfo } from './machine.js';
 import { RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
-import { refuseLiveResize, type Resize, resized } from './resize.js';
+import { type Resize, resized } from './resize.js';
 
 /** What every machine of a process is made with. */
 export interface VmmParts extends Omit<MachineParts, 'config'> {
@@ -199,10 +199,10 @@ export class Vmm {
         Object.assign(config, resized(config, wanted));
         return;
       }
-      refuseLiveResize(config, wanted);
-      const { desired_vcpus: vcpus, desired_balloon: balloon } = wanted;
+      const { desired_vcpus: vcpus, desired_ram: ram, desired_balloon: balloon } = wanted;
       this.parts.tell('vm', 'resizing');
       if (vcpus !== undefined) await hotplug.resizeVcpus(vcpus, () => machine.running());
+      if (ram !== undefined) machine.resizeMemory(ram);
       if (balloon !== undefined) machine.resizeBalloon(balloon);
       this.parts.tell('vm', 'resized');
     });

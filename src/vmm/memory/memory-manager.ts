@@ -2,19 +2,19 @@
  * Guest RAM: allocated on the host the way `--memory` says, and given to the VM as slots.
  * Each range of RAM has a mapping of its own.
  */
-import { readHostFacts } from '../../config/host-facts.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { Vm } from '../../hypervisor/hypervisor.js';
 import { GuestMemory, type MemoryRange, type MemorySource, WINDOW_SIZE } from '../../memory/guest-memory.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
 import { type HostKernel, type HostMapping, type MappingHandle, SystemError } from '../../sys/host-kernel.js';
 import { MachineError } from '../machine/machine-error.js';
+import { hugepageSize as sizeOfHugepages, sizeOptions } from './hotplug.js';
 
 /** A stretch of guest memory as another thread finds it. Structured-cloneable. */
 export interface MemoryPart {
   readonly range: MemoryRange;
   readonly mapping: MappingHandle;
-  /** False: a device's memory. */
+  /** Blocks that the guest plugs are RAM to all threads; only memory maps, which main makes, do not list them. False: a device's. */
   readonly ram: boolean;
 }
 export type MemoryHandle = readonly MemoryPart[];
@@ -30,36 +30,44 @@ export function attachPart({ range, mapping, ram }: MemoryPart, kernel: HostKern
 }
 
 export class MemoryManager {
+  /** RAM that is there from the start. */
   readonly memory: GuestMemory;
   readonly #mappings: { range: MemoryRange; mapping: HostMapping }[] = [];
   readonly #fds: number[] = [];
 
   /**
    * @param ranges where RAM lies, ascending
+   * @param hotplug where memory lies that the guest plugs. All of it is mapped and known to every thread from the start; only its
+   * pages come and go.
    * @throws MachineError when the host cannot map the memory asked for
    */
   constructor(
     private readonly kernel: HostKernel,
     private readonly config: VmConfig['memory'],
     ranges: readonly MemoryRange[],
+    hotplug?: MemoryRange,
   ) {
     try {
-      for (const range of ranges) this.#allocate(range);
+      for (const range of ranges) this.#allocate(range, true);
+      if (hotplug !== undefined) this.#allocate(hotplug, false);
     } catch (error) {
       const cause =
         error instanceof SystemError
-          ? new MachineError(`--memory size=${config.size}: the host cannot map that much`, { cause: error })
+          ? new MachineError(`${sizeOptions(config)}: the host cannot map that much`, { cause: error })
           : error;
       undoAll(cause, [() => this.close()]);
     }
-    this.memory = new GuestMemory(this.#mappings.map(({ range, mapping }) => source(range, mapping, true)));
+    const ram = this.#mappings.slice(0, ranges.length);
+    this.memory = new GuestMemory(ram.map(({ range, mapping }) => source(range, mapping, true)));
   }
 
-  #allocate({ address, size }: MemoryRange): void {
-    const { shared, hugepages, hugepage_size: pageSize, prefault, thp, mergeable } = this.config;
-    const hugepageSize = hugepages ? (pageSize ?? readHostFacts().hugepageSizes[0]) : undefined;
-    // An empty pool of huge pages is an error now, or a fault while the guest runs, which ends the process.
-    const { reserve = hugepages } = this.config;
+  /** @param present the guest has it from the start */
+  #allocate({ address, size }: MemoryRange, present: boolean): void {
+    const { shared, hugepages, prefault, thp, mergeable } = this.config;
+    const hugepageSize = sizeOfHugepages(this.config);
+    // An empty pool of huge pages is an error now, or a fault while the guest runs, which ends the process. What is plugged later is
+    // had from the pool then, or not plugged.
+    const reserve = present && (this.config.reserve ?? hugepages);
     let fd: number | undefined;
     if (shared) {
       fd = this.kernel.memfd('guest-ram', { size, hugepageSize });
@@ -72,7 +80,7 @@ export class MemoryManager {
     if (!hugepages) this.#advise(mapping, thp ? 'hugepage' : 'nohugepage');
     if (mergeable) this.#advise(mapping, 'mergeable');
     // After the advice on huge pages, or there would be small ones already.
-    if (prefault) this.#prefault(mapping);
+    if (prefault && present) this.#prefault(mapping);
   }
 
   #prefault(mapping: HostMapping): void {
@@ -102,7 +110,7 @@ export class MemoryManager {
   }
 
   /**
-   * Gives all RAM to the VM, slots from 0 on.
+   * Gives all of it to the VM, slots from 0 on.
    *
    * @throws MachineError when the hypervisor refuses it: a slot of KVM's holds less than 8 TiB
    */
@@ -113,18 +121,18 @@ export class MemoryManager {
       });
     } catch (error) {
       if (!(error instanceof SystemError)) throw error;
-      throw new MachineError(`--memory size=${this.config.size}: the hypervisor does not take that much`, {
+      throw new MachineError(`${sizeOptions(this.config)}: the hypervisor does not take that much`, {
         cause: error,
       });
     }
   }
 
-  /** Slots that RAM takes. */
+  /** Slots that it takes. */
   get slots(): number {
     return this.#mappings.length;
   }
 
-  /** What another thread needs to see the same RAM. */
+  /** What another thread needs to see the same memory. */
   handle(): MemoryHandle {
     return this.#mappings.map(({ range, mapping }) => ({ range, mapping: mapping.handle, ram: true }));
   }

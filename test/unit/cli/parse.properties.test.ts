@@ -27,7 +27,7 @@ function answers(argv: readonly string[]): void {
 const VALID = [
   '--kernel k --initramfs=i --cmdline quiet --pvpanic --hypervisor kvm --log-file l -vv',
   '--kernel k --cpus boot=2,max=4,topology=2:2:1:1,max_phys_bits=40,affinity=[0@[0-2],3@[5]]',
-  '--kernel k --memory size=1G,shared=on,hugepages=on,hugepage_size=2M,prefault=on,thp=off,mergeable=off',
+  '--kernel k --memory size=1G,hotplug_method=virtio-mem,hotplug_size=2G,hotplugged_size=1G,shared=on,hugepages=on,hugepage_size=2M,prefault=on,thp=off,mergeable=off',
   '--kernel k --serial file="a,b" --console off',
   'doctor --json',
 ];
@@ -99,6 +99,7 @@ function formatMemory(memory: MemoryConfig): string {
   return MEMORY_SUB_OPTIONS.flatMap(({ name, field }) => {
     const value = memory[field];
     if (value === undefined) return [];
+    if (value === 'Acpi' || value === 'VirtioMem') return [`${name}=${value === 'Acpi' ? 'acpi' : 'virtio-mem'}`];
     return [`${name}=${typeof value === 'boolean' ? onOff(value) : formatSize(value)}`];
   }).join(',');
 }
@@ -138,14 +139,20 @@ const cpus = topology.chain((shape) => {
 const memory = fc
   .record({
     size: fc.integer({ min: 1, max: 1000 }).map((gib) => gib * 2 ** 30),
+    hotplug: fc.option(fc.tuple(fc.nat(9), fc.integer({ min: 10, max: 1000 })), { nil: undefined }),
     hugepage_size: fc.option(fc.constantFrom(...host.hugepageSizes), { nil: undefined }),
     shared: fc.boolean(),
     prefault: fc.boolean(),
     thp: fc.boolean(),
     mergeable: fc.boolean(),
   })
-  .map((value) => ({
+  .map(({ hotplug, ...value }) => ({
     ...value,
+    ...(hotplug !== undefined && {
+      hotplug_method: 'VirtioMem',
+      hotplugged_size: hotplug[0] * 2 ** 30,
+      hotplug_size: hotplug[1] * 2 ** 30,
+    }),
     hugepages: value.hugepage_size !== undefined,
     mergeable: value.mergeable && !value.shared,
   }));

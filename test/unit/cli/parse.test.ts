@@ -37,7 +37,15 @@ const DISK_LIST = [
 const defaults = {
   payload: { kernel: 'k' },
   cpus: { boot_vcpus: 1, max_vcpus: 1, max_phys_bits: 46 },
-  memory: { size: 512 * 2 ** 20, shared: false, hugepages: false, prefault: false, thp: true, mergeable: false },
+  memory: {
+    size: 512 * 2 ** 20,
+    hotplug_method: 'Acpi',
+    shared: false,
+    hugepages: false,
+    prefault: false,
+    thp: true,
+    mergeable: false,
+  },
   serial: { mode: 'Null' },
   console: { mode: 'Tty' },
   ...NO_DEVICES,
@@ -116,7 +124,7 @@ describe('a machine', () => {
     const text = [
       '--kernel /boot/vmlinuz --initramfs=/boot/initrd --pvpanic --watchdog --hypervisor mshv --log-file log --api-socket path="a,b" -v',
       '--cpus boot=2,max=4,topology=2:2:1:1,max_phys_bits=40,affinity=[0@[0-2],3@[5]]',
-      '--memory size=1G,shared=on,hugepages=on,hugepage_size=2M,prefault=on,thp=off,mergeable=off',
+      '--memory size=1G,hotplug_method=virtio-mem,hotplug_size=2G,hotplugged_size=512M,shared=on,hugepages=on,hugepage_size=2M,prefault=on,thp=off,mergeable=off',
       '--serial file=out.log --console off --verbose',
     ].join(' ');
     expect(run(...text.split(' '), '--cmdline', 'console=ttyS0 quiet')).toEqual({
@@ -135,6 +143,9 @@ describe('a machine', () => {
         },
         memory: {
           size: 2 ** 30,
+          hotplug_method: 'VirtioMem',
+          hotplug_size: 2 ** 31,
+          hotplugged_size: 2 ** 29,
           shared: true,
           hugepages: true,
           hugepage_size: 2 ** 21,
@@ -422,6 +433,19 @@ describe('refuses --memory', () => {
     ['shared=on,mergeable=on', '--memory mergeable=on: accepted is off when shared=on'],
     ['hugepage_size=2M', '--memory hugepage_size=2M: accepted is a size only with hugepages=on'],
     ['hugepages=on,hugepage_size=4M', '--memory hugepage_size=4M: accepted is a huge page size of the host: 2M, 1G'],
+    ['hotplug_method=dimm', '--memory hotplug_method=dimm: accepted is acpi or virtio-mem'],
+    ['hotplug_size=1G', '--memory hotplug_size=1G: accepted is a size only with hotplug_method=virtio-mem'],
+    [
+      'hotplug_size=1G,hotplug_method=acpi',
+      '--memory hotplug_size=1G: accepted is a size only with hotplug_method=virtio-mem',
+    ],
+    ['hotplug_method=virtio-mem,hotplug_size=0', '--memory hotplug_size=0: accepted is a multiple of 128M up to 2^52'],
+    ['hotplugged_size=1G', '--memory hotplugged_size=1G: accepted is a size only with hotplug_size='],
+    [
+      'hotplug_method=virtio-mem,hotplug_size=1G,hotplugged_size=1026M',
+      '--memory hotplugged_size=1026M: accepted is a multiple of 2M up to hotplug_size',
+    ],
+    ['hotplug_method=Virtio-Mem,hotplug_method=acpi', '--memory hotplug_method=acpi: accepted is hotplug_method= once'],
     ['hugepages=on,size=3M', '--memory size=3M: accepted is a size that is a multiple of the huge page size 2M'],
     [
       'hugepages=on,hugepage_size=1G',

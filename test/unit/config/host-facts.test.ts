@@ -80,6 +80,14 @@ describe('findHostProblem', () => {
       path: ['memory', 'size'],
       accepted: 'a size that is a multiple of the huge page size 2M',
     });
+    const plugs = { size: 2 ** 30, hugepages: true, hugepage_size: 2 ** 30, hotplug_method: 'VirtioMem' };
+    for (const [field, sizes] of [
+      ['hotplug_size', { hotplug_size: 3 * 2 ** 29 }],
+      ['hotplugged_size', { hotplug_size: 2 ** 30, hotplugged_size: 2 ** 29 }],
+    ] as const) {
+      const accepted = 'a size that is a multiple of the huge page size 1G';
+      expect(problem({ memory: { ...plugs, ...sizes } })).toEqual({ path: ['memory', field], accepted });
+    }
     expect(problem({ memory: { ...memory, hugepage_size: 0 } })).toEqual({
       path: ['memory', 'hugepage_size'],
       accepted: 'a huge page size of the host: 2M, 1G',

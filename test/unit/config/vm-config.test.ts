@@ -2,6 +2,9 @@ import { describe, expect, test } from '@jest/globals';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 
 const payload = { kernel: 'k' };
+const PLUGS = { hotplug_method: 'VirtioMem', hotplug_size: 2 ** 27 };
+const HOTPLUG = 'memory.hotplug_size: a multiple of 128M up to 2^52';
+const HOTPLUGGED = 'memory.hotplugged_size: a multiple of 2M up to hotplug_size';
 /** Path and text of the first thing refused. */
 const refusal = (config: unknown): string => {
   const issue = vmConfigSchema.safeParse(config).error?.issues[0];
@@ -12,7 +15,15 @@ test('only the kernel is required', () => {
   expect(vmConfigSchema.parse({ payload })).toEqual({
     payload,
     cpus: { boot_vcpus: 1, max_vcpus: 1, max_phys_bits: 46 },
-    memory: { size: 536870912, shared: false, hugepages: false, prefault: false, thp: true, mergeable: false },
+    memory: {
+      size: 536870912,
+      hotplug_method: 'Acpi',
+      shared: false,
+      hugepages: false,
+      prefault: false,
+      thp: true,
+      mergeable: false,
+    },
     serial: { mode: 'Null' },
     console: { mode: 'Off' },
     platform: { num_pci_segments: 1 },
@@ -38,6 +49,16 @@ describe('refused, whichever front end it came from', () => {
     ],
     [{ payload, memory: { size: -4096 } }, 'memory.size: a multiple of 4096 bytes from 4096 to 2^52'],
     [{ payload, memory: { size: 2 ** 52 + 4096 } }, 'memory.size: a multiple of 4096 bytes from 4096 to 2^52'],
+    [{ payload, memory: { hotplug_method: 'virtio-mem' } }, 'memory.hotplug_method: one of Acpi, VirtioMem'],
+    [{ payload, memory: { ...PLUGS, hotplug_size: 2 ** 52 + 2 ** 27 } }, HOTPLUG],
+    [{ payload, memory: { ...PLUGS, hotplug_size: 2 ** 27 + 2 ** 26 } }, HOTPLUG],
+    [{ payload, memory: { ...PLUGS, hotplug_size: 0 } }, HOTPLUG],
+    [{ payload, memory: { hotplug_size: 2 ** 27 } }, 'memory.hotplug_size: a size only with hotplug_method=virtio-mem'],
+    [{ payload, memory: { hotplugged_size: 0 } }, 'memory.hotplugged_size: a size only with hotplug_size='],
+    [{ payload, memory: { ...PLUGS, hotplugged_size: 2 ** 27 + 2 ** 21 } }, HOTPLUGGED],
+    [{ payload, memory: { ...PLUGS, hotplugged_size: 2 ** 20 } }, HOTPLUGGED],
+    [{ payload, memory: { ...PLUGS, hotplugged_size: -(2 ** 21) } }, HOTPLUGGED],
+    [{ payload, memory: PLUGS, disks: [{ path: 'a', id: 'mem0' }] }, 'disks.0.id: a name that no other device has'],
     [{ payload, serial: { mode: 'File' } }, 'serial.file: a path'],
     [{ payload, serial: { mode: 'Socket' } }, 'serial.socket: a path'],
     [{ payload, serial: { mode: 'Tty', file: 'f' } }, 'serial.file: a path only with mode File'],
@@ -46,6 +67,13 @@ describe('refused, whichever front end it came from', () => {
   ])('%j', (config, text) => expect(refusal(config)).toBe(text));
 
   test('unknown fields', () => expect(refusal({ payload, disk: [] })).toContain('disk'));
+});
+
+test('memory may be plugged, all of it, part of it or none', () => {
+  for (const hotplugged_size of [undefined, 0, 2 ** 21, 2 ** 27]) {
+    expect(refusal({ payload, memory: { ...PLUGS, hotplugged_size } })).toBe('valid');
+  }
+  expect(refusal({ payload, disks: [{ path: 'a', id: 'mem0' }] })).toBe('valid');
 });
 
 test('the largest values are valid', () => {

@@ -102,7 +102,7 @@ function machine(call?: number) {
     for (const fd of [wake, ...handle.doorbells]) kernel.close(fd);
     guest.close();
   };
-  const configChanged = () => context!.changeConfig(() => undefined);
+  const configChanged = (untold?: 'untold') => context!.changeConfig(() => undefined, untold);
   return { guest, loop, handle, runner, config, bar, levels, messages, connected, configChanged, close };
 }
 type Machine = ReturnType<typeof machine>;
@@ -142,6 +142,12 @@ describe('a device whose driver does not use MSI-X', () => {
 
   test('has pin A, and the line that it is wired to', () => {
     expect(m.config.read(0x3c)).toBe(0x100 | PIN);
+  });
+
+  test('says nothing of a change of its configuration that the driver has caused, but has another generation', () => {
+    const generation = m.bar.read(0x15);
+    m.configChanged('untold');
+    expect([m.levels, m.bar.read(0x15), m.bar.read(ISR)]).toEqual([[], (generation + 1) & 0xff, 0]);
   });
 
   test('holds its line from a queue interrupt until ISR status is read', () => {

@@ -7,7 +7,7 @@ import { type HostMapping, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
 import { ramRanges } from '../../../src/arch/x86_64/layout.js';
-import { MemoryManager } from '../../../src/vmm/memory/memory-manager.js';
+import { attachMemory, MemoryManager } from '../../../src/vmm/memory/memory-manager.js';
 
 const GIB = 2 ** 30;
 
@@ -177,6 +177,34 @@ describe('guest RAM', () => {
     expect(() => manager.memory.u8(3 * GIB)).toThrow();
     manager.close();
   });
+
+  test.each([{}, { shared: true }, { prefault: true, reserve: true }])(
+    'that is plugged later is there from the start for all but the memory map, with %j',
+    (options) => {
+      const kernel = new LinuxKernel();
+      const size = 4 * 2 ** 20;
+      const range = { address: 4 * GIB, size: 2 ** 40 };
+      const config = memory({ size, hotplug_method: 'VirtioMem', hotplug_size: range.size, ...options });
+      const manager = new MemoryManager(kernel, config, ramRanges(size), range);
+      expect(manager.memory.ranges()).toEqual([{ address: 0, size }]);
+      const slots: MemorySlot[] = [];
+      manager.attach({ addMemory: (slot: MemorySlot) => slots.push(slot) } as unknown as Vm);
+      expect(slots.map(({ slot, guestAddress, mapping }) => [slot, guestAddress, mapping.length])).toEqual([
+        [0, 0, size],
+        [1, range.address, range.size],
+      ]);
+      expect(manager.slots).toBe(2);
+      const elsewhere = attachMemory(manager.handle(), kernel);
+      expect(elsewhere.isRam(range.address, range.size)).toBe(true);
+      // Nothing of it is set aside or there, whatever is so of RAM.
+      const found = facts(elsewhere.hostAddress(range.address, range.size));
+      expect([found.flags.includes('nr'), found.resident]).toEqual([true, 0]);
+      expect(elsewhere.hostAddress(range.address, 1) % GIB).toBe(0);
+      elsewhere.setU8(range.address + range.size - 1, 7);
+      expect(elsewhere.u8(range.address + range.size - 1)).toBe(7);
+      manager.close();
+    },
+  );
 
   test('that the host cannot map is one line that names the option', () => {
     const size = 2 ** 48; // more than a process has addresses

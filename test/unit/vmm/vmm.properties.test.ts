@@ -56,10 +56,15 @@ interface Action {
 
 const runs = (model: Model) => model.state === 'Running' || model.state === 'Paused';
 
-/** A life begins: what a guest was asked for and did not let go of does not come back. */
+/** Before a life begins another one ends: what a guest was asked for and did not let go of is gone. */
 function begin(model: Model): void {
+  end(model);
   model.state = 'Running';
   model.lives += 1;
+}
+
+function end(model: Model): void {
+  model.state = 'Shutdown';
   model.vcpusLeave = false;
   for (const [name, leaves] of model.networks) if (leaves) model.networks.delete(name);
 }
@@ -114,7 +119,7 @@ const shutdown = action(
   'shutdown',
   (model) => {
     if (!runs(model)) return 'failed';
-    model.state = 'Shutdown';
+    end(model);
     return 'done';
   },
   ({ vmm }) => vmm.shutdown(),
@@ -274,7 +279,7 @@ const guest = (kind: 'reset' | 'power-off') =>
     predict: (model) => {
       if (model.state !== 'Running') return 'done';
       if (kind === 'reset') begin(model);
-      else model.state = 'Shutdown';
+      else end(model);
       return 'done';
     },
     call: async ({ vmm, lives }) => {

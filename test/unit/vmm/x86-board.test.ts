@@ -12,10 +12,10 @@ function hypervisorOf(physicalBits: number) {
   return { hypervisor: { createVm: () => vm } as unknown as X86Hypervisor, closed };
 }
 
-const configOf = (size: number, maxPhysBits = 46) =>
+const configOf = (size: number, maxPhysBits = 46, hotplug = 0) =>
   vmConfigSchema.parse({
     payload: { kernel: 'k' },
-    memory: { size },
+    memory: { size, ...(hotplug > 0 && { hotplug_method: 'VirtioMem', hotplug_size: hotplug }) },
     cpus: { boot_vcpus: 1, max_vcpus: 1, max_phys_bits: maxPhysBits },
   });
 
@@ -30,6 +30,29 @@ describe('the board of an x86_64 machine', () => {
     expect(segments[0].mmio32.start).toBe(3 * 2 ** 30);
     expect(segments[0].mmio64.start).toBe(7 * 2 ** 30);
     expect(segments[0].mmio64.end).toBeLessThan(2 ** 40);
+  });
+
+  test.each([
+    [2 ** 29, 4 * 2 ** 30],
+    [3 * 2 ** 30 + 4096, 4 * 2 ** 30 + 2 ** 27],
+    [6 * 2 ** 30, 7 * 2 ** 30],
+  ])('has memory to plug behind %d bytes of RAM and before the PCI window', (size, address) => {
+    const { hypervisor } = hypervisorOf(40);
+    const hotplug = 5 * 2 ** 27;
+    const { ram, hotplug: range, segments } = new X86Board(hypervisor, configOf(size, 46, hotplug));
+    expect(range).toEqual({ address, size: hotplug });
+    expect(ram.reduce((sum, one) => sum + one.size, 0)).toBe(size);
+    expect(segments[0].mmio64.start).toBe(address + hotplug);
+    expect(new X86Board(hypervisor, configOf(size)).hotplug).toBeUndefined();
+  });
+
+  test('refuses memory to plug that does not fit', () => {
+    const { hypervisor } = hypervisorOf(36);
+    const make = (hotplug: number) => new X86Board(hypervisor, configOf(2 ** 29, 46, hotplug));
+    expect(make(2 ** 36 - 2 ** 32 - 2 ** 27).hotplug).toBeDefined();
+    expect(() => make(2 ** 36 - 2 ** 32)).toThrow(
+      /^--memory size=536870912,hotplug_size=\d+: more than a guest of 36 physical address bits can have$/,
+    );
   });
 
   test.each([

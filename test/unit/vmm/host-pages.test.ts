@@ -1,0 +1,55 @@
+import { expect, test } from '@jest/globals';
+import { GuestMemory } from '../../../src/memory/guest-memory.js';
+import { SystemError } from '../../../src/sys/host-kernel.js';
+import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
+import { HostPages } from '../../../src/vmm/memory/host-pages.js';
+
+const PAGE = 4096;
+const kernel = new LinuxKernel();
+
+/** RAM of eight pages in two pieces that touch, and four pages of a device behind it. */
+function build(shared: boolean) {
+  const fd = shared ? kernel.memfd('test', { size: 12 * PAGE }) : undefined;
+  const parts = [
+    { address: 0, size: 4 * PAGE, ram: true },
+    { address: 4 * PAGE, size: 4 * PAGE, ram: true },
+    { address: 8 * PAGE, size: 4 * PAGE, ram: false },
+  ];
+  const mappings = parts.map(({ address: offset, size: length }) => kernel.map({ length, fd, offset, shared }));
+  const memory = new GuestMemory(
+    parts.map((part, index) => {
+      const { handle } = mappings[index];
+      const view = (offset: number, length: number) => mappings[index].view(offset, length);
+      return { ...part, hostAddress: Number(handle.address), view };
+    }),
+  );
+  const close = () => {
+    for (const mapping of mappings) mapping.unmap();
+    if (fd !== undefined) kernel.close(fd);
+  };
+  return { memory, pages: new HostPages(kernel, memory, shared), close };
+}
+
+test.each([{ shared: false }, { shared: true }])(
+  'RAM is given back across pieces, and nothing else: %j',
+  ({ shared }) => {
+    const { memory, pages, close } = build(shared);
+    memory.fill(0, 1, 12 * PAGE);
+    pages.discard(3 * PAGE, 8 * PAGE);
+    const left = Array.from({ length: 12 }, (_, page) => memory.u8(page * PAGE));
+    expect(left).toEqual([1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1]);
+    pages.populate(2 * PAGE, 4 * PAGE);
+    expect([memory.u8(2 * PAGE), memory.u8(3 * PAGE)]).toEqual([1, 0]);
+    close();
+  },
+);
+
+test('a host that refuses is told', () => {
+  const { pages, close } = build(false);
+  // Only whole pages can be given back, and had.
+  for (const call of [() => pages.discard(1, PAGE), () => pages.populate(1, PAGE)]) {
+    expect(call).toThrow(SystemError);
+    expect(call).toThrow('madvise: invalid argument (EINVAL)');
+  }
+  close();
+});
