@@ -1,139 +1,49 @@
 /**
  * The REST API: HTTP/1.1 on a Unix socket, under /api/v1, with Cloud Hypervisor's paths, bodies and answers. 200 with a JSON body,
  * 204 without one; an error is a JSON array of strings, from the outermost to the cause.
- *
- * Built: what a machine that runs can be asked and told. Creating and booting one, hotplug and migration are not.
  */
 import http from 'node:http';
-import * as z from 'zod/mini';
+import type { Duplex } from 'node:stream';
 import type { HostKernel } from '../sys/host-kernel.js';
-import type { Machine } from '../vmm/machine/machine.js';
-import { causeMessages, RequestError } from '../vmm/machine/machine-error.js';
 import { bindSocket } from '../vmm/host/unix-socket.js';
+import type { Logger } from '../vmm/log/logger.js';
+import { causeMessages, RequestError } from '../vmm/machine/machine-error.js';
+import { parseBody, refusal, shorten } from './bodies.js';
+import { type ApiVmm, routes } from './routes.js';
 
 const BASE = '/api/v1/';
 const MAX_BODY_BYTES = 4 * 1024 * 1024;
 /** At a time; further ones are closed. Each may hold a body. */
 const MAX_CONNECTIONS = 32;
-const SECTOR = 512;
+/** Answers that are under way at the end. */
+const CLOSE_MILLISECONDS = 2000;
 
 export interface Api {
-  /** Refuses further requests and removes the socket. */
+  /** Refuses further requests and removes the socket; answers that are under way get some time. */
   close(): Promise<void>;
 }
 
-/** What of a machine the API uses. */
-export type ApiMachine = Pick<
-  Machine,
-  | 'addDevice'
-  | 'counters'
-  | 'info'
-  | 'pause'
-  | 'powerButton'
-  | 'removeDevice'
-  | 'reset'
-  | 'resizeBalloon'
-  | 'resizeDisk'
-  | 'resizeMemory'
-  | 'resizeVcpus'
-  | 'resume'
-  | 'stop'
->;
-
-/** An answer: its body, or nothing; then what is to happen once it has been sent. */
-interface Answer {
-  readonly body?: unknown;
-  readonly afterwards?: () => void;
-}
-
-type Handler = (body: unknown) => Answer | Promise<Answer>;
-
-const bytes = (error: string) => z.int({ error }).check(z.gte(0, { error }));
-const ramError = 'desired_ram: accepted is a number of bytes';
-const balloonError = 'desired_balloon: accepted is a number of bytes';
-const vcpusError = 'desired_vcpus: accepted is a number from 1 on';
-const diskSizeError = `desired_size: accepted is a multiple of ${SECTOR} bytes`;
-
-const resizeError = 'accepted is {"desired_vcpus": NUMBER, "desired_ram": BYTES, "desired_balloon": BYTES}';
-/** Its clients write out what they do not set. */
-const resizeSchema = z.strictObject(
-  {
-    desired_balloon: z.nullish(bytes(balloonError)),
-    desired_vcpus: z.nullish(z.int({ error: vcpusError }).check(z.gte(1, { error: vcpusError }))),
-    desired_ram: z.nullish(bytes(ramError)),
-  },
-  { error: resizeError },
-);
-const resizeDiskSchema = z.strictObject(
-  {
-    id: z.string({ error: 'id: accepted is the name of a disk' }),
-    desired_size: bytes(diskSizeError).check(
-      z.gte(SECTOR, { error: diskSizeError }),
-      z.multipleOf(SECTOR, { error: diskSizeError }),
-    ),
-    shrink: z.nullish(z.boolean({ error: 'shrink: accepted is true or false' })),
-  },
-  { error: 'accepted is {"id": DISK, "desired_size": BYTES, "shrink": true or false}' },
-);
-
-const deviceSchema = z.looseObject({}, { error: 'accepted is the configuration of a device' });
-const removeSchema = z.looseObject({ id: z.string({ error: 'id: accepted is the name of a device' }) });
-
-function check<T>(schema: z.ZodMiniType<T>, body: unknown): T {
-  const checked = schema.safeParse(body);
-  if (checked.success) return checked.data;
-  throw new RequestError(checked.error.issues[0].message, 'invalid');
-}
-
-function handlers(machine: ApiMachine, version: string): Readonly<Partial<Record<string, Handler>>> {
-  const done: Answer = {};
-  return {
-    'GET vmm.ping': () => ({ body: { build_version: `v${version}`, version, pid: process.pid, features: [] } }),
-    'PUT vmm.shutdown': () => ({ afterwards: () => machine.stop('vmm.shutdown') }),
-    'GET vm.info': () => ({ body: machine.info() }),
-    'GET vm.counters': () => ({ body: machine.counters() }),
-    'PUT vm.power-button': () => {
-      machine.powerButton();
-      return done;
-    },
-    'PUT vm.reboot': () => {
-      machine.reset('vm.reboot');
-      return done;
-    },
-    ...Object.fromEntries(
-      (['disk', 'net', 'pmem', 'vsock'] as const).map((kind) => [
-        `PUT vm.add-${kind}`,
-        async (body: unknown) => ({ body: await machine.addDevice(kind, check(deviceSchema, body)) }),
-      ]),
-    ),
-    'PUT vm.remove-device': async (body) => {
-      await machine.removeDevice(check(removeSchema, body).id);
-      return done;
-    },
-    'PUT vm.pause': async () => {
-      await machine.pause();
-      return done;
-    },
-    'PUT vm.resume': async () => {
-      await machine.resume();
-      return done;
-    },
-    'PUT vm.resize': async (body) => {
-      const { desired_balloon: balloon, desired_ram: ram, desired_vcpus: vcpus } = check(resizeSchema, body);
-      if (typeof vcpus === 'number') await machine.resizeVcpus(vcpus);
-      if (typeof ram === 'number') machine.resizeMemory(ram);
-      if (typeof balloon === 'number') machine.resizeBalloon(balloon);
-      return done;
-    },
-    'PUT vm.resize-disk': async (body) => {
-      const { id, desired_size: size, shrink } = check(resizeDiskSchema, body);
-      await machine.resizeDisk(id, size, shrink ?? false);
-      return done;
-    },
-  };
+export interface ApiOptions {
+  /** Of the product. */
+  readonly version: string;
+  readonly logger: Logger;
+  /** How long a client may take for a whole request, and for the next step of taking its answer. */
+  readonly patienceMilliseconds?: number;
 }
 
 const STATUS = { invalid: 400, unknown: 404, conflict: 409, busy: 429, failed: 500 } as const;
+
+/** What is sent to the client. */
+interface Answer {
+  readonly status: number;
+  /** JSON, or nothing. */
+  readonly text: string;
+}
+
+function answerTo(error: unknown): Answer {
+  const status = error instanceof RequestError ? STATUS[error.kind] : 500;
+  return { status, text: JSON.stringify(causeMessages(error)) };
+}
 
 async function readBody(request: http.IncomingMessage): Promise<unknown> {
   const chunks: Buffer[] = [];
@@ -143,51 +53,76 @@ async function readBody(request: http.IncomingMessage): Promise<unknown> {
     // Read to its end, so that the answer finds its way; a client that never ends meets the server's time limit.
     if (length <= MAX_BODY_BYTES) chunks.push(chunk);
   }
-  if (length > MAX_BODY_BYTES) throw new RequestError(`accepted is a body of up to ${MAX_BODY_BYTES} bytes`, 'invalid');
-  if (length === 0) return undefined;
-  try {
-    return JSON.parse(Buffer.concat(chunks).toString());
-  } catch {
-    throw new RequestError('accepted is a body in JSON', 'invalid');
-  }
+  if (length > MAX_BODY_BYTES) throw refusal([], `a body of up to ${MAX_BODY_BYTES} bytes`);
+  return length === 0 ? undefined : parseBody(Buffer.concat(chunks).toString());
 }
 
 /** @throws MachineError when the socket cannot be made */
-export async function openApi(kernel: HostKernel, socket: string, machine: ApiMachine, version: string): Promise<Api> {
-  const routes = handlers(machine, version);
+export async function openApi(kernel: HostKernel, socket: string, vmm: ApiVmm, options: ApiOptions): Promise<Api> {
+  const { version, logger, patienceMilliseconds: patience = 30_000 } = options;
+  const table = routes(vmm, version, logger);
+  /** Requests that are not answered yet. */
+  const open = new Set<http.ServerResponse>();
+  let onAnswered: () => void = () => undefined;
 
-  async function answer(request: http.IncomingMessage): Promise<Answer> {
-    const { method, url = '' } = request;
-    if (method !== 'GET' && method !== 'PUT') throw new RequestError('accepted is GET or PUT', 'invalid');
-    const name = url.startsWith(BASE) ? `${method} ${url.slice(BASE.length)}` : '';
-    const handler = Object.hasOwn(routes, name) ? routes[name] : undefined;
-    if (handler === undefined) throw new RequestError(`${method} ${url} is not served here`, 'unknown');
-    return handler(await readBody(request));
+  async function call(request: http.IncomingMessage): Promise<Answer> {
+    const { method = '', url = '' } = request;
+    try {
+      const body = await readBody(request);
+      if (method !== 'GET' && method !== 'PUT') throw refusal([], 'GET or PUT');
+      const route = url.startsWith(BASE) ? table.get(url.slice(BASE.length)) : undefined;
+      if (route === undefined) throw new RequestError(`${method} ${shorten(url)} is not served here`, 'unknown');
+      if (route.method !== method) throw new RequestError(`${url}: accepted is ${route.method}`, 'invalid');
+      const result = await route.call(body);
+      return result === undefined ? { status: 204, text: '' } : { status: 200, text: JSON.stringify(result) };
+    } catch (error) {
+      logger.info(`API: ${method} ${shorten(url)}: ${causeMessages(error).join(': ')}`);
+      return answerTo(error);
+    }
   }
 
   async function serve(request: http.IncomingMessage, response: http.ServerResponse): Promise<void> {
-    let status = 204;
-    let reply: Answer;
-    try {
-      reply = await answer(request);
-      if (reply.body !== undefined) status = 200;
-    } catch (error) {
-      status = error instanceof RequestError ? STATUS[error.kind] : 500;
-      reply = { body: causeMessages(error) };
-    }
-    const body = reply.body === undefined ? '' : JSON.stringify(reply.body);
-    if (body !== '') {
+    open.add(response);
+    response.on('close', () => {
+      open.delete(response);
+      if (open.size === 0) onAnswered();
+    });
+    const { status, text } = await call(request);
+    if (text !== '') {
       response.setHeader('Content-Type', 'application/json');
-      response.setHeader('Content-Length', Buffer.byteLength(body));
+      response.setHeader('Content-Length', Buffer.byteLength(text));
     }
+    // Node.js takes this back once it has all been taken.
+    request.socket.setTimeout(patience);
     // Cloud Hypervisor's client takes all behind "HTTP/1.1 " for a number, and no chunks: no reason phrase (RFC 9112, 4).
     response.writeHead(status, '');
-    // Sent, or the client has gone: it was asked for either way.
-    response.on('close', () => reply.afterwards?.());
-    response.end(body);
+    response.end(text);
   }
 
-  const server = http.createServer((request, response) => void serve(request, response));
+  /** A request that never became one. */
+  function refuse(stream: Duplex, reason: string): void {
+    const text = JSON.stringify([`accepted is a request of HTTP/1.1: ${shorten(reason)}`]);
+    const length = Buffer.byteLength(text);
+    const head = ['HTTP/1.1 400 ', 'Content-Type: application/json', `Content-Length: ${length}`, 'Connection: close'];
+    // A request before it on the same connection may have been understood, and its answer be on its way.
+    if ([...open].some(({ req }) => req.socket === stream && req.complete)) stream.destroy();
+    else stream.end(`${head.join('\r\n')}\r\n\r\n${text}`, () => stream.destroy());
+  }
+
+  const server = http.createServer(
+    {
+      requireHostHeader: false,
+      requestTimeout: patience,
+      headersTimeout: patience,
+      connectionsCheckingInterval: Math.min(patience, 1000),
+    },
+    (request, response) => void serve(request, response),
+  );
+  server.on('checkExpectation', (request, response) => void serve(request, response));
+  server.on('connect', (_request, stream: Duplex) => refuse(stream, 'GET or PUT'));
+  server.on('clientError', (error: Error & { reason?: string }, stream) =>
+    refuse(stream, error.reason ?? error.message),
+  );
   server.maxConnections = MAX_CONNECTIONS;
   const bound = bindSocket(kernel, `--api-socket path=${socket}`, socket);
   await new Promise<void>((resolve) => server.listen({ fd: bound.listener }, resolve));
@@ -195,6 +130,12 @@ export async function openApi(kernel: HostKernel, socket: string, machine: ApiMa
     close: async () => {
       bound.remove();
       const closed = new Promise((resolve) => server.close(resolve));
+      const answered = new Promise<void>((resolve) => {
+        onAnswered = resolve;
+        if (open.size === 0) resolve();
+        else setTimeout(resolve, CLOSE_MILLISECONDS).unref();
+      });
+      await answered;
       server.closeAllConnections();
       await closed;
     },

@@ -1,23 +1,25 @@
 /**
- * The composition root of main: which host kernel, which hypervisor, which logger a machine is made of.
+ * The composition root of main: which host kernel, which hypervisor, which logger machines are made of.
  *
  * Bindings are functions, not decorators: a class of the product names no container.
  */
 import fs from 'node:fs';
 import { Container, type ServiceIdentifier } from 'inversify';
-import type { ProcessOptions, VmConfig } from '../config/vm-config.js';
+import type { ProcessOptions } from '../config/vm-config.js';
 import { type Hypervisor, HypervisorError } from '../hypervisor/hypervisor.js';
 import { openHostKvm } from '../hypervisor/kvm/host.js';
 import { MSHV_DEVICE, openMshv } from '../hypervisor/mshv/mshv.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { Logger } from '../vmm/log/logger.js';
 import { openTaps } from '../vmm/host/taps.js';
-import { Machine } from '../vmm/machine/machine.js';
+import type { EventSink } from '../vmm/log/event-sink.js';
+import { Incarnation } from '../vmm/machine/incarnation.js';
+import { Vmm } from '../vmm/machine/vmm.js';
 
 const HOST_KERNEL: ServiceIdentifier<HostKernel> = Symbol('HostKernel');
 export const HYPERVISOR: ServiceIdentifier<Hypervisor> = Symbol('Hypervisor');
 const LOGGER: ServiceIdentifier<Logger> = Symbol('Logger');
-export const MACHINE: ServiceIdentifier<Machine> = Symbol('Machine');
+export const VMM: ServiceIdentifier<Vmm> = Symbol('Vmm');
 
 /** The scripts that threads run: bundles of their own, see tools/build.mjs. */
 export interface WorkerScripts {
@@ -25,28 +27,32 @@ export interface WorkerScripts {
   readonly io: URL;
 }
 
-export function machineContainer(
+export function vmmContainer(
   kernel: HostKernel,
-  config: VmConfig,
   options: ProcessOptions,
   logger: Logger,
+  tell: EventSink,
   scripts: WorkerScripts,
 ): Container {
   const container = new Container({ defaultScope: 'Singleton' });
   container.bind(LOGGER).toConstantValue(logger);
   container.bind(HOST_KERNEL).toConstantValue(kernel);
   container.bind(HYPERVISOR).toDynamicValue((context) => openHypervisor(options, context.get(HOST_KERNEL)));
-  container.bind(MACHINE).toDynamicValue(
+  container.bind(VMM).toDynamicValue(
     (context) =>
-      new Machine({
-        kernel: context.get(HOST_KERNEL),
-        hypervisor: context.get(HYPERVISOR),
-        config,
-        logger: context.get(LOGGER),
-        vcpuWorker: scripts.vcpu,
-        ioWorker: scripts.io,
-        openTaps: (net) => openTaps(context.get(HOST_KERNEL), net),
-      }),
+      new Vmm(
+        {
+          kernel: context.get(HOST_KERNEL),
+          hypervisor: context.get(HYPERVISOR),
+          logger: context.get(LOGGER),
+          tell,
+          vcpuWorker: scripts.vcpu,
+          ioWorker: scripts.io,
+          openTaps: (net) => openTaps(context.get(HOST_KERNEL), net),
+          makeLife: (...parts) => new Incarnation(...parts),
+        },
+        options,
+      ),
   );
   return container;
 }

@@ -8,7 +8,7 @@ import type winston from 'winston';
 import { OptionError, printable } from '../config/option-syntax.js';
 import type { ProcessOptions } from '../config/vm-config.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import { HostOutput, openOutputFile, openStandard, type OutputTarget } from '../vmm/host/host-output.js';
+import { HostOutput, openOutputFile, openInherited, type OutputTarget } from '../vmm/host/host-output.js';
 import type { Logger } from '../vmm/log/logger.js';
 
 /** By the number of -v. */
@@ -22,9 +22,12 @@ export interface ProcessLog extends Logger {
 }
 
 /** @throws OptionError when the log file cannot be written */
-export function openLog({ logFile, verbosity }: ProcessOptions, kernel: HostKernel): ProcessLog {
+export function openLog(
+  { logFile, verbosity }: Pick<ProcessOptions, 'logFile' | 'verbosity'>,
+  kernel: HostKernel,
+): ProcessLog {
   let ended = false;
-  const output = new HostOutput(kernel, logFile === undefined ? openStandard(2) : openLogFile(logFile), {
+  const output = new HostOutput(kernel, logFile === undefined ? openInherited(2) : openLogFile(logFile), {
     hold: true,
     lines: true,
     // There is no better place to tell it.

@@ -81,6 +81,8 @@ const NET_SUB_OPTIONS: readonly SubOption[] = [
   ...PCI_SUB_OPTIONS,
 ];
 
+export const EVENT_MONITOR_SUB_OPTIONS: readonly SubOption[] = [text('path'), number('fd')];
+
 /** An option of a device: its place in the configuration, and whether there may be several. */
 export interface DeviceOption {
   readonly name: string;
@@ -268,7 +270,19 @@ export const RUN_FLAGS: readonly Flag[] = [
     name: 'api-socket',
     group: 'Process:',
     takes: 'value',
-    help: 'path=PATH or PATH: a Unix socket for the REST API; default: none',
+    help: 'path=PATH or PATH: a Unix socket for the REST API, which may also make the machine; default: none',
+  },
+  {
+    name: 'event-monitor',
+    group: 'Process:',
+    takes: 'value',
+    help: 'path=PATH or fd=N: where events go, in JSON; default: nowhere',
+  },
+  {
+    name: 'no-shutdown',
+    group: 'Process:',
+    takes: 'switch',
+    help: 'Stay when the guest powers itself off, for the REST API',
   },
   { name: 'log-file', group: 'Process:', takes: 'value', help: 'File for the log; default: standard error' },
   {

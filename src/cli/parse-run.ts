@@ -3,18 +3,20 @@
  * accepted, whichever step found it: the option syntax, the schema or the facts of the host.
  */
 import { MAX_SOCKET_PATH, socketPath } from '../config/device-config.js';
-import { findHostProblem } from '../config/host-facts.js';
+import { checkConfig, consoleBeside } from '../config/check-config.js';
 import type { HostFacts } from '../config/host-facts.js';
 import { OptionError, parseSubOptions, splitList, unquote } from '../config/option-syntax.js';
 import type { ParsedList, SubOption } from '../config/option-syntax.js';
-import { HYPERVISORS, vmConfigSchema } from '../config/vm-config.js';
+import { HYPERVISORS } from '../config/vm-config.js';
 import type { ProcessOptions, VmConfig } from '../config/vm-config.js';
 import {
   CONSOLE_MODES,
   CPUS_SUB_OPTIONS,
   DEVICE_OPTIONS,
+  EVENT_MONITOR_SUB_OPTIONS,
   LIMIT_SUB_OPTIONS,
   MEMORY_SUB_OPTIONS,
+  RUN_FLAGS,
   SERIAL_MODES,
   modeSyntax,
 } from './options.js';
@@ -22,7 +24,8 @@ import type { DeviceOption, ModeChoice } from './options.js';
 
 export interface RunCommand {
   readonly kind: 'run';
-  readonly config: VmConfig;
+  /** Absent: the API makes the machine. */
+  readonly config?: VmConfig;
   readonly process: ProcessOptions;
 }
 
@@ -95,6 +98,15 @@ function readApiSocket(text: string | undefined): string | undefined {
   throw new OptionError(withValue('api-socket', text), `path=PATH or PATH, up to ${MAX_SOCKET_PATH} bytes`);
 }
 
+function readEventMonitor(text: string | undefined): ProcessOptions['eventMonitor'] {
+  if (text === undefined) return undefined;
+  const { fields } = parseSubOptions('--event-monitor', text, EVENT_MONITOR_SUB_OPTIONS);
+  const [[name, value] = [], ...more] = Object.entries(fields);
+  if (more.length === 0 && name === 'fd') return { fd: Number(value) };
+  if (more.length === 0 && typeof value === 'string' && !value.includes('\0')) return { path: value };
+  throw new OptionError(withValue('event-monitor', text), 'path=PATH or fd=N');
+}
+
 function readProcessOptions(found: Arguments): ProcessOptions {
   const name = valueOf(found, 'hypervisor');
   const hypervisor = HYPERVISORS.find((candidate) => candidate === name);
@@ -102,6 +114,9 @@ function readProcessOptions(found: Arguments): ProcessOptions {
     throw new OptionError(withValue('hypervisor', name), HYPERVISORS.join(' or '));
   }
   const apiSocket = readApiSocket(valueOf(found, 'api-socket'));
+  const eventMonitor = readEventMonitor(valueOf(found, 'event-monitor'));
+  const noShutdown = found['no-shutdown'] === true;
+  if (noShutdown && apiSocket === undefined) throw new OptionError('--no-shutdown', 'it only with --api-socket');
   const logFile = valueOf(found, 'log-file');
   if (logFile === '' || logFile?.includes('\0') === true) {
     throw new OptionError(withValue('log-file', logFile), 'the path of a file');
@@ -109,6 +124,8 @@ function readProcessOptions(found: Arguments): ProcessOptions {
   return {
     ...(hypervisor === undefined ? {} : { hypervisor }),
     ...(apiSocket === undefined ? {} : { apiSocket }),
+    ...(eventMonitor === undefined ? {} : { eventMonitor }),
+    ...(noShutdown ? { noShutdown } : {}),
     ...(logFile === undefined ? {} : { logFile }),
     verbosity: Number(found['verbose'] ?? 0),
   };
@@ -127,11 +144,22 @@ function refuseDevice(
   return new OptionError(`--${name} ${typed}`.trimEnd(), missing ? `${field}=, ${accepted}` : accepted);
 }
 
+/** Whether something is said of a machine, rather than of the process. */
+function describesMachine(found: Arguments): boolean {
+  return RUN_FLAGS.some(({ name, group, takes }) => {
+    const value = found[name];
+    return group !== 'Process:' && (takes === 'switch' ? value === true : value !== undefined);
+  });
+}
+
 /** @throws OptionError */
 export function readRun(found: Arguments, host: HostFacts): RunCommand {
   const process = readProcessOptions(found);
   const kernel = valueOf(found, 'kernel');
-  if (kernel === undefined) throw new OptionError('--kernel', 'the path of a kernel, which every machine needs');
+  if (kernel === undefined) {
+    if (process.apiSocket !== undefined && !describesMachine(found)) return { kind: 'run', process };
+    throw new OptionError('--kernel', 'the path of a kernel, which every machine needs');
+  }
   const cpus = readList(found, 'cpus', CPUS_SUB_OPTIONS);
   const memory = readList(found, 'memory', MEMORY_SUB_OPTIONS);
   const serial = valueOf(found, 'serial');
@@ -144,19 +172,16 @@ export function readRun(found: Arguments, host: HostFacts): RunCommand {
     return all.length === 0 ? [] : [[field, several ? all : all[0]] as const];
   });
 
-  const checked = vmConfigSchema.safeParse({
+  const input = {
     payload: { kernel, initramfs: valueOf(found, 'initramfs'), cmdline: valueOf(found, 'cmdline') },
     cpus: { boot_vcpus: boot, max_vcpus: boot, ...cpus?.fields },
     memory: memory?.fields,
     serial: serialConfig,
-    console:
-      console === undefined
-        ? { mode: serialConfig?.['mode'] === 'Tty' ? 'Off' : 'Tty' }
-        : readMode('console', console, CONSOLE_MODES),
+    console: console === undefined ? consoleBeside(serialConfig) : readMode('console', console, CONSOLE_MODES),
     ...Object.fromEntries(deviceFields),
     watchdog: found['watchdog'] === true,
     pvpanic: found['pvpanic'] === true,
-  });
+  };
 
   const refuse = (path: readonly PropertyKey[], accepted: string): never => {
     const [section = '', field = ''] = path.map(String);
@@ -169,9 +194,7 @@ export function readRun(found: Arguments, host: HostFacts): RunCommand {
       accepted,
     );
   };
-  const issue = checked.error?.issues[0];
-  if (!checked.success) return refuse(issue?.path ?? [], issue?.message ?? '');
-  const problem = findHostProblem(checked.data, host);
-  if (problem !== undefined) return refuse(problem.path, problem.accepted);
-  return { kind: 'run', config: checked.data, process };
+  const checked = checkConfig(input, host);
+  if ('problem' in checked) return refuse(checked.problem.path, checked.problem.accepted);
+  return { kind: 'run', config: checked.config, process };
 }

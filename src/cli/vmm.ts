@@ -3,38 +3,49 @@ import packageJson from '../../package.json' with { type: 'json' };
 import { readHostFacts } from '../config/host-facts.js';
 import type { Api } from '../api/server.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import { HYPERVISOR, machineContainer, MACHINE, type WorkerScripts } from './container.js';
-import { HostOutput, openStandard } from '../vmm/host/host-output.js';
+import { HYPERVISOR, VMM, vmmContainer, type WorkerScripts } from './container.js';
+import { HostOutput, openInherited } from '../vmm/host/host-output.js';
 import { reportAndExitCode } from './errors.js';
+import { type EventMonitor, openEventMonitor } from './event-monitor.js';
 import { openLog } from './logging.js';
 import { type Command, parseCommandLine } from './parse.js';
 
 type RunCommand = Extract<Command, { kind: 'run' }>;
 
-async function runMachine(kernel: HostKernel, scripts: WorkerScripts, command: RunCommand): Promise<void> {
+async function runVmmProcess(kernel: HostKernel, scripts: WorkerScripts, command: RunCommand): Promise<void> {
+  const { apiSocket, eventMonitor } = command.process;
   const log = openLog(command.process, kernel);
+  let events: EventMonitor | undefined;
   try {
-    const container = machineContainer(kernel, command.config, command.process, log, scripts);
-    const machine = container.get(MACHINE);
-    const stop = (signal: NodeJS.Signals) => machine.stop(signal);
+    if (eventMonitor !== undefined) events = openEventMonitor(eventMonitor, kernel, log);
+    const container = vmmContainer(kernel, command.process, log, events?.tell ?? (() => undefined), scripts);
+    const vmm = container.get(VMM);
+    const stop = (signal: NodeJS.Signals) => void vmm.shutdownVmm(signal);
     process.on('SIGTERM', stop).on('SIGINT', stop).on('SIGHUP', stop);
-    // The power button, for scripts.
-    process.on('SIGUSR1', () => machine.powerButton());
-    process.on('SIGUSR2', () => machine.logCounters());
+    // The power button, for scripts. Without a machine that runs, it has nothing to press.
+    process.on('SIGUSR1', () => {
+      if (vmm.runs) vmm.powerButton();
+    });
+    process.on('SIGUSR2', () => vmm.logCounters());
     let api: Api | undefined;
     try {
-      const { apiSocket } = command.process;
       // Most machines have none, and a HTTP server takes memory.
       if (apiSocket !== undefined) {
         const { openApi } = await import('../api/server.js');
-        api = await openApi(kernel, apiSocket, machine, packageJson.version);
+        api = await openApi(kernel, apiSocket, vmm, { version: packageJson.version, logger: log });
       }
-      await machine.run();
+      if (command.config !== undefined) {
+        await vmm.create(command.config);
+        await vmm.boot();
+      }
+      await vmm.ended;
     } finally {
+      await vmm.shutdownVmm('the process ends');
       await api?.close();
       container.get(HYPERVISOR).close();
     }
   } finally {
+    await events?.close();
     await log.close();
   }
 }
@@ -42,7 +53,7 @@ async function runMachine(kernel: HostKernel, scripts: WorkerScripts, command: R
 /** Text to standard output or error, as far as it is read: who has gone is not told. */
 async function write(kernel: HostKernel, fd: 1 | 2, text: string): Promise<void> {
   const ignore = () => undefined;
-  const output = new HostOutput(kernel, openStandard(fd), { hold: true, refused: ignore, lost: ignore });
+  const output = new HostOutput(kernel, openInherited(fd), { hold: true, refused: ignore, lost: ignore });
   output.write(Buffer.from(text));
   await output.close();
 }
@@ -63,7 +74,7 @@ async function execute(kernel: HostKernel, scripts: WorkerScripts, onMachine: ()
     }
     case 'run':
       onMachine();
-      await runMachine(kernel, scripts, command);
+      await runVmmProcess(kernel, scripts, command);
       break;
   }
 }

@@ -3,10 +3,23 @@
  * hundred of them to check one configuration is done in a quarter of the time.
  */
 import * as z from 'zod/mini';
-import english from 'zod/v4/locales/en.js';
 
-// What is said of fields that no schema names. To compile a function for each schema first would take longer than to check with it once.
-z.config({ ...english(), jitless: true });
+/** What is accepted where no schema says it: a value of the type. */
+const TYPES: Readonly<Record<string, string | undefined>> = {
+  boolean: 'true or false',
+  object: 'an object',
+  array: 'a list',
+  string: 'text',
+};
+
+z.config({
+  localeError: (issue) => {
+    if (issue.code === 'unrecognized_keys') return `only fields that exist, not ${issue.keys.join(', ')}`;
+    return issue.code === 'invalid_type' ? TYPES[issue.expected] : undefined;
+  },
+  // To compile a function for each schema first would take longer than to check with it once.
+  jitless: true,
+});
 
 type Schema = z.core.$ZodType;
 /** The fields of a section, by name. */

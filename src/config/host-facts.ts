@@ -18,6 +18,8 @@ export interface HostFacts {
 export interface ConfigProblem {
   readonly path: readonly PropertyKey[];
   readonly accepted: string;
+  /** It is a name that is taken. */
+  readonly taken?: boolean;
 }
 
 /** The host's files do not say what is needed. */

@@ -192,6 +192,9 @@ export function pciDevices(config: z.infer<typeof vmFields>): { path: PropertyKe
   ];
 }
 
+/** Of an issue with a name that something else has. */
+export const TAKEN = { taken: true };
+
 export const vmConfigSchema = vmFields.check(({ value, issues }) => {
   const refuse = (at: PropertyKey[], message: string): void => {
     issues.push({ code: 'custom', input: value, path: at, message });
@@ -209,7 +212,10 @@ export const vmConfigSchema = vmFields.check(({ value, issues }) => {
     if (segment === 0 && slot === 0) refuse([...at, 'pci_device_id'], 'a slot from 1 to 31: 0 is the host bridge');
     if (slot !== undefined && slots.has(`${segment}:${slot}`)) refuse([...at, 'pci_device_id'], 'a slot that is free');
     if (slot !== undefined) slots.add(`${segment}:${slot}`);
-    if (id !== undefined && ids.has(id)) refuse([...at, 'id'], 'a name that no other device has');
+    if (id !== undefined && ids.has(id)) {
+      const message = 'a name that no other device has';
+      issues.push({ code: 'custom', input: value, path: [...at, 'id'], message, params: TAKEN });
+    }
     if (id !== undefined) ids.add(id);
   }
   value.disks.forEach(({ num_queues: queues }, index) => {
@@ -251,6 +257,10 @@ export interface ProcessOptions {
   readonly logFile?: string;
   /** Absent: no API. */
   readonly apiSocket?: string;
+  /** Absent: nobody hears of events. */
+  readonly eventMonitor?: { readonly path: string } | { readonly fd: number };
+  /** The process stays when the guest powers itself off. */
+  readonly noShutdown?: boolean;
   /** Number of -v: 0 warnings, 1 information, 2 debugging, 3 everything. */
   readonly verbosity: number;
 }

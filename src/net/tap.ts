@@ -163,6 +163,13 @@ function prepareTap(kernel: HostKernel, fd: number, pair: number): void {
   if (!setAttached(kernel, fd, pair === 0)) throw new TapError('Cannot attach and detach queues');
 }
 
+/** @returns the name of the interface that a tap's descriptor is attached to; undefined: none any more */
+export function tapName(kernel: HostKernel, fd: number): string | undefined {
+  const request = interfaceRequest('');
+  const result = kernel.ioctlBufferRaw(fd, TUN.TUNGETIFF, new Uint8Array(request.buffer));
+  return result < 0 ? undefined : requestName(request);
+}
+
 /** What the control queue of a network changes: never throws. */
 export function tapControl(kernel: HostKernel): TapControl {
   return {

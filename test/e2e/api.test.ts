@@ -1,30 +1,37 @@
-/** A running machine, asked and told things through its REST API. */
+/** Machines that are made, asked and told things through the REST API. */
+import fs from 'node:fs';
+import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
 import { askApi } from '../support/api-client.js';
-import { Guest, testFolder } from '../support/guest.js';
+import { Guest, testFolder, VMM } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
+import { COM1, runnable, TURN_OFF } from '../support/synthetic-kernel.js';
 
 const { folder, remove } = testFolder();
 const scratch = `/tmp/api-${process.pid}`;
 const socket = `${scratch}/api`;
 const MIB = 2 ** 20;
 let host: TestHost;
+let simple: TestHost;
 let cloud: Kernel;
 
 beforeAll(async () => {
   host = await TestHost.open();
+  simple = await TestHost.simple();
   cloud = await kernel('cloud');
-  await host.check(`mkdir -p ${scratch}`);
+  for (const each of [host, simple]) await each.check(`mkdir -p ${scratch}`);
 });
 
 afterAll(async () => {
-  await host.shell(`rm -rf ${scratch}`);
-  host.close();
+  for (const each of [host, simple]) {
+    await each.shell(`rm -rf ${scratch}`);
+    each.close();
+  }
   remove();
 });
 
-const api = (method: 'GET' | 'PUT', name: string, body?: unknown) => askApi(host, socket, method, name, body);
+const api = (method: 'GET' | 'PUT', name: string, body?: unknown, at = host) => askApi(at, socket, method, name, body);
 
 const done = { status: 204, body: undefined };
 
@@ -136,11 +143,124 @@ done`;
   await guest.waitForLog(inflated, logged);
   await guest.waitForLog(plugged(256), logged);
 
+  // The machine of the command line is one like any other.
+  expect(await api('PUT', 'vm.shutdown')).toEqual(done);
+  expect(await api('GET', 'vm.info')).toMatchObject({ body: { state: 'Shutdown', memory_actual_size: 512 * MIB } });
+  expect(await host.check(`qemu-img check -q ${scratch}/qcow2; echo unlocked`)).toBe('unlocked\n');
+  expect(await api('PUT', 'vm.boot')).toEqual(done);
+  await prompt();
+  expect(await sizes()).toEqual(['32768', '65536']);
+  expect(await api('PUT', 'vm.delete')).toEqual(done);
+  expect(await api('GET', 'vm.info')).toMatchObject({ status: 404 });
+
   expect(await api('PUT', 'vmm.shutdown')).toEqual(done);
   expect(await guest.end()).toMatchObject({ status: 0 });
   expect(await host.check(`ls ${scratch}; stat -c %s ${scratch}/raw; qemu-img check -q ${scratch}/qcow2`)).toBe(
     `qcow2\nraw\n${16 * MIB}\n`,
   );
+});
+
+const dx = (port: number) => [0x66, 0xba, port & 0xff, port >> 8];
+/** A guest that says back what it hears at its serial port, and powers itself off after a q. */
+const ECHO = runnable(
+  ...[...dx(COM1 + 5), 0xec, 0xa8, 0x01, 0x74, 0xf7], // again: in al, LSR; test al, 1; jz again
+  ...[...dx(COM1), 0xec, 0xee, 0x3c, 0x71, 0x75, 0xed], // in al, dx; out dx, al; cmp al, 'q'; jne again
+  ...TURN_OFF,
+);
+
+test('a machine is made, run, shut down and made again, and nothing of it is left in the process', async () => {
+  const file = path.join(folder, 'echo');
+  fs.writeFileSync(file, ECHO);
+  await simple.check(`truncate -s 1M ${scratch}/disk; truncate -s 2M ${scratch}/pmem`);
+  const at = `${scratch}/life`;
+  const child = simple.spawn([...VMM, '--api-socket', socket, '--no-shutdown', '--event-monitor', `path=${at}.events`]);
+  let said = '';
+  child.stdout.on('data', (bytes: Buffer) => (said += bytes.toString()));
+  const call = (method: 'GET' | 'PUT', name: string, body?: unknown) => api(method, name, body, simple);
+  const state = async () => ((await call('GET', 'vm.info')).body as { state: string }).state;
+  const used = async () =>
+    simple.check(`ls /proc/${await child.pid}/fd | wc -l; ls /proc/${await child.pid}/task | wc -l`);
+  const until = async (holds: () => boolean | Promise<boolean>) => {
+    while (!(await holds())) await new Promise((resolve) => setTimeout(resolve, 50));
+  };
+  /** The guest of this moment runs, and hears. */
+  const echoed = async (text: string) => {
+    child.stdin.write(text);
+    await until(() => said.includes(text));
+  };
+  const config = {
+    payload: { kernel: file },
+    serial: { mode: 'Tty' },
+    console: { mode: 'Pty' },
+    cpus: { boot_vcpus: 1, max_vcpus: 2 },
+    disks: [{ path: `${scratch}/disk`, image_type: 'Raw' }],
+    net: [{ tap: null }],
+    pmem: [{ file: `${scratch}/pmem` }],
+    vsock: { cid: 3, socket: `${at}.vsock` },
+    balloon: { size: 0 },
+    watchdog: true,
+    fs: null,
+  };
+  await simple.check(`for i in $(seq 200); do [ -S ${socket} ] && exit; sleep 0.1; done; exit 1`);
+  expect(await call('PUT', 'vm.create', config)).toEqual(done);
+  expect(await call('PUT', 'vm.create', config)).toMatchObject({ status: 500 });
+  const before = await used();
+  expect(await call('PUT', 'vm.boot')).toEqual(done);
+  await echoed('first');
+  const { body } = await call('GET', 'vm.info');
+  expect(body).toMatchObject({
+    state: 'Running',
+    config: {
+      console: { mode: 'Pty', file: expect.stringMatching(/^\/dev\/pts\//) },
+      disks: [{ id: '_disk0', image_type: 'Raw' }],
+      net: [{ id: '_net1', tap: expect.stringMatching(/./), mac: expect.stringMatching(/^..:..:..:..:..:..$/) }],
+      vsock: { id: '_vsock3' },
+    },
+    device_tree: { _net1: { resources: [] } },
+  });
+  expect(await call('PUT', 'vm.reboot')).toEqual(done);
+  await echoed('rebooted');
+  // A failed boot, of a machine that has run before.
+  expect(await call('PUT', 'vm.shutdown')).toEqual(done);
+  expect(await used()).toBe(before);
+  await simple.check(`mv ${scratch}/disk ${scratch}/moved`);
+  expect(await call('PUT', 'vm.boot')).toMatchObject({ status: 500, body: [expect.stringMatching(/^--disk path=/)] });
+  expect(await used()).toBe(before);
+  await simple.check(`mv ${scratch}/moved ${scratch}/disk`);
+  expect(await state()).toBe('Shutdown');
+  expect(await call('PUT', 'vm.boot')).toEqual(done);
+  await echoed('again');
+  const { mac } = (body as { config: { net: { mac: string }[] } }).config.net[0];
+  expect(await call('GET', 'vm.info')).toMatchObject({ body: { config: { net: [{ mac }] } } });
+  child.stdin.write('q');
+  await until(async () => (await state()) === 'Shutdown');
+  expect(await call('PUT', 'vm.delete')).toEqual(done);
+  expect(await call('PUT', 'vm.create', config)).toEqual(done);
+  expect(await call('PUT', 'vm.boot')).toEqual(done);
+  await echoed('another');
+  expect(await call('PUT', 'vm.delete')).toEqual(done);
+  expect(await used()).toBe(before);
+  expect(await call('PUT', 'vmm.shutdown')).toEqual(done);
+  expect(await child.exit).toMatchObject({ status: 0 });
+  expect(await simple.check(`ls ${scratch}`)).toBe('disk\nlife.events\npmem\n');
+  const events = (await simple.check(`cat ${at}.events`)).split('\n\n').filter(Boolean);
+  expect(
+    events
+      .map((text) => JSON.parse(text) as { source: string; event: string })
+      .map(({ source, event }) => `${source} ${event}`),
+  ).toEqual([
+    ...['vmm starting', 'vm booting', 'vm booted', 'vm rebooting', 'vm rebooted', 'vm shutdown', 'vm booting'],
+    ...['vm booting', 'vm booted', 'vm shutdown', 'vm deleted'],
+    ...['vm booting', 'vm booted', 'vm shutdown', 'vm deleted', 'vmm shutdown'],
+  ]);
+});
+
+test.each(['SIGTERM', 'SIGINT', 'SIGHUP'] as const)('%s ends a process without a machine', async (signal) => {
+  const child = simple.spawn([...VMM, '--api-socket', socket]);
+  await simple.check(`for i in $(seq 200); do [ -S ${socket} ] && exit; sleep 0.1; done; exit 1`);
+  child.kill(signal);
+  expect(await child.exit).toMatchObject({ status: 0 });
+  expect(await simple.check(`ls ${scratch}`)).not.toContain('api');
 });
 
 test('a socket in use is refused in one line', async () => {

@@ -46,10 +46,10 @@ export function isTerminal(fd: number): boolean {
 }
 
 /**
- * Standard output or error, as something of this process's own: its open file description is shared with other processes, for
+ * A descriptor that this process was given, standard output say, as something of its own: its open file description is shared with other processes, for
  * which it stays as it is. Pipes and terminals are opened once more; sockets are asked not to wait at each call; files do not.
  */
-export function openStandard(fd: 1 | 2): OutputTarget {
+export function openInherited(fd: number): OutputTarget {
   const terminal = isTerminal(fd);
   const shared: OutputTarget = { fd, piece: Infinity, close: () => undefined };
   if (!terminal && !fs.fstatSync(fd).isFIFO()) return shared;

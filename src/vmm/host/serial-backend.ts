@@ -9,11 +9,13 @@ import type net from 'node:net';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { EscapeFilter } from '../log/escape-filter.js';
-import { HostOutput, openOutputFile, openStandard, type OutputTarget } from './host-output.js';
+import { HostOutput, openOutputFile, openInherited, type OutputTarget } from './host-output.js';
 import { MachineError } from '../machine/machine-error.js';
 import { bindSocket } from './unix-socket.js';
 
 export interface SerialBackend {
+  /** Of the pseudo-terminal. */
+  readonly path?: string;
   /** @returns false when the caller should hold further bytes back until `onDrain` is called */
   write(bytes: Uint8Array): boolean;
   onDrain: () => void;
@@ -58,13 +60,16 @@ class Backend implements SerialBackend {
   #refusing = false;
 
   /** @param release undoes what the backend made; called once by `close` */
-  constructor(private readonly release: () => void | Promise<void>) {}
+  constructor(
+    private readonly release: () => void | Promise<void>,
+    readonly path?: string,
+  ) {}
 
   /** @param keys the keys of a user, who is heard also while the guest takes no input: that is dropped then */
   connectInput(input: NodeJS.ReadableStream, keys?: (bytes: Uint8Array) => Uint8Array): void {
     this.#input = input;
-    // The terminal hung up, or standard input is a folder: no more input comes.
-    input.on('error', () => undefined);
+    // The terminal hung up, or standard input is a folder: no more input comes. It may have been connected before.
+    if (input.listenerCount('error') === 0) input.on('error', () => undefined);
     input.on('data', (bytes: Buffer) => {
       const data = keys === undefined ? bytes : keys(bytes);
       if (data.length === 0 || this.#refusing || this.onInput(data)) return;
@@ -164,7 +169,10 @@ function openTty(kernel: HostKernel, options: SerialBackendOptions): SerialBacke
     return input;
   };
   backend.connectInput(stdin, raw ? keys : undefined);
-  backend.connectOutput(outputTo(kernel, openStandard(1), true, options));
+  // An earlier machine of this process has let go of it.
+  stdin.resume();
+  (stdin as Partial<typeof stdin>).ref?.();
+  backend.connectOutput(outputTo(kernel, openInherited(1), true, options));
   return backend;
 }
 
@@ -176,7 +184,7 @@ function openPty(kernel: HostKernel, options: SerialBackendOptions): SerialBacke
   const backend = new Backend(() => {
     input.destroy();
     fs.closeSync(slave);
-  });
+  }, pty.path);
   backend.connectInput(input);
   const waiting = new Uint8Array(4);
   const pending = () => {

@@ -10,7 +10,7 @@ import { MachineError } from '../machine/machine-error.js';
  * @throws MachineError
  */
 export function openTaps(kernel: HostKernel, config: NetConfig): { taps: number[]; mac: Uint8Array } {
-  const mac = config.mac === undefined ? randomMac() : parseMac(config.mac);
+  const mac = parseMac(config.mac ?? randomMac());
   const pairs = config.num_queues / 2;
   const taps: number[] = [];
   try {
@@ -36,10 +36,10 @@ function parseMac(text: string): Uint8Array {
 }
 
 /** Locally administered, unicast. */
-function randomMac(): Uint8Array {
+export function randomMac(): string {
   // Loaded by who needs it: it takes a start as long as a tenth of bare Node.js does.
   const { randomBytes } = process.getBuiltinModule('node:crypto');
-  const mac = new Uint8Array(randomBytes(6));
+  const mac = randomBytes(6);
   mac[0] = (mac[0] & 0xfc) | 0x02;
-  return mac;
+  return Array.from(mac, (byte) => byte.toString(16).padStart(2, '0')).join(':');
 }

@@ -12,7 +12,7 @@ import type { DeviceResource } from '../devices/device-manager.js';
 import { type DeviceKind, DeviceNames, deviceNames, fixedNames } from '../devices/device-names.js';
 import type { HostResources } from '../host/host-resources.js';
 import type { Logger } from '../log/logger.js';
-import type { Incarnation } from './incarnation.js';
+import type { MachineLife } from './incarnation.js';
 import { RequestError } from './machine-error.js';
 
 /** Where a device has been put: Cloud Hypervisor's PciDeviceInfo. */
@@ -25,7 +25,7 @@ export interface PciDeviceInfo {
 export interface Running {
   readonly resources: HostResources;
   /** Undefined between a reset and the life after it. */
-  readonly incarnation: Incarnation | undefined;
+  readonly incarnation: MachineLife | undefined;
 }
 
 export interface HotplugEvents {

@@ -278,6 +278,9 @@ export class Incarnation {
   }
 }
 
+/** One life, as its machine sees it. */
+export type MachineLife = Pick<Incarnation, keyof Incarnation>;
+
 /** Host ends of the character devices; none: output is dropped. */
 export interface Backends {
   readonly serial: SerialBackend | undefined;

@@ -9,13 +9,13 @@ export class MachineError extends Error {
   readonly code = 'MACHINE';
 }
 
-/** What was asked of a running machine cannot be done, and nothing has changed. */
+/** What was asked of the process or its machine cannot be done, and nothing has changed. */
 export class RequestError extends Error {
   readonly code = 'REQUEST';
 
+  /** @param kind conflict: somebody has it already; busy: later, perhaps; failed: also what the machine's state does not allow */
   constructor(
     message: string,
-    /** `conflict`: somebody has it already; `busy`: later, perhaps. */
     readonly kind: 'invalid' | 'unknown' | 'conflict' | 'busy' | 'failed',
   ) {
     super(message);

@@ -2,14 +2,16 @@ import type { VmConfig } from '../../config/vm-config.js';
 import type { Hypervisor } from '../../hypervisor/hypervisor.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { TapOpener } from '../host/host-resources.js';
+import type { EventSink } from '../log/event-sink.js';
 import type { Logger } from '../log/logger.js';
 
-/** What a machine is made with; the composition root puts it together. */
+/** What a machine is made with; the composition root puts it together, but for the configuration. */
 export interface MachineParts {
   readonly kernel: HostKernel;
   readonly hypervisor: Hypervisor;
   readonly config: VmConfig;
   readonly logger: Logger;
+  readonly tell: EventSink;
   /** The script that a vCPU thread runs. */
   readonly vcpuWorker: URL;
   /** The script that an I/O worker runs. */

@@ -1,32 +1,34 @@
 /**
- * A machine's life: it is built, runs, is built again when the guest resets it, and ends.
+ * A machine that has been booted: it is built, runs, is built again when the guest resets it, and ends.
  *
  * A reset takes everything down that the guest could have touched (vCPUs, VM, RAM, devices) and builds it anew from the
- * configuration; the process, the terminal and the log stay.
+ * configuration; what the devices hold on the host stays, and so do terminals and sockets.
  */
 import type { PlatformEvent } from '../boards/platform-parts.js';
 import { MEM_ID, type VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
+import { FIXED_NAMES } from '../devices/device-names.js';
 import { FalseStarts } from './false-starts.js';
-import { type DeviceKind, FIXED_NAMES } from '../devices/device-names.js';
-import { Hotplug, type PciDeviceInfo, type Running } from './hotplug.js';
 import { GuestLog } from '../log/guest-log.js';
 import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
 import { isTerminal } from '../host/host-output.js';
-import { HostResources } from '../host/host-resources.js';
 import { resizeRefusal as memoryRefusal } from '../memory/hotplug.js';
-import { type Backends, Incarnation } from './incarnation.js';
+import { type HostEnds, namedByHost, openHostEnds } from './host-ends.js';
 import { MachineError, RequestError } from './machine-error.js';
+import type { Hotplug, Running } from './hotplug.js';
+import type { Incarnation, MachineLife } from './incarnation.js';
 import type { MachineParts } from './machine-parts.js';
-import { openSerialBackend, type SerialBackend } from '../host/serial-backend.js';
 import type { VcpuEnd } from '../cpus/vcpu-loop.js';
 
-/** Why an incarnation of the machine ended. */
-type End =
-  | { readonly kind: 'reset' }
-  | { readonly kind: 'power-off' }
-  | { readonly kind: 'stopped' }
-  | { readonly kind: 'failed'; readonly error: Error };
+/** Makes one. @throws MachineError, BootError, HypervisorError or SystemError; nothing is left behind then */
+export type LifeMaker = (...parts: ConstructorParameters<typeof Incarnation>) => MachineLife;
+
+/** Why a machine ended. */
+export type MachineEnd =
+  { readonly kind: 'power-off' } | { readonly kind: 'stopped' } | { readonly kind: 'failed'; readonly error: unknown };
+
+/** Why one of its lives ended. */
+type LifeEnd = MachineEnd | { readonly kind: 'reset' };
 
 /** What devices tell main. */
 type DeviceMessage =
@@ -36,19 +38,20 @@ type DeviceMessage =
   | { readonly kind: 'balloon-actual' | 'memory-plugged'; readonly size: number; readonly reached: boolean }
   | { readonly kind: 'resize-failed'; readonly reason: string };
 
-/** What the API tells of a machine, in Cloud Hypervisor's terms (VmInfo). */
-export interface MachineInfo {
+interface DeviceNode {
+  readonly id: string;
+  readonly resources: readonly unknown[];
+  readonly children: readonly string[];
+  readonly pci_bdf?: string;
+}
+
+/** What is known of a machine while it runs, in Cloud Hypervisor's terms (VmInfo). */
+export interface RunningInfo {
+  /** With what the host has named. */
   readonly config: VmConfig;
-  readonly state: 'Created' | 'Running';
   /** Bytes, with what the guest has plugged and without what its balloon holds. */
   readonly memory_actual_size: number;
   readonly device_tree: Readonly<Record<string, DeviceNode>>;
-}
-
-interface DeviceNode {
-  readonly id: string;
-  readonly children: readonly string[];
-  readonly pci_bdf: string | null;
 }
 
 /** A disk's new size that its workers have yet to answer. */
@@ -59,14 +62,30 @@ interface Resizing {
   readonly settle: (failure: string) => void;
 }
 
+/** From power-on to a reset or the end. Its promise is wrapped: awaiting it is not awaiting the start. */
+interface Life {
+  /** Why it ended, once it is all taken down. */
+  readonly ended: Promise<LifeEnd>;
+}
+
 /** Bits of the pvpanic event (QEMU's docs/specs/pvpanic.rst). */
 const PANICKED = 1;
 
 export class Machine {
-  #current: Incarnation | undefined;
-  #finish: (end: End) => void = () => undefined;
+  /** Resolves when the machine has ended and nothing of it is left on the host; `boot` sets it. */
+  ended!: Promise<MachineEnd>;
+  #current: MachineLife | undefined;
+  /** Why the present life is about to end. */
+  #lifeEnds: Promise<LifeEnd> = new Promise(() => undefined);
+  /** Ends the present life. */
+  #finish: (end: LifeEnd) => void = () => undefined;
   #stopping = false;
-  #resources: HostResources | undefined;
+  /** Nothing of it is left on the host. */
+  #over = false;
+  /** Neither the vCPUs nor the devices do anything. */
+  #paused = false;
+  /** Called when the next life has begun. */
+  readonly #begun: (() => void)[] = [];
   /** By disk. */
   readonly #resizing = new Map<string, Resizing>();
   readonly #falseStarts = new FalseStarts();
@@ -75,54 +94,32 @@ export class Machine {
   /** Bytes that the guest has plugged. */
   #plugged = 0;
 
-  /** Everything that a guest can make main say. */
-  readonly #guestLog: GuestLog;
-
-  readonly #hotplug: Hotplug;
-
-  constructor(private readonly parts: MachineParts) {
-    this.#hotplug = new Hotplug(parts.config, parts.logger, {
-      onRemoved: () => undefined,
-      onCloseFailed: (id, reason) => parts.logger.warn(`${id}: It may lack what the guest wrote last: ${reason}`),
-    });
-    this.#guestLog = new GuestLog((level, line) => parts.logger[level](line));
-  }
+  private constructor(
+    private readonly parts: MachineParts,
+    private readonly makeLife: LifeMaker,
+    private readonly hotplug: Hotplug,
+    private readonly host: HostEnds,
+    /** Everything that a guest can make main say. */
+    private readonly guestLog: GuestLog,
+  ) {}
 
   /**
-   * Boots the machine; resolves when the guest has powered off or `stop` was called and nothing is left.
+   * Opens what the machine needs of the host and lets it run.
    *
-   * @throws MachineError, BootError, HypervisorError or SystemError when it cannot be built or cannot go on
+   * @param quit called when a user presses the escape key
+   * @throws MachineError, BootError, HypervisorError or SystemError; nothing is left behind then
    */
-  async run(): Promise<void> {
-    const { config, kernel, openTaps } = this.parts;
-    const resources = new HostResources(kernel, config, openTaps);
-    this.#resources = resources;
-    const opened: SerialBackend[] = [];
-    const open = async (place: VmConfig['serial'], option: 'serial' | 'console') => {
-      const backend = await openSerialBackend(place, kernel, {
-        option,
-        quit: () => this.stop('the escape key'),
-        tell: (level, line) => this.#guestLog.log(option, level, line),
-      });
-      if (backend !== undefined) opened.push(backend);
-      return backend;
-    };
-    const onResize = () => this.#resizeConsole();
+  static async boot(parts: MachineParts, makeLife: LifeMaker, hotplug: Hotplug, quit: () => void): Promise<Machine> {
+    const guestLog = new GuestLog((level, line) => parts.logger[level](line));
+    const host = await openHostEnds(parts, guestLog, quit);
+    const machine = new Machine(parts, makeLife, hotplug, host, guestLog);
     try {
-      const backends = { serial: await open(config.serial, 'serial'), console: await open(config.console, 'console') };
-      // Looking at a standard output of another kind would set it to non-blocking for all who share it.
-      if (config.console.mode === 'Tty' && isTerminal(1)) process.stdout.on('resize', onResize);
-      let end: End;
-      do {
-        end = this.#stopping ? { kind: 'stopped' } : await this.#runOnce(resources, backends);
-      } while (end.kind === 'reset');
-      if (end.kind === 'failed') throw end.error;
-    } finally {
-      if (isTerminal(1)) process.stdout.off('resize', onResize);
-      for (const backend of opened) await backend.close();
-      this.#guestLog.close();
-      this.#resources = undefined;
-      resources.close();
+      const life = await machine.#begin();
+      machine.ended = machine.#live(life).catch((error: unknown) => ({ kind: 'failed', error }));
+      return machine;
+    } catch (error) {
+      await host.close().catch(() => undefined);
+      throw error;
     }
   }
 
@@ -131,7 +128,7 @@ export class Machine {
     if (this.#current !== undefined) this.#logCounters(this.#current);
   }
 
-  #logCounters(incarnation: Incarnation): void {
+  #logCounters(incarnation: MachineLife): void {
     this.parts.logger.info(`Exits: ${JSON.stringify(incarnation.exits())}`);
     const intercepts = incarnation.intercepts();
     if (Object.keys(intercepts).length > 0) this.parts.logger.info(`Intercepts: ${JSON.stringify(intercepts)}`);
@@ -144,17 +141,55 @@ export class Machine {
     if (columns > 0 && rows > 0) this.#current?.control(FIXED_NAMES.console, { columns, rows });
   }
 
-  /** Ends the machine as if its plug were pulled. @param reason for the log */
+  /** Ends the machine as if its plug were pulled; `ended` tells when. @param reason for the log */
   stop(reason: string): void {
+    if (this.#stopping) return;
     this.#stopping = true;
     this.parts.logger.info(`Stopping: ${reason}`);
     this.#finish({ kind: 'stopped' });
   }
 
-  /** Resets the machine as the guest could. @param reason for the log */
-  reset(reason: string): void {
+  /**
+   * Resets the machine as the guest could.
+   *
+   * @param reason for the log
+   * @returns when its next life has begun
+   * @throws RequestError when it has ended instead, or what it failed with
+   */
+  async reset(reason: string): Promise<void> {
     this.parts.logger.info(`Resetting: ${reason}`);
+    const begun = new Promise<void>((resolve) => this.#begun.push(resolve));
+    const ended = this.ended.then((end) => {
+      throw end.kind === 'failed' ? end.error : new RequestError('The machine has ended', 'failed');
+    });
     this.#finish({ kind: 'reset' });
+    await Promise.race([begun, ended]);
+  }
+
+  get paused(): boolean {
+    return this.#paused;
+  }
+
+  /** Resolves when neither vCPUs nor devices do anything. @throws RequestError when the machine is reset or ends meanwhile */
+  async pause(): Promise<void> {
+    const life = this.#current;
+    if (life !== undefined) await Promise.race([life.pause(), this.#lifeEnds]);
+    if (life === undefined || life !== this.#current) {
+      throw new RequestError('The machine is being reset or has ended', 'busy');
+    }
+    this.#paused = true;
+  }
+
+  /** After `pause`. */
+  resume(): void {
+    this.#current?.resume();
+    this.#paused = false;
+  }
+
+  /** For `Hotplug`. */
+  running(): Running | undefined {
+    if (this.#over) return undefined;
+    return { resources: this.host.resources, incarnation: this.#current };
   }
 
   /** Presses the ACPI power button. The guest decides what it does. */
@@ -162,19 +197,18 @@ export class Machine {
     this.#current?.powerButton();
   }
 
-  info(): MachineInfo {
-    const { config } = this.parts;
+  info(): RunningInfo {
     const nodes: Record<string, DeviceNode> = {};
     for (const [id, address] of this.#current?.deviceAddresses() ?? []) {
       const function_ = `_virtio-pci-${id}`;
-      nodes[function_] = { id: function_, children: [id], pci_bdf: address };
-      nodes[id] = { id, children: [], pci_bdf: null };
+      nodes[function_] = { id: function_, resources: [], children: [id], pci_bdf: address };
+      nodes[id] = { id, resources: [], children: [] };
     }
+    const { memory } = this.parts.config;
     return {
-      config,
-      state: this.#current === undefined ? 'Created' : 'Running',
+      config: namedByHost(this.parts, this.host),
       // A guest can tell of a balloon larger than its memory.
-      memory_actual_size: Math.max(config.memory.size + this.#plugged - this.#ballooned, 0),
+      memory_actual_size: Math.max(memory.size + this.#plugged - this.#ballooned, 0),
       device_tree: nodes,
     };
   }
@@ -209,6 +243,8 @@ export class Machine {
     const { memory } = this.parts.config;
     const refusal = memoryRefusal(memory, size);
     if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
+    // What changes nothing is accepted of a machine that can plug none, too.
+    if (memory.hotplug_size === undefined) return;
     const wanted = size - memory.size;
     // A reset asks for as much.
     memory.hotplugged_size = wanted === 0 ? undefined : wanted;
@@ -222,7 +258,7 @@ export class Machine {
    * @throws RequestError
    */
   async resizeDisk(id: string, size: number, shrink: boolean): Promise<void> {
-    const disk = this.#resources?.disks.find((candidate) => candidate.id === id);
+    const disk = this.host.resources.disks.find((candidate) => candidate.id === id);
     if (disk === undefined) throw new RequestError(`The machine has no disk ${id}`, 'unknown');
     const refusal = resizeRefusal(disk, size, shrink);
     if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
@@ -233,32 +269,6 @@ export class Machine {
       else this.#resizing.set(id, { disk, left, failure: '', settle });
     });
     if (failure !== '') throw new RequestError(failure, 'failed');
-  }
-
-  #running(): Running | undefined {
-    const [resources, incarnation] = [this.#resources, this.#current];
-    return resources === undefined ? undefined : { resources, incarnation };
-  }
-
-  addDevice(kind: DeviceKind, device: object): Promise<PciDeviceInfo | undefined> {
-    return this.#hotplug.add(kind, device, () => this.#running());
-  }
-
-  removeDevice(id: string): Promise<void> {
-    return this.#hotplug.remove(id, () => this.#running());
-  }
-
-  resizeVcpus(desired: number): Promise<void> {
-    return this.#hotplug.resizeVcpus(desired, () => this.#running());
-  }
-
-  async pause(): Promise<void> {
-    await this.#current?.pause();
-  }
-
-  resume(): Promise<void> {
-    this.#current?.resume();
-    return Promise.resolve();
   }
 
   /** A worker has answered. @param size the disk's size now; undefined: as before */
@@ -272,10 +282,12 @@ export class Machine {
     resizing.settle(resizing.failure);
   }
 
-  async #runOnce(resources: HostResources, backends: Backends): Promise<End> {
+  /** Builds the machine and lets it run. @throws what `boot` throws */
+  async #begin(): Promise<Life> {
     const { logger } = this.parts;
-    const ended = new Promise<End>((resolve) => (this.#finish = resolve));
-    let failure: Extract<End, { kind: 'failed' }> | undefined;
+    const finished = new Promise<LifeEnd>((resolve) => (this.#finish = resolve));
+    this.#lifeEnds = finished;
+    let failure: LifeEnd | undefined;
     const failed = (error: MachineError) => {
       failure ??= { kind: 'failed', error };
       this.#finish(failure);
@@ -287,8 +299,9 @@ export class Machine {
         this.#finish({ kind: 'failed', error: new MachineError(`The thread of vCPU ${vcpu} broke`, { cause: error }) });
       },
     };
-    this.#hotplug.restart(resources);
-    const incarnation = new Incarnation(this.parts, resources, backends, cpuEvents, {
+    const { resources, backends } = this.host;
+    this.hotplug.restart(resources);
+    const incarnation = this.makeLife(this.parts, resources, backends, cpuEvents, {
       onLog: (level, line) => logger[level](line),
       onDevice: (device, message) => this.#onDevice(device, message as DeviceMessage),
       onCloseFailed: (device, reason) => {
@@ -301,28 +314,68 @@ export class Machine {
     this.#current = incarnation;
     this.#ballooned = 0;
     this.#plugged = 0;
-    let end: End;
+    this.#paused = false;
+    const close = async () => {
+      try {
+        // Its workers use what the devices hold on the host to the last.
+        await this.hotplug.alone(() => {
+          this.#current = undefined;
+          return incarnation.close();
+        });
+      } finally {
+        for (const { settle } of this.#resizing.values()) settle('The machine was reset');
+        this.#resizing.clear();
+      }
+      this.#logCounters(incarnation);
+    };
     try {
       incarnation.start();
-      this.#resizeConsole();
-      end = await ended;
-    } finally {
-      // Its workers use what the devices hold on the host to the last.
-      await this.#hotplug.alone(() => {
-        this.#current = undefined;
-        return incarnation.close();
-      });
-      for (const { settle } of this.#resizing.values()) settle('The machine was reset');
-      this.#resizing.clear();
-      this.#logCounters(incarnation);
+    } catch (error) {
+      await close().catch(() => undefined);
+      throw error;
     }
-    // Workers close their devices after the end.
-    return end.kind === 'failed' ? end : (failure ?? end);
+    this.#resizeConsole();
+    const ended = async () => {
+      const end = await finished;
+      if (end.kind === 'reset') this.parts.tell('vm', 'rebooting');
+      await close();
+      // Workers close their devices after the end.
+      return end.kind === 'failed' ? end : (failure ?? end);
+    };
+    return { ended: ended() };
+  }
+
+  /** One life after the other. @throws what ends the machine in between */
+  async #live(first: Life): Promise<MachineEnd> {
+    const { config, tell } = this.parts;
+    const onTerminalResize = () => this.#resizeConsole();
+    // Looking at a standard output of another kind would set it to non-blocking for all who share it.
+    const watched = config.console.mode === 'Tty' && isTerminal(1);
+    if (watched) process.stdout.on('resize', onTerminalResize);
+    try {
+      let end = await first.ended;
+      while (end.kind === 'reset' && !this.#stopping) {
+        const next = await this.#begin();
+        tell('vm', 'rebooted');
+        for (const begun of this.#begun.splice(0)) begun();
+        end = await next.ended;
+      }
+      return end.kind === 'reset' ? { kind: 'stopped' } : end;
+    } finally {
+      if (watched) process.stdout.off('resize', onTerminalResize);
+      this.guestLog.close();
+      // A guest that is no more has let go of everything.
+      await this.hotplug.alone(() => {
+        this.hotplug.restart(this.host.resources);
+        this.#over = true;
+        return this.host.close();
+      });
+    }
   }
 
   #onDevice(device: string, message: DeviceMessage): void {
     const { logger } = this.parts;
-    const log = this.#guestLog;
+    const log = this.guestLog;
     switch (message.kind) {
       case 'console-output':
         this.#current?.console?.output();
@@ -354,7 +407,7 @@ export class Machine {
   }
 
   #onEvent(event: PlatformEvent): void {
-    const log = this.#guestLog;
+    const log = this.guestLog;
     switch (event.kind) {
       case 'serial-output':
         this.#current?.serial?.output();
@@ -371,12 +424,13 @@ export class Machine {
         this.#finish({ kind: 'power-off' });
         break;
       case 'ejected':
-        this.#removed(this.#hotplug.ejected(event.segment, event.slot, () => this.#running()));
+        this.#removed(this.hotplug.ejected(event.segment, event.slot, () => this.running()));
         break;
       case 'vcpu-ejected':
-        this.#removed(this.#hotplug.vcpuEjected(event.vcpu, () => this.#running()));
+        this.#removed(this.hotplug.vcpuEjected(event.vcpu, () => this.running()));
         break;
       case 'guest-panic':
+        this.parts.tell('guest', 'panic', { event: (event.event & PANICKED) !== 0 ? 'panic' : 'crash_loaded' });
         log.leftOut('pvpanic', 'warn', event.untold);
         log.log(
           'pvpanic',
@@ -408,7 +462,7 @@ export class Machine {
       this.#finish({ kind: 'failed', error: new MachineError(line) });
       return;
     }
-    this.#guestLog.log('machine', 'warn', `Triple fault on ${where}: the machine resets`);
+    this.guestLog.log('machine', 'warn', `Triple fault on ${where}: the machine resets`);
     this.#finish({ kind: 'reset' });
   }
 

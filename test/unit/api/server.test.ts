@@ -6,45 +6,31 @@ import net from 'node:net';
 import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from '@jest/globals';
-import { type Api, type ApiMachine, openApi } from '../../../src/api/server.js';
+import { type Api, openApi } from '../../../src/api/server.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { RequestError } from '../../../src/vmm/machine/machine-error.js';
+import { fakeVmm } from '../../support/fake-vmm.js';
 
 const kernel = new LinuxKernel();
-const RESIZE = 'accepted is {"desired_ram": BYTES, "desired_balloon": BYTES}';
 let folder: string;
 let socket: string;
 let api: Api | undefined;
 let asked: unknown[];
+let logged: string[];
 
-/** Remembers what it is asked; the disk `stuck` cannot be resized. */
-function machine(): ApiMachine {
-  return {
-    info: () => ({ config: {}, state: 'Running', memory_actual_size: 5, device_tree: {} }) as never,
-    counters: () => ({ _disk0: { read_ops: 1 } }),
-    powerButton: () => asked.push('power-button'),
-    reset: (reason) => asked.push(reason),
-    stop: (reason) => asked.push(reason),
-    resizeBalloon: (size) => asked.push({ balloon: size }),
-    resizeVcpus: () => Promise.resolve(),
-    addDevice: () => Promise.resolve(undefined),
-    removeDevice: () => Promise.resolve(),
-    pause: () => Promise.resolve(),
-    resume: () => Promise.resolve(),
-    resizeMemory: (size) => asked.push({ ram: size }),
-    resizeDisk: (id, size, shrink) => {
-      if (id === 'none') return Promise.reject(new RequestError('The machine has no disk none', 'unknown'));
-      if (id === 'stuck') return Promise.reject(new RequestError('No space', 'failed'));
-      asked.push({ id, size, shrink });
-      return Promise.resolve();
-    },
-  };
+const vmm = (release?: Promise<void>) => fakeVmm((what) => asked.push(what), release);
+
+const line = (text: string) => void logged.push(text);
+const logger = { error: line, warn: line, info: () => undefined, debug: () => undefined };
+
+async function open(served = vmm(), patienceMilliseconds = 30_000): Promise<Api> {
+  return (api = await openApi(kernel, socket, served, { version: '1.2.3', logger, patienceMilliseconds }));
 }
 
 beforeEach(() => {
   folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-api-'));
   socket = path.join(folder, 'api');
   asked = [];
+  logged = [];
 });
 
 afterEach(async () => {
@@ -66,7 +52,7 @@ const put = (name: string, body?: unknown) =>
   request('PUT', name, body === undefined ? undefined : JSON.stringify(body));
 
 test('what a machine can be asked', async () => {
-  api = await openApi(kernel, socket, machine(), '1.2.3');
+  await open();
   expect(await request('GET', 'vmm.ping')).toEqual({
     status: 200,
     body: { build_version: 'v1.2.3', version: '1.2.3', pid: process.pid, features: [] },
@@ -75,60 +61,125 @@ test('what a machine can be asked', async () => {
   expect((await request('GET', 'vm.counters')).body).toEqual({ _disk0: { read_ops: 1 } });
 });
 
-test('what a machine can be told', async () => {
-  api = await openApi(kernel, socket, machine(), '1');
+test('the process and its machine can be told', async () => {
+  await open();
   const none = { status: 204, body: undefined };
-  expect(await put('vm.power-button')).toEqual(none);
-  expect(await put('vm.reboot')).toEqual(none);
-  expect(await put('vm.resize', { desired_balloon: 4096 })).toEqual(none);
-  expect(await put('vm.resize', { desired_ram: 8192 })).toEqual(none);
+  const calls = [
+    'vm.boot',
+    'vm.pause',
+    'vm.resume',
+    'vm.power-button',
+    'vm.reboot',
+    'vm.shutdown',
+    'vm.delete',
+    'vmm.shutdown',
+  ];
+  for (const name of calls) expect(await put(name)).toEqual(none);
+  expect(asked).toEqual(['boot', 'pause', 'resume', 'power-button', 'reboot', 'shutdown', 'delete', 'vmm.shutdown']);
+  asked = [];
   for (const shrink of [undefined, null, false, true]) {
     expect(await put('vm.resize-disk', { id: '_disk0', desired_size: 1024, shrink })).toEqual(none);
   }
-  expect(await put('vmm.shutdown')).toEqual(none);
   const resized = (shrink: boolean) => ({ id: '_disk0', size: 1024, shrink });
-  expect(asked).toEqual([
-    ...['power-button', 'vm.reboot', { balloon: 4096 }, { ram: 8192 }],
-    ...[resized(false), resized(false), resized(false), resized(true), 'vmm.shutdown'],
-  ]);
+  expect(asked).toEqual([resized(false), resized(false), resized(false), resized(true)]);
 });
+
+const RESIZE =
+  'accepted is {"desired_vcpus": N, "desired_ram": BYTES, "desired_balloon": BYTES}, of which any may be left out';
+const SECTORS = 'desired_size: accepted is a multiple of 512 bytes';
 
 test.each([
   ['GET', 'vm.nothing', undefined, 404, 'GET /api/v1/vm.nothing is not served here'],
   ['GET', 'constructor', undefined, 404, 'GET /api/v1/constructor is not served here'],
-  ['GET', 'vm.reboot', undefined, 404, 'GET /api/v1/vm.reboot is not served here'],
+  ['GET', 'vm.reboot', undefined, 400, '/api/v1/vm.reboot: accepted is PUT'],
+  ['PUT', 'vm.info', undefined, 400, '/api/v1/vm.info: accepted is GET'],
   ['POST', 'vm.reboot', undefined, 400, 'accepted is GET or PUT'],
+  ['PUT', 'vm.reboot', '{}', 400, 'accepted is no body'],
+  ['PUT', 'vm.boot', 'null', 400, 'accepted is no body'],
   ['PUT', 'vm.resize', undefined, 400, RESIZE],
   ['PUT', 'vm.resize', '{', 400, 'accepted is a body in JSON'],
   ['PUT', 'vm.resize', '[]', 400, RESIZE],
-  ['PUT', 'vm.resize', '{"desired_balloon":1,"desired_vcpus":2}', 400, RESIZE],
-  ['PUT', 'vm.resize', '{"desired_ram":-1}', 400, 'desired_ram: accepted is a number of bytes'],
   ['PUT', 'vm.resize', '{"desired_balloon":-1}', 400, 'desired_balloon: accepted is a number of bytes'],
   ['PUT', 'vm.resize', '{"desired_balloon":1e99}', 400, 'desired_balloon: accepted is a number of bytes'],
-  ['PUT', 'vm.resize-disk', '{"id":"a","desired_size":513}', 400, 'desired_size: accepted is a multiple of 512 bytes'],
-  ['PUT', 'vm.resize-disk', '{"id":"a","desired_size":0}', 400, 'desired_size: accepted is a multiple of 512 bytes'],
+  ['PUT', 'vm.resize', '{"desired_vcpus":"2"}', 400, 'desired_vcpus: accepted is a number of vCPUs'],
+  [
+    'PUT',
+    'vm.resize',
+    '['.repeat(1e6) + ']'.repeat(1e6),
+    400,
+    'accepted is a body of up to 32 levels of objects and lists',
+  ],
+  ['PUT', 'vm.resize-disk', '{"id":"a","desired_size":513}', 400, SECTORS],
+  ['PUT', 'vm.resize-disk', '{"id":"a","desired_size":0}', 400, SECTORS],
   ['PUT', 'vm.resize-disk', '{"id":"a","desired_size":512,"shrink":1}', 400, 'shrink: accepted is true or false'],
   ['PUT', 'vm.resize-disk', '{"desired_size":512}', 400, 'id: accepted is the name of a disk'],
   ['PUT', 'vm.resize-disk', '{"id":"none","desired_size":512}', 404, 'The machine has no disk none'],
   ['PUT', 'vm.resize-disk', '{"id":"stuck","desired_size":512}', 500, 'No space'],
-])('%s %s %s: %i', async (method, name, body, status, message) => {
-  api = await openApi(kernel, socket, machine(), '1');
+  ['PUT', 'vm.add-net', '[]', 400, 'accepted is the configuration of a device'],
+  ['PUT', 'vm.add-disk', '{"vhost_user":true}', 400, 'vhost_user: accepted is null: what it asks for is not built yet'],
+  ['PUT', 'vm.remove-device', '{}', 400, 'id: accepted is the name of a device'],
+  ['PUT', 'vm.create', undefined, 400, 'accepted is a VmConfig, {"payload": {"kernel": PATH}, ...}'],
+])('%s %s is refused (%#)', async (method, name, body, status, message) => {
+  await open();
   expect(await request(method, name, body)).toEqual({ status, body: [message] });
   expect(asked).toEqual([]);
 });
 
+test('devices are added and removed', async () => {
+  await open();
+  const place = (id: string) => ({ status: 200, body: { id, bdf: '0000:00:07.0' } });
+  const disk = { path: '/d', image_type: 'Raw', vhost_user: false, serial: null, color: 'red' };
+  expect(await put('vm.add-disk', disk)).toEqual(place('_disk7'));
+  expect(await put('vm.add-net', { tap: null, mtu: 1500 })).toEqual(place('_net7'));
+  expect(await put('vm.add-pmem', { file: '/p' })).toEqual(place('_pmem7'));
+  // Into the configuration of a machine that does not run.
+  expect(await put('vm.add-vsock', { cid: 3, socket: 's' })).toEqual({ status: 204, body: undefined });
+  expect(await put('vm.remove-device', { id: '_net7' })).toEqual({ status: 204, body: undefined });
+  expect(asked).toEqual([
+    { add: 'disk', device: { path: '/d', image_type: 'raw' } },
+    { add: 'net', device: { mtu: 1500 } },
+    { add: 'pmem', device: { file: '/p' } },
+    { add: 'vsock', device: { cid: 3, socket: 's' } },
+    { remove: '_net7' },
+  ]);
+  expect(logged).toEqual(['API: color is ignored: there is no such field']);
+});
+
+test('brackets within text are text', async () => {
+  await open();
+  const body = JSON.stringify({ id: '['.repeat(100) + '"' + '{\\"'.repeat(100), desired_size: 512 });
+  expect((await request('PUT', 'vm.resize-disk', body)).status).toBe(204);
+});
+
 test("fields that are null count as absent, as Cloud Hypervisor's clients send them", async () => {
-  api = await openApi(kernel, socket, machine(), '1');
+  await open();
   const none = { desired_vcpus: null, desired_ram: null };
-  expect((await put('vm.resize', { ...none, desired_balloon: 4096 })).status).toBe(204);
-  expect((await put('vm.resize', { ...none, desired_balloon: null })).status).toBe(204);
+  for (const desired_balloon of [4096, null]) {
+    expect((await put('vm.resize', { ...none, desired_balloon })).status).toBe(204);
+  }
   expect((await put('vm.resize', {})).status).toBe(204);
-  expect(asked).toEqual([{ balloon: 4096 }]);
-  expect((await put('vm.resize', { ...none, desired_vcpus: 1 })).body).toEqual([RESIZE]);
+  expect(asked).toEqual([{ resize: { desired_balloon: 4096 } }, { resize: {} }, { resize: {} }]);
+});
+
+test('fields that nobody knows are ignored, and logged once', async () => {
+  await open();
+  const long = 'x'.repeat(10_000);
+  const body = { desired_balloon: 1, color: 'red', ['__proto__']: 1, [long]: {} };
+  for (let times = 0; times < 3; times++)
+    expect((await request('PUT', 'vm.resize', JSON.stringify(body))).status).toBe(204);
+  expect(asked).toEqual(Array(3).fill({ resize: { desired_balloon: 1 } }));
+  expect(logged).toEqual([
+    'API: color is ignored: there is no such field',
+    'API: __proto__ is ignored: there is no such field',
+    `API: ${'x'.repeat(160)}... is ignored: there is no such field`,
+  ]);
+  const many = Object.fromEntries(Array.from({ length: 10_000 }, (_, index) => [`field${index}`, index]));
+  expect((await put('vm.resize', many)).status).toBe(204);
+  expect(logged.length).toBe(256);
 });
 
 test('an answer is a number, its headers and as many bytes as they say', async () => {
-  api = await openApi(kernel, socket, machine(), '1');
+  await open();
   const whole = async (head: string) => {
     const client = net.connect(socket);
     client.write(`${head} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n`);
@@ -149,18 +200,159 @@ test('an answer is a number, its headers and as many bytes as they say', async (
   }
 });
 
+/** What comes back on a connection of its own, to its end. */
+async function exchange(...parts: readonly string[]): Promise<string> {
+  const client = net.connect(socket);
+  client.on('error', () => undefined);
+  let text = '';
+  client.on('data', (bytes) => (text += String(bytes)));
+  for (const part of parts) client.write(part);
+  await once(client, 'close');
+  return text;
+}
+
+const CLOSING = 'Connection: close\r\n';
+
+/** As the reference's own client sends them, byte for byte but for the header that ends the connection. */
+test.each([
+  ['GET', 'vmm.ping', undefined, 200],
+  ['GET', 'vm.info', undefined, 200],
+  ['GET', 'vm.counters', undefined, 200],
+  ['PUT', 'vm.create', '{"payload": {"kernel": "/k"}}\n', 204],
+  ['PUT', 'vm.boot', undefined, 204],
+  ['PUT', 'vm.reboot', undefined, 204],
+  ['PUT', 'vm.power-button', undefined, 204],
+  ['PUT', 'vm.resize', '{"desired_vcpus":null,"desired_ram":null,"desired_balloon":1073741824}', 204],
+  ['PUT', 'vm.resize', '{"desired_vcpus":1,"desired_ram":536870912,"desired_balloon":null}', 204],
+  ['PUT', 'vm.resize-disk', '{"id":"_disk0","desired_size":1073741824}', 204],
+  ['PUT', 'vm.pause', undefined, 204],
+  ['PUT', 'vm.resume', undefined, 204],
+  [
+    'PUT',
+    'vm.add-disk',
+    '{"id":null,"pci_segment":0,"pci_device_id":null,"path":"/d","readonly":false,"direct":false,"num_queues":1,"queue_size":128,"vhost_user":false,"disable_io_uring":false,"disable_aio":false,"backing_files":false,"sparse":true,"image_type":"Unknown","lock_granularity":"ByteRange"}',
+    200,
+  ],
+  [
+    'PUT',
+    'vm.add-net',
+    '{"id":null,"pci_segment":0,"pci_device_id":null,"num_queues":2,"queue_size":256,"vhost_user":false,"vhost_mode":"Client","offload_tso":true,"offload_ufo":true,"offload_csum":true}',
+    200,
+  ],
+  ['PUT', 'vm.remove-device', '{"id":"_disk0"}', 204],
+  ['PUT', 'vm.shutdown', undefined, 204],
+  ['PUT', 'vm.delete', undefined, 204],
+  ['PUT', 'vmm.shutdown', undefined, 204],
+])("Cloud Hypervisor's own client: %s %s (%#)", async (method, name, body, status) => {
+  await open();
+  const head = `${method} /api/v1/${name} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n`;
+  // It writes them one by one.
+  const length = body === undefined ? [] : [`Content-Length: ${body.length}\r\n`];
+  const answer = await exchange(head, ...length, CLOSING, '\r\n', ...(body === undefined ? [] : [body]));
+  expect(answer).toMatch(new RegExp(`^HTTP/1.1 ${status} \r\n`));
+  // It looks for this header as it is written here, and reads as much.
+  const [headers, text] = answer.split('\r\n\r\n');
+  expect(/Content-Length: (\d+)\r/.exec(headers)?.[1]).toBe(status === 200 ? String(text.length) : undefined);
+});
+
+const CONNECT = 'CONNECT vmm:1 HTTP/1.1\r\nHost: vmm\r\n\r\n';
+const CHUNKED = 'PUT /api/v1/vm.resize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n';
+
+test.each([
+  ['no HTTP', '\0\x01\x02 what is this?\r\n\r\n'],
+  ['another method', 'BREW /api/v1/vmm.ping HTTP/1.1\r\n\r\n'],
+  ['another version', 'GET /api/v1/vmm.ping HTTP/9.9\r\n\r\n'],
+  ['a header without a name', 'GET /api/v1/vmm.ping HTTP/1.1\r\n: x\r\n\r\n'],
+  ['headers without end', `GET /api/v1/vmm.ping HTTP/1.1\r\nX: ${'x'.repeat(100_000)}`],
+  ['two lengths', 'PUT /api/v1/vm.resize HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n'],
+  ['a length that is none', 'PUT /api/v1/vm.resize HTTP/1.1\r\nContent-Length: many\r\n\r\n'],
+  ['a tunnel', CONNECT],
+  ['a chunk that is none', `${CHUNKED}zz\r\n`],
+])('what is no request is refused like one: %s', async (_, bytes) => {
+  await open();
+  const [headers, text] = (await exchange(bytes)).split('\r\n\r\n');
+  expect(headers).toMatch(/^HTTP\/1.1 400 \r\n/);
+  expect(headers).toMatch(new RegExp(`^Content-Length: ${text.length}$`, 'm'));
+  expect(JSON.parse(text)).toEqual([expect.stringMatching(/^accepted is a request of HTTP\/1.1: .{1,160}$/)]);
+  expect((await request('GET', 'vmm.ping')).status).toBe(200);
+});
+
+test('a request that expects to be told to go on, and one that names no host', async () => {
+  await open();
+  const body = '{"desired_balloon": 1}';
+  const head = `PUT /api/v1/vm.resize HTTP/1.1\r\n${CLOSING}Content-Length: ${body.length}\r\nExpect: `;
+  expect(await exchange(`${head}100-continue\r\n\r\n`, body)).toMatch(/^HTTP\/1.1 100 [^]*\r\n\r\nHTTP\/1.1 204 \r\n/);
+  expect(await exchange(`${head}a pony\r\n\r\n`, body)).toMatch(/^HTTP\/1.1 204 \r\n/);
+});
+
+test('garbage behind a request that is being worked on ends its connection without an answer to it', async () => {
+  await open(vmm(new Promise(() => undefined)));
+  const body = '{"id": "slow", "desired_size": 512}';
+  const head = `PUT /api/v1/vm.resize-disk HTTP/1.1\r\nContent-Length: ${body.length}\r\n\r\n`;
+  expect(await exchange(head, body, 'garbage\r\n\r\n')).toBe('');
+});
+
+test('one request does not wait for another that takes long', async () => {
+  let release = (): void => undefined;
+  await open(vmm(new Promise((resolve) => (release = resolve))));
+  const slow = put('vm.resize-disk', { id: 'slow', desired_size: 512 });
+  expect((await request('GET', 'vm.info')).status).toBe(200);
+  expect((await put('vm.power-button')).status).toBe(204);
+  expect(asked).toEqual(['power-button']);
+  release();
+  expect((await slow).status).toBe(204);
+});
+
+test.each([
+  ['sends nothing', ''],
+  ['stops in the middle of its headers', 'GET /api/v1/vmm.ping HTT'],
+  ['stops in the middle of its body', 'PUT /api/v1/vm.resize HTTP/1.1\r\nContent-Length: 100\r\n\r\n{'],
+])('a client that %s is dropped', async (_, bytes) => {
+  await open(vmm(), 200);
+  expect(await exchange(bytes)).toMatch(/^HTTP\/1.1 400 \r\n[^]*\["accepted is a request of HTTP\/1.1: /);
+});
+
+test('a client that does not read is dropped', async () => {
+  const info = vmm().info();
+  const large = { ...info, config: { ...info.config, payload: { kernel: 'k', cmdline: 'x'.repeat(8 * 2 ** 20) } } };
+  await open({ ...vmm(), info: () => large }, 200);
+  const client = net.connect(socket);
+  client.on('error', () => undefined);
+  client.pause();
+  client.write('GET /api/v1/vm.info HTTP/1.1\r\n\r\n');
+  await new Promise((resolve) => setTimeout(resolve, 1000));
+  let length = 0;
+  client.on('data', (bytes) => (length += bytes.length));
+  client.resume();
+  await once(client, 'close');
+  expect(length).toBeGreaterThan(0);
+  expect(length).toBeLessThan(8 * 2 ** 20);
+});
+
+test('an answer that is under way at the end is given', async () => {
+  let release = (): void => undefined;
+  const opened = await open(vmm(new Promise((resolve) => (release = resolve))));
+  const slow = put('vm.resize-disk', { id: 'slow', desired_size: 512 });
+  await request('GET', 'vmm.ping');
+  const closed = opened.close();
+  release();
+  expect((await slow).status).toBe(204);
+  await closed;
+  api = undefined;
+});
+
 test('a body that is too long is refused', async () => {
-  api = await openApi(kernel, socket, machine(), '1');
+  await open();
   const { status, body } = await request('PUT', 'vm.resize', ' '.repeat(4 * 1024 * 1024 + 1));
   expect({ status, body }).toEqual({ status: 400, body: ['accepted is a body of up to 4194304 bytes'] });
 });
 
 test('nothing is left behind, also of a client that holds its connection', async () => {
-  api = await openApi(kernel, socket, machine(), '1');
+  const opened = await open();
   const client = net.connect(socket);
   await once(client, 'connect');
   const gone = once(client, 'close');
-  await api.close();
+  await opened.close();
   await gone;
   api = undefined;
   expect(fs.readdirSync(folder)).toEqual([]);
@@ -170,13 +362,13 @@ test('the socket of a killed process is replaced, one that is in use is not', as
   const script = `require('node:net').createServer().listen(${JSON.stringify(socket)}, () => process.kill(process.pid, 9))`;
   spawnSync(process.execPath, ['-e', script]);
   expect(fs.statSync(socket).isSocket()).toBe(true);
-  api = await openApi(kernel, socket, machine(), '1');
-  await expect(openApi(kernel, socket, machine(), '1')).rejects.toThrow(/--api-socket path=.*: accepted is a path/);
+  await open();
+  await expect(open()).rejects.toThrow(/--api-socket path=.*: accepted is a path/);
   expect((await request('GET', 'vmm.ping')).status).toBe(200);
 });
 
 test('32 connections at a time, and another one when one has gone', async () => {
-  api = await openApi(kernel, socket, machine(), '1');
+  await open();
   const connect = async () => {
     const client = net.connect(socket);
     client.on('error', () => undefined);
@@ -202,13 +394,13 @@ test('32 connections at a time, and another one when one has gone', async () => 
 });
 
 test('a path where no socket can be', async () => {
-  await expect(openApi(kernel, path.join(folder, 'no/such/folder'), machine(), '1')).rejects.toThrow(
+  await expect(openApi(kernel, path.join(folder, 'no/such/folder'), vmm(), { version: '1', logger })).rejects.toThrow(
     /--api-socket path=/,
   );
 });
 
 test('a file that is no socket is left alone', async () => {
   fs.writeFileSync(socket, 'precious');
-  await expect(openApi(kernel, socket, machine(), '1')).rejects.toThrow(/--api-socket path=/);
+  await expect(open()).rejects.toThrow(/--api-socket path=/);
   expect(fs.readFileSync(socket, 'utf8')).toBe('precious');
 });

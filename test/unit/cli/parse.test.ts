@@ -9,7 +9,13 @@ import { vmConfigSchema } from '../../../src/config/vm-config.js';
 const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30] };
 const parse = (...argv: string[]): ReturnType<typeof parseCommandLine> => parseCommandLine(argv, host);
 
-function run(...argv: string[]): RunCommand {
+function run(...argv: string[]): Required<RunCommand> {
+  const { config, ...command } = waiting(...argv);
+  if (config === undefined) throw new Error('Got no machine');
+  return { ...command, config };
+}
+
+function waiting(...argv: string[]): RunCommand {
   const command = parse(...argv);
   if (command.kind !== 'run') throw new Error(`Got ${command.kind}`);
   return command;
@@ -82,6 +88,30 @@ describe('devices', () => {
       vhost: true,
       id: 'n',
     });
+  });
+});
+
+describe('a process', () => {
+  test('without a machine, which the API makes', () => {
+    const none = { kind: 'run', process: { apiSocket: '/s', verbosity: 0 } };
+    expect(waiting('--api-socket', '/s')).toEqual(none);
+    expect(waiting('--api-socket', 'path=/s', '-v', '--log-file', 'l', '--hypervisor', 'kvm').config).toBeUndefined();
+    for (const some of [['--cpus', 'boot=2'], ['--watchdog'], ['--disk', 'path=d'], ['--initramfs', 'i']]) {
+      expect(() => parse('--api-socket', '/s', ...some)).toThrow(/^--kernel: accepted is the path of a kernel/);
+    }
+  });
+
+  test('events and the end of the guest', () => {
+    const { process } = run('--kernel', 'k', '--api-socket', '/s', '--no-shutdown', '--event-monitor', 'path="/a,b"');
+    expect(process).toMatchObject({ noShutdown: true, eventMonitor: { path: '/a,b' } });
+    expect(run('--kernel', 'k', '--event-monitor', 'fd=3').process.eventMonitor).toEqual({ fd: 3 });
+    for (const wrong of ['path=', '', 'fd=3,path=x', 'path=a\0b']) {
+      expect(() => parse('--kernel', 'k', '--event-monitor', wrong)).toThrow(/accepted is path=PATH or fd=N$/);
+    }
+    expect(() => parse('--kernel', 'k', '--event-monitor', 'fd=x')).toThrow(/accepted is a whole number/);
+    expect(() => parse('--kernel', 'k', '--no-shutdown')).toThrow(
+      '--no-shutdown: accepted is it only with --api-socket',
+    );
   });
 });
 

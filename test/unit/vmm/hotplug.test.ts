@@ -178,7 +178,7 @@ describe('a device that cannot be added', () => {
       'no object',
       'disk',
       { path: 'a', rate_limiter_config: 5 },
-      /^invalid: rate_limiter_config: accepted is a value of type object$/,
+      /^invalid: rate_limiter_config: accepted is an object$/,
     ],
     ['a name of the machine’s own', 'disk', { path: 'a', id: '__console' }, /^invalid: id: accepted is a name /],
     ['a name that is none', 'net', { id: 5 }, /^invalid: id: accepted is a name /],

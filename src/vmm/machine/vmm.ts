@@ -1,0 +1,298 @@
+/**
+ * The process's object: it has at most one machine, which is made of a configuration, booted, shut down and deleted. Command line and
+ * API are faces of its methods. States and what they allow are Cloud Hypervisor's.
+ *
+ * What changes the state goes one after the other; what only asks, or leaves the state alone, waits for nothing.
+ */
+import type { VmConfig } from '../../config/vm-config.js';
+import type { DeviceKind } from '../devices/device-names.js';
+import { randomMac } from '../host/taps.js';
+import { Hotplug, type PciDeviceInfo } from './hotplug.js';
+import { type LifeMaker, Machine, type MachineEnd, type RunningInfo } from './machine.js';
+import { RequestError } from './machine-error.js';
+import type { MachineParts } from './machine-parts.js';
+import { type Resize, resized } from './resize.js';
+
+/** What every machine of a process is made with. */
+export interface VmmParts extends Omit<MachineParts, 'config'> {
+  readonly makeLife: LifeMaker;
+}
+
+/** Created: it never ran; Shutdown: it ran, and its configuration is left. */
+export type VmState = 'Created' | 'Running' | 'Paused' | 'Shutdown';
+
+/** Cloud Hypervisor's VmInfo. */
+export type VmInfo = Pick<RunningInfo, 'config' | 'memory_actual_size'> &
+  Partial<RunningInfo> & { readonly state: VmState };
+
+export interface VmmOptions {
+  /** The process stays when the guest powers itself off. */
+  readonly noShutdown?: boolean;
+}
+
+/** A machine's configuration, and what has become of it. */
+interface Owned {
+  readonly config: VmConfig;
+  readonly hotplug: Hotplug;
+  /** It has run before. */
+  used: boolean;
+  /** Present while it runs or is paused. */
+  machine?: Machine | undefined;
+  /** Who stops it is told how that went. */
+  stopping: boolean;
+}
+
+export class Vmm {
+  /** Resolves when the process is to end, and nothing of its machine is left; rejects with what that failed with. */
+  readonly ended: Promise<void>;
+  #end: () => void = () => undefined;
+  #fail: (error: unknown) => void = () => undefined;
+  #owned: Owned | undefined;
+  /** The last of the steps that change the state; never rejects. */
+  #turn: Promise<unknown> = Promise.resolve();
+  #ending: Promise<void> | undefined;
+  /** What ends the process; undefined: somebody who wanted it. */
+  #failure: unknown;
+
+  constructor(
+    private readonly parts: VmmParts,
+    private readonly options: VmmOptions,
+  ) {
+    this.ended = new Promise((resolve, reject) => {
+      this.#end = resolve;
+      this.#fail = reject;
+    });
+    // A process that ends for another reason does not look at it.
+    this.ended.catch(() => undefined);
+    parts.tell('vmm', 'starting');
+  }
+
+  /** Takes a checked configuration, and boots nothing yet. @throws RequestError when there is a machine */
+  create(config: VmConfig): Promise<void> {
+    return this.#next(() => {
+      if (this.#owned !== undefined) {
+        throw new RequestError(`There is a machine, and it is ${stateOf(this.#owned)}; vm.delete removes it`, 'failed');
+      }
+      const own = structuredClone(config);
+      for (const net of own.net) net.mac ??= randomMac();
+      const { logger, tell } = this.parts;
+      const hotplug = new Hotplug(own, logger, {
+        onRemoved: (id, bdf) => tell('vm', 'device-removed', bdf === undefined ? { id } : { id, bdf }),
+        onCloseFailed: (id, reason) => logger.warn(`${id}: It may lack what the guest wrote last: ${reason}`),
+      });
+      this.#owned = { config: own, hotplug, used: false, stopping: false };
+    });
+  }
+
+  /**
+   * Builds the machine, and lets it run.
+   *
+   * @throws RequestError, MachineError, BootError, HypervisorError or SystemError; machine and host are as they were then
+   */
+  boot(): Promise<void> {
+    return this.#next(async () => {
+      const owned = this.#configured();
+      if (owned.machine !== undefined) throw refused(owned, 'Created or Shutdown');
+      this.parts.tell('vm', 'booting');
+      const quit = () => void this.shutdownVmm('the escape key');
+      const { config, hotplug } = owned;
+      owned.machine = await Machine.boot({ ...this.parts, config }, this.parts.makeLife, hotplug, quit);
+      this.parts.tell('vm', 'booted');
+      void owned.machine.ended.then((end) => this.#onEnd(owned, end));
+    });
+  }
+
+  /** Ends the machine as if its plug were pulled; its configuration stays. @throws RequestError, or how it failed to end */
+  shutdown(): Promise<void> {
+    return this.#next(async () => {
+      this.#running();
+      await this.#stop('vm.shutdown');
+    });
+  }
+
+  /** Removes the machine, which is shut down if it runs. @throws how it failed to end */
+  delete(): Promise<void> {
+    return this.#next(() => this.#delete('vm.delete'));
+  }
+
+  /** Resets the machine as the guest could; resolves when it runs anew. @throws RequestError, or what it failed with */
+  reboot(): Promise<void> {
+    return this.#next(() => this.#running('unknown').reset('vm.reboot'));
+  }
+
+  /** Holds vCPUs, devices and clocks of a machine that runs. @throws RequestError */
+  pause(): Promise<void> {
+    return this.#next(async () => {
+      const machine = this.#running();
+      if (machine.paused) throw refused(this.#owned, 'Running');
+      this.parts.tell('vm', 'pausing');
+      await machine.pause();
+      this.parts.tell('vm', 'paused');
+    });
+  }
+
+  /** Lets a paused machine go on. @throws RequestError */
+  resume(): Promise<void> {
+    return this.#next(() => {
+      const { machine } = this.#owned ?? {};
+      if (machine?.paused !== true) throw refused(this.#owned, 'Paused');
+      this.parts.tell('vm', 'resuming');
+      machine.resume();
+      this.parts.tell('vm', 'resumed');
+    });
+  }
+
+  /**
+   * Gives the machine one more device; the guest hears of it if it runs.
+   *
+   * @param device as a client gave it
+   * @returns where the guest finds it; undefined: at its next boot
+   * @throws RequestError or MachineError; nothing has changed then
+   */
+  addDevice(kind: DeviceKind, device: object): Promise<PciDeviceInfo | undefined> {
+    return this.#next(() => {
+      const { hotplug, machine } = this.#configured();
+      const whole = kind === 'net' ? { mac: randomMac(), ...device } : device;
+      return hotplug.add(kind, whole, () => machine?.running());
+    });
+  }
+
+  /** Asks the guest to let a device go; it is gone when the guest has. @throws RequestError */
+  removeDevice(id: string): Promise<void> {
+    return this.#next(() => {
+      const { hotplug, machine } = this.#configured();
+      return hotplug.remove(id, () => machine?.running());
+    });
+  }
+
+  get runs(): boolean {
+    return this.#owned?.machine !== undefined;
+  }
+
+  /** Presses the ACPI power button. The guest decides what it does. @throws RequestError */
+  powerButton(): void {
+    this.#running().powerButton();
+  }
+
+  /** Logs what the vCPUs and devices have done so far. */
+  logCounters(): void {
+    this.#owned?.machine?.logCounters();
+  }
+
+  /** @throws RequestError when there is no machine */
+  info(): VmInfo {
+    const owned = this.#configured();
+    const { config, machine } = owned;
+    return { config, memory_actual_size: config.memory.size, ...machine?.info(), state: stateOf(owned) };
+  }
+
+  /** What the devices have done so far, by name: Cloud Hypervisor's VmCounters, and more of them. @throws RequestError */
+  counters(): Record<string, Readonly<Record<string, number>>> {
+    return this.#running().counters();
+  }
+
+  /** What changes nothing is accepted. The guest takes its time with its balloon; `info` tells how far it is. @throws RequestError */
+  resize(wanted: Resize): Promise<void> {
+    return this.#next(async () => {
+      const { config, hotplug, machine } = this.#configured();
+      if (machine === undefined) {
+        Object.assign(config, resized(config, wanted));
+        return;
+      }
+      const { desired_vcpus: vcpus, desired_ram: ram, desired_balloon: balloon } = wanted;
+      this.parts.tell('vm', 'resizing');
+      if (vcpus !== undefined) await hotplug.resizeVcpus(vcpus, () => machine.running());
+      if (ram !== undefined) machine.resizeMemory(ram);
+      if (balloon !== undefined) machine.resizeBalloon(balloon);
+      this.parts.tell('vm', 'resized');
+    });
+  }
+
+  /**
+   * Gives a disk's image another size and tells the guest.
+   *
+   * @param size bytes, a multiple of 512
+   * @param shrink whether what is behind a smaller size may be lost
+   * @throws RequestError
+   */
+  async resizeDisk(id: string, size: number, shrink: boolean): Promise<void> {
+    this.#configured();
+    await this.#running().resizeDisk(id, size, shrink);
+  }
+
+  /** Deletes the machine, if there is one, and lets the process end. Never rejects: `ended` does. @param reason for the log */
+  shutdownVmm(reason: string): Promise<void> {
+    this.#ending ??= this.#shutDownVmm(reason);
+    return this.#ending;
+  }
+
+  async #shutDownVmm(reason: string): Promise<void> {
+    // Whatever else is under way with it.
+    this.#owned?.machine?.stop(reason);
+    await this.#turn;
+    // A failure is kept by who hears of the machine's end first.
+    await this.#delete(reason).catch((error: unknown) => (this.#failure ??= error));
+    this.parts.tell('vmm', 'shutdown');
+    if (this.#failure === undefined) this.#end();
+    else this.#fail(this.#failure);
+  }
+
+  #next<T>(step: () => T | Promise<T>): Promise<T> {
+    const turn = this.#turn.then(() => {
+      if (this.#ending !== undefined) throw new RequestError('The process is ending', 'failed');
+      return step();
+    });
+    this.#turn = turn.catch(() => undefined);
+    return turn;
+  }
+
+  /** @throws RequestError when there is no machine */
+  #configured(): Owned {
+    if (this.#owned === undefined) throw new RequestError('There is no machine; vm.create makes one', 'unknown');
+    return this.#owned;
+  }
+
+  /** @param kind of what is thrown when it does not run @throws RequestError */
+  #running(kind: 'unknown' | 'failed' = 'failed'): Machine {
+    const { machine } = this.#owned ?? {};
+    if (machine === undefined) throw refused(this.#owned, 'Running or Paused', kind);
+    return machine;
+  }
+
+  async #stop(reason: string): Promise<void> {
+    const owned = this.#owned;
+    if (owned?.machine === undefined) return;
+    owned.stopping = true;
+    owned.machine.stop(reason);
+    const end = await owned.machine.ended;
+    if (end.kind === 'failed') throw end.error;
+  }
+
+  async #delete(reason: string): Promise<void> {
+    if (this.#owned === undefined) return;
+    await this.#stop(reason);
+    this.#owned = undefined;
+    this.parts.tell('vm', 'deleted');
+  }
+
+  #onEnd(owned: Owned, end: MachineEnd): void {
+    const asked = owned.stopping;
+    owned.machine = undefined;
+    owned.used = true;
+    owned.stopping = false;
+    this.parts.tell('vm', 'shutdown');
+    if (end.kind === 'failed' && (!asked || this.#ending !== undefined)) this.#failure ??= end.error;
+    if (asked || (end.kind === 'power-off' && this.options.noShutdown)) return;
+    void this.shutdownVmm(end.kind === 'failed' ? 'the machine failed' : 'the guest powered the machine off');
+  }
+}
+
+function stateOf({ machine, used }: Owned): VmState {
+  if (machine === undefined) return used ? 'Shutdown' : 'Created';
+  return machine.paused ? 'Paused' : 'Running';
+}
+
+function refused(owned: Owned | undefined, accepted: string, kind: 'unknown' | 'failed' = 'failed'): RequestError {
+  const now = owned === undefined ? 'There is no machine' : `The machine is ${stateOf(owned)}`;
+  return new RequestError(`${now}: accepted is a machine that is ${accepted}`, kind);
+}

@@ -1,0 +1,112 @@
+/** Lives of machines without a hypervisor: what happens to them is the test's to say. */
+import { LinuxKernel } from '../../src/sys/linux-kernel.js';
+import type { MachineLife } from '../../src/vmm/machine/incarnation.js';
+import type { LifeMaker } from '../../src/vmm/machine/machine.js';
+import type { VmmParts } from '../../src/vmm/machine/vmm.js';
+
+type Parts = Parameters<LifeMaker>[0];
+type Resources = Parameters<LifeMaker>[1];
+type CpuEvents = Parameters<LifeMaker>[3];
+type IoEvents = Parameters<LifeMaker>[4];
+
+export interface FakeLife {
+  readonly cpus: CpuEvents;
+  readonly io: IoEvents;
+  /** Device and message. */
+  readonly told: (readonly [string, unknown])[];
+  pressed: number;
+  paused: boolean;
+  /** Slots of the first segment, by device. */
+  readonly slots: Map<string, number>;
+  /** Those that are to go. */
+  readonly leaving: Set<string>;
+}
+
+export class FakeLives {
+  /** Those that are not closed. */
+  readonly open: FakeLife[] = [];
+  /** What the next one is not made for, or ends with. */
+  failure: { readonly at: 'make' | 'start' | 'plug' | 'pause' | 'close'; readonly error: Error } | undefined;
+  /** How long each takes to pause. */
+  pausing: Promise<void> = Promise.resolve();
+  /** How long each takes to close. */
+  closing: Promise<void> = Promise.resolve();
+  readonly events: string[] = [];
+
+  readonly parts: VmmParts = {
+    kernel: new LinuxKernel(),
+    hypervisor: undefined as never,
+    logger: { error: () => undefined, warn: () => undefined, info: () => undefined, debug: () => undefined },
+    tell: (source, event) => this.events.push(`${source} ${event}`),
+    vcpuWorker: new URL('file:///none'),
+    ioWorker: new URL('file:///none'),
+    openTaps: () => ({ taps: [], mac: new Uint8Array(6) }),
+    makeLife: (parts, resources, _backends, cpus, io) => this.#make(parts, resources, cpus, io),
+  };
+
+  get last(): FakeLife {
+    return this.open.at(-1)!;
+  }
+
+  #fail(at: string): void {
+    if (this.failure?.at !== at) return;
+    const { error } = this.failure;
+    this.failure = undefined;
+    throw error;
+  }
+
+  #make({ config }: Parts, resources: Resources, cpus: CpuEvents, io: IoEvents): MachineLife {
+    this.#fail('make');
+    const slots = new Map([...resources.disks, ...resources.net].map(({ id }, index) => [id, index + 1]));
+    const life: FakeLife = { cpus, io, told: [], pressed: 0, paused: false, slots, leaving: new Set() };
+    const vcpus = new Set(Array(config.cpus.boot_vcpus).keys());
+    this.open.push(life);
+    return {
+      start: () => this.#fail('start'),
+      powerButton: () => (life.pressed += 1),
+      control: (device, message) => {
+        life.told.push([device, message]);
+        return 1;
+      },
+      pause: async () => {
+        await this.pausing;
+        this.#fail('pause');
+        life.paused = true;
+      },
+      resume: () => {
+        life.paused = false;
+      },
+      plug: async ({ resource: { id } }) => {
+        await Promise.resolve();
+        this.#fail('plug');
+        const slot = Math.max(0, ...slots.values()) + 1;
+        slots.set(id, slot);
+        return `0000:00:${slot.toString(16).padStart(2, '0')}.0`;
+      },
+      askToUnplug: (id) => life.leaving.add(id),
+      deviceAt: (_, slot) => [...slots].find(([, taken]) => taken === slot)?.[0],
+      unplug: async (id) => {
+        await Promise.resolve();
+        slots.delete(id);
+        return { address: 'somewhere', failure: undefined };
+      },
+      vcpus,
+      plugsVcpus: true,
+      plugVcpu: () => {
+        vcpus.add(vcpus.size);
+        return Promise.resolve();
+      },
+      askToUnplugVcpu: () => undefined,
+      unplugVcpu: () => Promise.resolve(),
+      deviceCounters: () => [{ id: '_disk0', queues: [], device: { read_ops: 1 } }],
+      deviceAddresses: () => new Map([['_disk0', '0000:00:01.0']]),
+      exits: () => ({ PortRead: 0, PortWrite: 0, MmioRead: 0, MmioWrite: 0 }),
+      intercepts: () => ({}),
+      close: async () => {
+        await this.closing;
+        this.open.splice(this.open.indexOf(life), 1);
+        this.#fail('close');
+      },
+    };
+  }
+}

@@ -1,0 +1,303 @@
+/** The process's object and its machine, over lives without a hypervisor. */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterEach, beforeEach, expect, test } from '@jest/globals';
+import { type VmConfig, vmConfigSchema } from '../../../src/config/vm-config.js';
+import type { RequestError } from '../../../src/vmm/machine/machine-error.js';
+import { Vmm } from '../../../src/vmm/machine/vmm.js';
+import { newDescriptors, openDescriptors } from '../../support/descriptors.js';
+import { FakeLives } from '../../support/fake-life.js';
+
+let folder: string;
+let lives: FakeLives;
+let vmm: Vmm;
+let before: ReadonlySet<string>;
+
+const ticks = () => new Promise((resolve) => setTimeout(resolve, 5));
+const refusal = (text: RegExp, kind: RequestError['kind']) =>
+  expect.objectContaining({ message: expect.stringMatching(text), kind }) as unknown;
+
+function config(more: object = {}): VmConfig {
+  return vmConfigSchema.parse({ payload: { kernel: 'k' }, disks: [{ path: path.join(folder, 'disk') }], ...more });
+}
+
+beforeEach(() => {
+  folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-machine-'));
+  fs.writeFileSync(path.join(folder, 'disk'), Buffer.alloc(4096));
+  before = openDescriptors();
+  lives = new FakeLives();
+  vmm = new Vmm(lives.parts, {});
+});
+
+afterEach(async () => {
+  await vmm.shutdownVmm('the test ends');
+  expect(lives.open).toEqual([]);
+  expect(newDescriptors(before)).toEqual([]);
+  fs.rmSync(folder, { recursive: true });
+});
+
+test('a life from its making to its end, and the events of it', async () => {
+  await vmm.create(config());
+  expect(vmm.info()).toMatchObject({ state: 'Created', memory_actual_size: 512 * 2 ** 20 });
+  expect(vmm.info().device_tree).toBeUndefined();
+  expect(newDescriptors(before)).toEqual([]);
+  await vmm.boot();
+  expect(vmm.info()).toMatchObject({
+    state: 'Running',
+    device_tree: {
+      '_virtio-pci-_disk0': { resources: [], children: ['_disk0'], pci_bdf: '0000:00:01.0' },
+      _disk0: { resources: [], children: [] },
+    },
+  });
+  expect(vmm.counters()).toEqual({ _disk0: { read_ops: 1 } });
+  vmm.powerButton();
+  expect(lives.last.pressed).toBe(1);
+  await vmm.reboot();
+  await vmm.shutdown();
+  expect(vmm.info().state).toBe('Shutdown');
+  expect(newDescriptors(before)).toEqual([]);
+  await vmm.boot();
+  await vmm.delete();
+  await vmm.delete();
+  await vmm.create(config());
+  await vmm.shutdownVmm('the test');
+  await vmm.ended;
+  expect(lives.events).toEqual([
+    'vmm starting',
+    ...['vm booting', 'vm booted', 'vm rebooting', 'vm rebooted', 'vm shutdown'],
+    ...['vm booting', 'vm booted', 'vm shutdown', 'vm deleted', 'vm deleted', 'vmm shutdown'],
+  ]);
+  await expect(vmm.boot()).rejects.toEqual(refusal(/ending/, 'failed'));
+});
+
+test('names and addresses are given once, across kinds, and kept', async () => {
+  const disk = { path: path.join(folder, 'disk'), readonly: true };
+  const given = config({ disks: [disk, { ...disk, id: '_net1' }, disk], net: [{}, { mac: '02:00:00:00:00:01' }] });
+  await vmm.create(given);
+  const { disks, net } = vmm.info().config;
+  expect(disks.map(({ id }) => id)).toEqual(['_disk0', '_net1', '_disk1']);
+  expect(net.map(({ id }) => id)).toEqual(['_net2', '_net3']);
+  expect(net[0].mac).toMatch(/^.[26ae](:[0-9a-f]{2}){5}$/);
+  expect(net[1].mac).toBe('02:00:00:00:00:01');
+  await vmm.boot();
+  await vmm.shutdown();
+  expect(vmm.info().config).toMatchObject({ disks, net });
+  expect(given.net[0].mac).toBeUndefined();
+});
+
+test('what a state does not allow', async () => {
+  const none = /^There is no machine/;
+  for (const call of [
+    () => vmm.boot(),
+    () => vmm.reboot(),
+    () => vmm.resize({}),
+    () => vmm.resizeDisk('d', 512, false),
+  ]) {
+    await expect(call()).rejects.toEqual(refusal(none, 'unknown'));
+  }
+  await expect(vmm.shutdown()).rejects.toEqual(refusal(none, 'failed'));
+  expect(() => vmm.info()).toThrow(none);
+  expect(() => vmm.counters()).toThrow(none);
+  await vmm.create(config());
+  for (const state of ['Created', 'Shutdown']) {
+    const now = new RegExp(`^The machine is ${state}: accepted is a machine that is Running or Paused$`);
+    await expect(vmm.shutdown()).rejects.toEqual(refusal(now, 'failed'));
+    await expect(vmm.reboot()).rejects.toEqual(refusal(now, 'unknown'));
+    await expect(vmm.resizeDisk('_disk0', 512, false)).rejects.toEqual(refusal(now, 'failed'));
+    expect(() => vmm.powerButton()).toThrow(now);
+    expect(() => vmm.counters()).toThrow(now);
+    await expect(vmm.create(config())).rejects.toEqual(refusal(new RegExp(`it is ${state}`), 'failed'));
+    await vmm.boot();
+    await expect(vmm.boot()).rejects.toEqual(refusal(/^The machine is Running/, 'failed'));
+    await vmm.shutdown();
+  }
+});
+
+test.each(['make', 'start'] as const)('a boot that fails (%s) leaves all as it was', async (at) => {
+  await vmm.create(config());
+  lives.failure = { at, error: new Error('No room') };
+  await expect(vmm.boot()).rejects.toThrow('No room');
+  expect(vmm.info().state).toBe('Created');
+  expect(lives.open).toEqual([]);
+  expect(newDescriptors(before)).toEqual([]);
+  await vmm.boot();
+});
+
+test('a host that lacks what a machine needs', async () => {
+  await vmm.create(config({ disks: [{ path: path.join(folder, 'none') }] }));
+  await expect(vmm.boot()).rejects.toThrow(/--disk path=.*none/);
+  expect(vmm.info().state).toBe('Created');
+  expect(newDescriptors(before)).toEqual([]);
+});
+
+test('a guest that powers itself off ends the process', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  lives.last.cpus.onEvent({ kind: 'power-off' });
+  await vmm.ended;
+  expect(lives.events.slice(-3)).toEqual(['vm shutdown', 'vm deleted', 'vmm shutdown']);
+});
+
+test('with --no-shutdown it does not', async () => {
+  vmm = new Vmm(lives.parts, { noShutdown: true });
+  await vmm.create(config());
+  await vmm.boot();
+  lives.last.cpus.onEvent({ kind: 'power-off' });
+  await ticks();
+  expect(vmm.info().state).toBe('Shutdown');
+  await vmm.boot();
+  expect(vmm.info().state).toBe('Running');
+});
+
+test('a guest that resets its machine finds it as new', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  const first = lives.last;
+  first.cpus.onEvent({ kind: 'reset' });
+  await ticks();
+  expect(lives.last).not.toBe(first);
+  expect(vmm.info().state).toBe('Running');
+  expect(lives.events.slice(-2)).toEqual(['vm rebooting', 'vm rebooted']);
+});
+
+test('a machine that fails ends the process with the reason', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  lives.last.io.onCrash('io0', new Error('broken'));
+  await expect(vmm.ended).rejects.toThrow('The I/O worker io0 broke');
+  expect(lives.events.slice(-3)).toEqual(['vm shutdown', 'vm deleted', 'vmm shutdown']);
+});
+
+test('a reset after which it cannot be built', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  lives.failure = { at: 'make', error: new Error('No room') };
+  await expect(vmm.reboot()).rejects.toThrow('No room');
+  await expect(vmm.ended).rejects.toThrow('No room');
+});
+
+test('an image that cannot be closed is told to who shuts the machine down, and is the end of the process otherwise', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  lives.failure = { at: 'close', error: new Error('Lost') };
+  await expect(vmm.shutdown()).rejects.toThrow('Lost');
+  expect(vmm.info().state).toBe('Shutdown');
+  await vmm.boot();
+  lives.failure = { at: 'close', error: new Error('Lost again') };
+  await vmm.shutdownVmm('a signal');
+  await expect(vmm.ended).rejects.toThrow('Lost again');
+});
+
+test('steps come one after the other; what only asks does not wait', async () => {
+  let release = (): void => undefined;
+  lives.closing = new Promise((resolve) => (release = resolve));
+  const calls = [vmm.create(config()), vmm.boot(), vmm.shutdown(), vmm.boot(), vmm.delete(), vmm.create(config())];
+  await calls[1];
+  await ticks();
+  expect(vmm.info().state).toBe('Running');
+  release();
+  await Promise.all(calls);
+  expect(vmm.info().state).toBe('Created');
+});
+
+test('an end that is asked for while other steps wait comes before them', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  const shutdown = vmm.shutdown();
+  const boot = vmm.boot();
+  const ended = vmm.shutdownVmm('a signal');
+  await expect(boot).rejects.toEqual(refusal(/ending/, 'failed'));
+  await shutdown.catch(() => undefined);
+  await ended;
+  await vmm.ended;
+});
+
+test('another size while it does not run, and the one it has while it does', async () => {
+  await vmm.create(config({ cpus: { boot_vcpus: 1, max_vcpus: 4 }, balloon: { size: 0 } }));
+  await vmm.resize({ desired_vcpus: 2, desired_ram: 2 ** 30, desired_balloon: 4096 });
+  const sized = { cpus: { boot_vcpus: 2 }, memory: { size: 2 ** 30 }, balloon: { size: 4096 } };
+  expect(vmm.info()).toMatchObject({ config: sized, memory_actual_size: 2 ** 30 });
+  await expect(vmm.resize({ desired_vcpus: 5 })).rejects.toEqual(
+    refusal(/^desired_vcpus: accepted is a number from 1 to max=4$/, 'invalid'),
+  );
+  await expect(vmm.resize({ desired_balloon: 2 ** 30 })).rejects.toEqual(refusal(/^desired_balloon: /, 'invalid'));
+  await expect(vmm.resize({ desired_ram: 4097 })).rejects.toEqual(refusal(/^desired_ram: /, 'invalid'));
+  await vmm.boot();
+  await vmm.resize({ desired_vcpus: 2, desired_ram: 2 ** 30, desired_balloon: 8192 });
+  expect(lives.last.told).toEqual([['__balloon', { kind: 'resize', size: 8192 }]]);
+  expect(lives.events.slice(-2)).toEqual(['vm resizing', 'vm resized']);
+  await expect(vmm.resize({ desired_ram: 2 ** 29 })).rejects.toEqual(
+    refusal(/^desired_ram: accepted is 1073741824: the machine has no hotplug_size$/, 'invalid'),
+  );
+});
+
+test('a disk that takes long to resize holds nothing else up, and hears of the end', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  const resize = vmm.resizeDisk('_disk0', 8192, false);
+  await expect(vmm.resizeDisk('_disk0', 8192, false)).rejects.toEqual(refusal(/is being resized/, 'failed'));
+  await vmm.reboot();
+  await expect(resize).rejects.toEqual(refusal(/was reset/, 'failed'));
+  const again = vmm.resizeDisk('_disk0', 8192, false);
+  lives.last.io.onDevice('_disk0', { kind: 'resized', size: 8192 });
+  await again;
+  await expect(vmm.resizeDisk('_disk7', 512, false)).rejects.toEqual(refusal(/no disk _disk7/, 'unknown'));
+});
+
+test('a paused machine does nothing until it goes on', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  await vmm.pause();
+  expect(vmm.info().state).toBe('Paused');
+  expect(lives.last.paused).toBe(true);
+  await expect(vmm.pause()).rejects.toEqual(refusal(/^The machine is Paused: .* Running$/, 'failed'));
+  await expect(vmm.boot()).rejects.toEqual(refusal(/^The machine is Paused/, 'failed'));
+  await vmm.resume();
+  expect(lives.last.paused).toBe(false);
+  await expect(vmm.resume()).rejects.toEqual(refusal(/^The machine is Running: .* Paused$/, 'failed'));
+  await vmm.pause();
+  await vmm.reboot();
+  expect(vmm.info().state).toBe('Running');
+  await vmm.pause();
+  await vmm.shutdown();
+  const paused = ['vm pausing', 'vm paused'];
+  expect(lives.events).toEqual([
+    ...['vmm starting', 'vm booting', 'vm booted', ...paused, 'vm resuming', 'vm resumed', ...paused],
+    ...['vm rebooting', 'vm rebooted', ...paused, 'vm shutdown'],
+  ]);
+});
+
+test('a guest that resets its machine while it is being paused', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  lives.pausing = new Promise(() => undefined);
+  const paused = vmm.pause();
+  await ticks();
+  lives.last.cpus.onEvent({ kind: 'reset' });
+  await expect(paused).rejects.toEqual(refusal(/is being reset/, 'busy'));
+  await ticks();
+  expect(vmm.info().state).toBe('Running');
+});
+
+test('devices that come and go', async () => {
+  await vmm.create(config());
+  expect(await vmm.addDevice('net', {})).toBeUndefined();
+  await vmm.boot();
+  expect(await vmm.addDevice('net', { mac: '02:00:00:00:00:01' })).toEqual({ id: '_net2', bdf: '0000:00:03.0' });
+  const { net } = vmm.info().config;
+  expect(net.map(({ id }) => id)).toEqual(['_net1', '_net2']);
+  expect(net[0].mac).toMatch(/^.[26ae](:[0-9a-f]{2}){5}$/);
+  expect(net[1].mac).toBe('02:00:00:00:00:01');
+  await vmm.removeDevice('_net1');
+  await expect(vmm.removeDevice('_net1')).rejects.toEqual(refusal(/has not answered yet/, 'busy'));
+  lives.last.cpus.onEvent({ kind: 'ejected', segment: 0, slot: lives.last.slots.get('_net1')! });
+  await ticks();
+  expect(vmm.info().config.net.map(({ id }) => id)).toEqual(['_net2']);
+  expect(lives.events.at(-1)).toBe('vm device-removed');
+  await expect(vmm.addDevice('disk', { path: 'd', id: '_net2' })).rejects.toEqual(refusal(/^id: /, 'conflict'));
+  await expect(vmm.addDevice('disk', { path: 'd', num_queues: 9 })).rejects.toEqual(
+    refusal(/^num_queues: accepted is up to 1, one for each vCPU$/, 'invalid'),
+  );
+  await expect(vmm.addDevice('disk', { path: path.join(folder, 'none') })).rejects.toThrow(/--disk path=.*none/);
+});
