@@ -243,8 +243,7 @@ function problem(kind: DeviceKind, issue: NonNullable<Issue>): string {
   const path = issue.path.slice(typeof issue.path[1] === 'number' ? 2 : 1).map(String);
   if ('accepted' in issue) return `${path.join('.')}: accepted is ${issue.accepted}`;
   if (issue.code === 'unrecognized_keys') return `${[...path, issue.keys[0]].join('.')}: no such field`;
-  const accepted = issue.message.replace(/^Invalid input: expected (\w+), .*$/, 'a value of type $1');
-  return `${path.join('.') || kind}: accepted is ${accepted}`;
+  return `${path.join('.') || kind}: accepted is ${issue.message}`;
 }
 
 /** @returns where it is on PCI, if the guest can see it @throws MachineError; nothing has changed then */
