@@ -5,8 +5,8 @@
 import path from 'node:path';
 import Sequencer from '@jest/test-sequencer';
 
-const LONG = ['aarch64', 'mshv', 'kvm', 'disks', 'cycles', 'networks', 'package'];
-const SHORT = ['api', 'devices', 'emulator'];
+const LONG = ['aarch64', 'mshv', 'kvm', 'disks', 'cycles', 'hotplug', 'networks', 'package'];
+const SHORT = ['devices', 'emulator'];
 
 function rank({ path: file }) {
   const name = path.basename(file, '.test.ts');
