@@ -33,7 +33,7 @@ import {
 } from '../vmm/devices/device-specs.js';
 import { GuestLog } from '../vmm/log/guest-log.js';
 import { HostPages } from '../vmm/memory/host-pages.js';
-import { attachMemory, attachPart } from '../vmm/memory/memory-manager.js';
+import { attachMemory, attachPart } from '../vmm/memory/memory-part.js';
 import { attachSignals } from './backends.js';
 import { Outbox } from './outbox.js';
 

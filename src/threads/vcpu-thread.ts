@@ -5,7 +5,7 @@ import type { GuestMemory } from '../memory/guest-memory.js';
 import { StateBlock } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { VcpuMessage, VcpuWorkerData } from '../vmm/cpus/cpu-manager.js';
-import { attachMemory, attachPart } from '../vmm/memory/memory-manager.js';
+import { attachMemory, attachPart } from '../vmm/memory/memory-part.js';
 import { attachPlatform } from '../vmm/boards/platform.js';
 import type { PlatformChange } from '../vmm/boards/platform-parts.js';
 import { command, runVcpu, VcpuCommand, vcpuControlLayout } from '../vmm/cpus/vcpu-loop.js';

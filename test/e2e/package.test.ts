@@ -49,6 +49,13 @@ test('the licences of what it has in itself are in it', () => {
   for (const part of text.split(/^-{80}$/m)) expect(part).toMatch(/copyright|Apache License/i);
 });
 
+test('what its threads load at each of their starts has none of the packages of the command line', () => {
+  for (const name of ['vcpu-worker.bundle.js', 'io-worker.bundle.js']) {
+    const bundle = fs.readFileSync(path.join(bundles, name), 'utf8');
+    expect(bundle.match(/inversify|winston|yargs|zod/g)).toBeNull();
+  }
+});
+
 test('it holds no code caches: the first machine makes them', async () => {
   const caches = () => fs.readdirSync(bundles).filter((name) => name.endsWith('.cache'));
   expect(caches()).toEqual([]);

@@ -14,7 +14,7 @@ import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { VirtioPciDevice } from '../../virtio/transport/pci-transport.js';
 import type { BytePort } from '../host/serial-pump.js';
-import type { MemoryPart } from '../memory/memory-manager.js';
+import type { MemoryPart } from '../memory/memory-part.js';
 
 /** Something that a device has to tell main. */
 export type PlatformEvent =

@@ -5,7 +5,7 @@ import { type ResourceLimits, Worker } from 'node:worker_threads';
 import { EXIT_KINDS, type HypervisorName, type Vcpu, type VcpuHandle } from '../../hypervisor/hypervisor.js';
 import { closeAll } from '../../sys/close-all.js';
 import { StateBlock } from '../../state/state-block.js';
-import type { MemoryHandle } from '../memory/memory-manager.js';
+import type { MemoryHandle } from '../memory/memory-part.js';
 import type { PlatformHandle } from '../boards/platform.js';
 import type { PlatformChange, PlatformEvent } from '../boards/platform-parts.js';
 import { QUIET } from '../thread-streams.js';
@@ -42,7 +42,7 @@ const KICK_INTERVAL_MILLISECONDS = 10;
  * take a megabyte more. A hypervisor that leaves instructions to be emulated needs room for a decoder.
  */
 const WORKER_HEAP: Readonly<Record<HypervisorName, ResourceLimits>> = {
-  kvm: { maxYoungGenerationSizeMb: 1, maxOldGenerationSizeMb: 8 },
+  kvm: { maxYoungGenerationSizeMb: 1, maxOldGenerationSizeMb: 16 },
   mshv: { maxYoungGenerationSizeMb: 4, maxOldGenerationSizeMb: 64 },
 };
 

@@ -37,7 +37,7 @@ import type { HostResources, NetResource, PmemResource, VsockResource } from '..
 import { IoPlanner, type PlannedDevice, type PlannedWorker } from './io-planner.js';
 import type { Logger } from '../log/logger.js';
 import { MachineError } from '../machine/machine-error.js';
-import type { MemoryHandle, MemoryPart } from '../memory/memory-manager.js';
+import type { MemoryHandle, MemoryPart } from '../memory/memory-part.js';
 
 /** What a device has done since the machine was switched on. */
 export interface DeviceCounters {

@@ -4,7 +4,7 @@ import type { HypervisorName, VmHandle } from '../../hypervisor/hypervisor.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import type { LimiterOptions } from '../../virtio/rate-limiter.js';
-import type { MemoryHandle, MemoryPart } from '../memory/memory-manager.js';
+import type { MemoryHandle, MemoryPart } from '../memory/memory-part.js';
 
 export type BackendSpec =
   | {

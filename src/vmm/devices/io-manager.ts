@@ -1,7 +1,7 @@
 /** The I/O workers: which thread serves which queues; started, told things, and ended from main. */
 import { Worker } from 'node:worker_threads';
 import type { HostKernel } from '../../sys/host-kernel.js';
-import type { MemoryPart } from '../memory/memory-manager.js';
+import type { MemoryPart } from '../memory/memory-part.js';
 import { QUIET } from '../thread-streams.js';
 import {
   IN_FLIGHT_LIMIT,

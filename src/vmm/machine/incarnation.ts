@@ -16,7 +16,8 @@ import {
 import { CpuManager, type CpuManagerEvents, type CpuStart } from '../cpus/cpu-manager.js';
 import { MachineError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
-import { MemoryManager, type MemoryPart } from '../memory/memory-manager.js';
+import { MemoryManager } from '../memory/memory-manager.js';
+import type { MemoryPart } from '../memory/memory-part.js';
 import { attachPlatform, type PlatformHandle } from '../boards/platform.js';
 import { monotonicClock, type Platform, type PlatformChange } from '../boards/platform-parts.js';
 import type { HostResources } from '../host/host-resources.js';
@@ -40,6 +41,7 @@ export class Incarnation {
   readonly #platform: Platform;
   readonly #vcpus: Set<number>;
   #reminder: NodeJS.Timeout | undefined;
+  #closing = false;
   /** When it was paused, nanoseconds of the monotonic clock. */
   #paused = 0;
 
@@ -217,6 +219,8 @@ export class Incarnation {
   async pause(): Promise<void> {
     await this.#cpus.pause();
     await this.#io.pause();
+    // It may have ended meanwhile, and what it had is given back.
+    if (this.#closing) return;
     this.#board.vm.stopTime();
     this.#paused = monotonicClock();
   }
@@ -260,6 +264,7 @@ export class Incarnation {
 
   /** Stops the vCPUs and takes everything down. */
   async close(): Promise<void> {
+    this.#closing = true;
     clearInterval(this.#reminder);
     await this.#cpus.stop();
     await this.#io.stop();

@@ -4,30 +4,12 @@
  */
 import type { VmConfig } from '../../config/vm-config.js';
 import type { Vm } from '../../hypervisor/hypervisor.js';
-import { GuestMemory, type MemoryRange, type MemorySource, WINDOW_SIZE } from '../../memory/guest-memory.js';
+import { GuestMemory, type MemoryRange, WINDOW_SIZE } from '../../memory/guest-memory.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
-import { type HostKernel, type HostMapping, type MappingHandle, SystemError } from '../../sys/host-kernel.js';
+import { type HostKernel, type HostMapping, SystemError } from '../../sys/host-kernel.js';
 import { MachineError } from '../machine/machine-error.js';
 import { hugepageSize as sizeOfHugepages, sizeOptions } from './hotplug.js';
-
-/** A stretch of guest memory as another thread finds it. Structured-cloneable. */
-export interface MemoryPart {
-  readonly range: MemoryRange;
-  readonly mapping: MappingHandle;
-  /** Blocks that the guest plugs are RAM to all threads; only memory maps, which main makes, do not list them. False: a device's. */
-  readonly ram: boolean;
-}
-export type MemoryHandle = readonly MemoryPart[];
-
-/** Guest memory on a thread that did not allocate it. */
-export function attachMemory(handle: MemoryHandle, kernel: HostKernel): GuestMemory {
-  return new GuestMemory(handle.map((part) => attachPart(part, kernel)));
-}
-
-/** A stretch of it that came later. */
-export function attachPart({ range, mapping, ram }: MemoryPart, kernel: HostKernel): MemorySource {
-  return source(range, kernel.attach(mapping), ram);
-}
+import { type MemoryHandle, source } from './memory-part.js';
 
 export class MemoryManager {
   /** RAM that is there from the start. */
@@ -157,8 +139,3 @@ export class MemoryManager {
 const PAGE_SIZE = 2 ** 12;
 const HUGE_PAGE = 2 ** 21;
 const HUGEST_PAGE = 2 ** 30;
-
-function source(range: MemoryRange, mapping: HostMapping, ram: boolean): MemorySource {
-  const hostAddress = Number(mapping.handle.address);
-  return { ...range, hostAddress, ram, view: (offset, length) => mapping.view(offset, length) };
-}

@@ -1,6 +1,6 @@
 /**
- * The time-stamp counters of a partition's processors: each has its own, which goes on from whatever it is set to, and
- * TIME_FREEZE stops them all at one moment and lets them go on at another.
+ * The clocks of a partition: its reference time, which is KVM's, and the time-stamp counters of its processors. Each processor has its
+ * own, which goes on from whatever it is set to. TIME_FREEZE stops all of them at one moment and lets them go on at another.
  *
  * Offsets to the host's counter are kept here. KVM, which takes counters that are set to about the same time for one, is
  * told each of them (KVM_VCPU_TSC_OFFSET); where it can do nothing about it, guests read the host's counter all the same.
@@ -38,6 +38,17 @@ export class Clocks {
       else this.#setOffset(vp, this.#kept(vp) - now);
     }
     this.shared.words[this.#control + P.frozen] = on ? 1 : 0;
+    this.#freezeReference(on);
+  }
+
+  #freezeReference(on: boolean): void {
+    const data = new Uint8Array(kvm.CLOCK_SIZE);
+    const view = new DataView(data.buffer);
+    const { words, view: shared } = this.shared;
+    const kept = (this.#control + P.clock) * 4;
+    if (!on) view.setBigUint64(kvm.CLOCK.clock, shared.getBigUint64(kept, true), true);
+    this.host.ioctlBufferRaw(words[this.#control + P.fd], on ? kvm.KVM_GET_CLOCK : kvm.KVM_SET_CLOCK, data);
+    if (on) shared.setBigUint64(kept, view.getBigUint64(kvm.CLOCK.clock, true), true);
   }
 
   /** A new processor has the time of the others; the first begins at 0. */

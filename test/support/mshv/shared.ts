@@ -58,6 +58,8 @@ export const P = {
   unimplementedMsr: 16,
   /** Time stands still. */
   frozen: 17,
+  /** Two words: the reference time then, in nanoseconds of KVM's clock. */
+  clock: 18,
   properties: 64,
   levels: 256,
   msrs: 400,

@@ -7,7 +7,6 @@
  *
  * Not simulated: isolated partitions, the synthetic interrupt controller and its timers, CPUID intercepts that reach the VMM,
  * halts (as with the hypervisor's own local APIC, a halted processor waits in the kernel), accessed bits of pages.
- * TIME_FREEZE stops time-stamp counters alone.
  */
 import {
   errnoName,

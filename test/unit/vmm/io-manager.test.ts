@@ -3,7 +3,7 @@ import { describe, expect, test } from '@jest/globals';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { IoOrder, type IoWorkerData, type ServedDevice } from '../../../src/vmm/devices/device-specs.js';
 import { IoManager } from '../../../src/vmm/devices/io-manager.js';
-import type { MemoryPart } from '../../../src/vmm/memory/memory-manager.js';
+import type { MemoryPart } from '../../../src/vmm/memory/memory-part.js';
 
 const kernel = new LinuxKernel();
 

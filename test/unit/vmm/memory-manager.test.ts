@@ -7,7 +7,8 @@ import { type HostMapping, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
 import { ramRanges } from '../../../src/arch/x86_64/layout.js';
-import { attachMemory, MemoryManager } from '../../../src/vmm/memory/memory-manager.js';
+import { MemoryManager } from '../../../src/vmm/memory/memory-manager.js';
+import { attachMemory } from '../../../src/vmm/memory/memory-part.js';
 
 const GIB = 2 ** 30;
 
