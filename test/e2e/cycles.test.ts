@@ -34,6 +34,12 @@ function kernelThat(port: number, value: number): string {
   return image;
 }
 
+/** Of V8, whose heap has as many as main's garbage takes by chance. @param line of /proc/PID/maps */
+function isHeapPage(line: string): boolean {
+  const [, start, end, path] = /^(\w+)-(\w+) rw-p \S+ \S+ \S+ *(.*)$/.exec(line) ?? [];
+  return path === '' && parseInt(end, 16) - parseInt(start, 16) === 0x4_0000;
+}
+
 const devices = (name: string) => [
   ...['--disk', `path=${scratch}/disk`, '--net', `tap=${name}`, '--vsock', `cid=3,socket=${scratch}/vsock`],
   ...['--console', `socket=${scratch}/console`, '--serial', 'null', '--memory', 'size=16M'],
@@ -63,9 +69,10 @@ test(`${RESETS} resets of one machine leave no descriptor or thread in its proce
   const pid = await process.pid;
   const count = async () => {
     const { stdout } = await host.shell(
-      `ls /proc/${pid}/fd | wc -l; ls /proc/${pid}/task | wc -l; wc -l </proc/${pid}/maps`,
+      `ls /proc/${pid}/fd | wc -l; ls /proc/${pid}/task | wc -l; cat /proc/${pid}/maps`,
     );
-    return stdout.split('\n').slice(0, 3).map(Number);
+    const [descriptors, threads, ...mappings] = stdout.trim().split('\n');
+    return [Number(descriptors), Number(threads), mappings.filter((line) => !isHeapPage(line)).length];
   };
   /** Of several moments, as a machine may be on its way up or down at each of them. */
   const samples = async (pick: (...values: number[]) => number) => {
