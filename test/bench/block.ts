@@ -16,7 +16,6 @@ import {
   CMDLINE,
   type GuestFiles,
   isWanted,
-  LAP,
   type Measure,
   oursCommand,
   qemuCommand,
@@ -25,7 +24,6 @@ import {
   TURNS,
   writeBenchGuest,
 } from './guest.js';
-import { IN_LAB, stopwatch } from './lab-clock.js';
 import type { Row } from './report.js';
 
 const DISK_MIB = 512;
@@ -35,16 +33,6 @@ const RAMP_SECONDS = 1;
 /** V8 takes seconds of the lab's processor to compile what a busy worker runs. */
 const WARM_UP_SECONDS = 20;
 
-/** In a lab a transfer ends after so many requests, as there its processor's time is measured. */
-const REQUESTS = Number(process.env['VMM_BENCH_REQUESTS'] ?? 1000);
-/** How many a worker of V8's has to serve until its code is what it will be; others are warm after one transfer. */
-const WARM_UP_REQUESTS = 5000;
-/** Options of fio by which a transfer ends. */
-const until = (requests: number | string, seconds: number, ramp: number) =>
-  IN_LAB
-    ? [`number_ios=${requests}`, ...['pre', 'post'].map((when) => `exec_${when}run=echo ${LAP} >/dev/console`)]
-    : ['time_based=1', `runtime=${seconds}`, `ramp_time=${ramp}`];
-
 interface Job {
   readonly name: string;
   readonly figure: string;
@@ -52,9 +40,6 @@ interface Job {
   readonly options: string;
   readonly kind: 'read' | 'write';
   readonly unit: 'IOPS' | 'MiB/s';
-  /** What is moved in a lab, and how much by each. */
-  readonly requests: number;
-  readonly bytes: number;
   /** Which of the fresh regions are this job's, where it wants some: the first turn's. */
   readonly region?: number;
 }
@@ -64,15 +49,13 @@ const JOBS: readonly Job[] = (['read', 'write'] as const).flatMap((kind) => [
     name: `rand${kind}${depth}`,
     figure: `random ${kind}, 4 KiB, depth ${depth}`,
     options: `rw=rand${kind} bs=4k iodepth=${depth}`,
-    ...{ requests: REQUESTS, bytes: 4096 },
     kind,
     unit: 'IOPS' as const,
   })),
   {
     name: `seq${kind}`,
     figure: `sequential ${kind}, 128 KiB, depth 4`,
-    options: `rw=${kind} bs=128k iodepth=4${IN_LAB ? ` number_ios=${REQUESTS / 4}` : ''}`,
-    ...{ requests: REQUESTS / 4, bytes: 128 * 1024 },
+    options: `rw=${kind} bs=128k iodepth=4`,
     kind,
     unit: 'MiB/s' as const,
   },
@@ -83,7 +66,6 @@ const QUEUE_JOBS: readonly Job[] = (['read', 'write'] as const).map((kind) => ({
   name: `two${kind}`,
   figure: `random ${kind}, 4 KiB, two processes of depth 16, two queues`,
   options: `rw=rand${kind} bs=4k iodepth=16 numjobs=2 group_reporting=1`,
-  ...{ requests: 2 * REQUESTS, bytes: 4096 },
   kind,
   unit: 'IOPS',
 }));
@@ -96,7 +78,6 @@ const BACKING_JOBS: readonly Job[] = [1, 32].map((depth, index) => ({
   name: `first${depth}`,
   figure: `${FIRST_WRITES} random writes over ${REGION_MIB} MiB of the backing file, 4 KiB, depth ${depth}`,
   options: `rw=randwrite bs=4k iodepth=${depth} offset=\${OFFSET} size=${REGION_MIB}m number_ios=${FIRST_WRITES} time_based=0 ramp_time=0 norandommap=0`,
-  ...{ requests: FIRST_WRITES, bytes: 4096 },
   kind: 'write',
   unit: 'IOPS',
   region: index * TURNS,
@@ -105,10 +86,10 @@ const BACKING_JOBS: readonly Job[] = [1, 32].map((depth, index) => ({
 /** fio spends the guest's time on the I/O rather than on statistics and buffers. */
 const FIO_JOBS = [
   '[global]',
-  ...['filename=/dev/vda', 'direct=1', 'ioengine=libaio', 'thread=1', 'norandommap=1'],
-  ...['gtod_reduce=1', 'scramble_buffers=0', ...until(REQUESTS, SECONDS, RAMP_SECONDS)],
+  ...['filename=/dev/vda', 'direct=1', 'ioengine=libaio', 'thread=1', 'time_based=1', 'norandommap=1'],
+  ...[`runtime=${SECONDS}`, `ramp_time=${RAMP_SECONDS}`, 'gtod_reduce=1', 'scramble_buffers=0'],
   ...[...JOBS, ...QUEUE_JOBS, ...BACKING_JOBS].flatMap(({ name, options }) => [`[${name}]`, ...options.split(' ')]),
-  ...['[warm-up]', 'rw=randrw', 'bs=4k', 'iodepth=1', ...until('${REQUESTS}', WARM_UP_SECONDS, 0)],
+  ...['[warm-up]', 'rw=randrw', 'bs=4k', 'iodepth=1', `runtime=${WARM_UP_SECONDS}`],
   ...[`offset=${DISK_MIB - WARM_UP_MIB}m`, `size=${WARM_UP_MIB}m`],
 ].join('\n');
 
@@ -123,42 +104,29 @@ interface FioResult {
   })[];
 }
 
-/** How fio runs a job in the guest; what else it says is shown when it fails. */
-function fio(name: string, { region = 0, requests = 0 } = {}, then = ':'): string {
-  const command = `/usr/bin/fio --output-format=json --output=/tmp/result --section=${name} /tmp/jobs`;
-  const settings = `OFFSET=${region * REGION_MIB}m REQUESTS=${requests}`;
-  return `${settings} ${command} >/tmp/log 2>&1 && ${then} || { cat /tmp/log; false; }`;
-}
-
-/** Runs a job for its time. */
-async function runTimed(guest: BenchGuest, name: string, region: number): Promise<FioResult['jobs'][number]> {
-  const output = await guest.run(fio(name, { region }, "tr -d ' \\n' </tmp/result"), SECONDS);
+async function runJob(
+  guest: BenchGuest,
+  name: string,
+  seconds: number,
+  region = 0,
+): Promise<FioResult['jobs'][number]> {
+  const fio = `/usr/bin/fio --output-format=json --output=/tmp/result --section=${name} /tmp/jobs`;
+  const output = await guest.run(
+    `OFFSET=${region * REGION_MIB}m ${fio} >/tmp/log 2>&1 && tr -d ' \\n' </tmp/result || { cat /tmp/log; false; }`,
+    seconds,
+  );
   const { jobs } = JSON.parse(output.slice(output.indexOf('{'))) as FioResult;
   const result = jobs.find(({ jobname }) => jobname === name);
   if (result === undefined || result.error !== 0) throw new Error(`fio's job ${name} failed: ${output}`);
   return result;
 }
 
-/** Runs a job for its number of requests. @returns seconds of the lab's processor between its first and its last */
-async function runCounted(guest: BenchGuest, name: string, region: number): Promise<number> {
-  const laps: number[] = [];
-  const seconds = stopwatch();
-  await guest.run(fio(name, { region }), SECONDS, () => laps.push(seconds()));
-  return laps[laps.length - 1] - laps[0];
-}
-
-async function warmUp(guest: BenchGuest, requests: number): Promise<void> {
-  await guest.run(fio('warm-up', { requests }), WARM_UP_SECONDS);
-}
-
 const measures = (image: string, jobs: readonly Job[]) =>
-  jobs.map(({ name, figure, kind, unit, region = 0, requests, bytes }): Measure<BenchGuest> => ({
+  jobs.map(({ name, figure, kind, unit, region = 0 }): Measure<BenchGuest> => ({
     figure: `${image}: ${figure}`,
     unit,
     async run(guest, turn) {
-      if (IN_LAB)
-        return (unit === 'IOPS' ? requests : (requests * bytes) / MIB) / (await runCounted(guest, name, region + turn));
-      const result = await runTimed(guest, name, region + turn);
+      const result = await runJob(guest, name, SECONDS, region + turn);
       return unit === 'IOPS' ? result[kind].iops : result[kind].bw_bytes / MIB;
     },
   }));
@@ -193,10 +161,10 @@ const OVERLAY: Image = {
 
 type BlockCommand = (files: GuestFiles, disk: string, format: Image['format']) => string[];
 
-function ours(queues: number, cpus: number, program?: string): BlockCommand {
+function ours(queues: number, cpus: number): BlockCommand {
   return (files, disk, format) => {
     const options = `path=${disk},image_type=${format},backing_files=on,num_queues=${queues}`;
-    return oursCommand(files, ['--disk', options], cpus, program);
+    return oursCommand(files, ['--disk', options], cpus);
   };
 }
 
@@ -237,8 +205,6 @@ export async function benchBlock(note: (line: string) => void): Promise<Row[]> {
     ['ours', ours(1, 1)],
     ['QEMU q35, io_uring', qemuBlock],
   ]);
-  const before = process.env['VMM_BENCH_BEFORE'];
-  if (before !== undefined) commands.set('ours, before', ours(1, 1, before));
   const binary = process.env['VMM_BENCH_CH'];
   if (binary !== undefined) commands.set('Cloud Hypervisor', cloudHypervisorBlock(binary));
   return [
@@ -281,7 +247,8 @@ async function compare(
       image.make(raw, disk);
       const guest = await BenchGuest.start(command(files, disk, image.format));
       guests.set(name, guest);
-      await warmUp(guest, name.startsWith('ours') ? WARM_UP_REQUESTS : REQUESTS);
+      const { read, write } = await runJob(guest, 'warm-up', WARM_UP_SECONDS);
+      note(`Warming up, ${name}, IOPS: ${(read.iops + write.iops).toPrecision(4)}`);
     }
     return await takeTurns(note, wanted, guests);
   } finally {

@@ -7,16 +7,13 @@ import type { Readable, Writable } from 'node:stream';
 import type { Kernel } from '../lab/kernels.js';
 import { writeInitramfs } from '../support/guest-image.js';
 import { guestTools, type Tool } from '../support/rootfs.js';
-import { IN_LAB } from './lab-clock.js';
 import { median, row, type Row } from './report.js';
 
 /** What all machines are given; guest RAM also holds the tools. */
 export const RAM_MIB = 768;
 export const CMDLINE = 'console=ttyS0 quiet loglevel=1 panic=-1 reboot=t';
-/** For what hangs: a lab may have to share its processors with much else. */
-const BOOT_LIMIT_SECONDS = IN_LAB ? 1200 : 90;
-/** How often each machine has its turn with each figure. */
-export const TURNS = Number(process.env['VMM_BENCH_TURNS'] ?? 5);
+const BOOT_LIMIT_SECONDS = 90;
+export const TURNS = 5;
 
 export interface GuestFiles {
   readonly kernel: string;
@@ -24,14 +21,9 @@ export interface GuestFiles {
 }
 
 /** How vmm runs a benchmark's guest, with the options that make the device in question. */
-export function oursCommand(
-  { kernel: image, initramfs }: GuestFiles,
-  options: readonly string[],
-  cpus = 1,
-  program = path.resolve('dist/vmm.js'),
-): string[] {
+export function oursCommand({ kernel: image, initramfs }: GuestFiles, options: readonly string[], cpus = 1): string[] {
   return [
-    ...[process.execPath, program, '--kernel', image, '--initramfs', initramfs],
+    ...[process.execPath, path.resolve('dist/vmm.js'), '--kernel', image, '--initramfs', initramfs],
     ...['--cpus', `boot=${cpus}`, '--memory', `size=${RAM_MIB}M`, '--serial', 'tty', '--console', 'off'],
     ...['--cmdline', CMDLINE, ...options],
   ];
@@ -47,8 +39,6 @@ export function qemuCommand({ kernel: image, initramfs }: GuestFiles, options: r
 }
 
 const MARK = '@@done-';
-/** What a command prints to stop and start a stopwatch. */
-export const LAP = '@@lap@@';
 const MARK_PATTERN = /@@done-(\d+)@@/;
 
 /** Runs each line that comes over the console, and says how it ended. */
@@ -78,7 +68,6 @@ export class BenchGuest {
   #console = '';
   #errors = '';
   #wake: () => void = () => undefined;
-  #lap: () => void = () => undefined;
 
   private constructor(private readonly argv: readonly string[]) {
     this.#child = spawn(argv[0], argv.slice(1), { stdio: ['pipe', 'pipe', 'pipe'] });
@@ -87,10 +76,6 @@ export class BenchGuest {
     this.#child.stdin.on('error', () => undefined); // it has ended, which is noticed
     this.#child.stdout.on('data', (bytes: Buffer) => {
       this.#console += bytes.toString('latin1');
-      for (let at = this.#console.indexOf(LAP); at >= 0; at = this.#console.indexOf(LAP)) {
-        this.#console = this.#console.slice(0, at) + this.#console.slice(at + LAP.length);
-        this.#lap();
-      }
       this.#wake();
     });
     this.#child.stderr.on('data', (bytes: Buffer) => (this.#errors += bytes.toString()));
@@ -107,9 +92,8 @@ export class BenchGuest {
     }
   }
 
-  /** @param lap called for each {@link LAP} @returns what a command of about so many seconds prints */
-  async run(command: string, seconds: number, lap: () => void = () => undefined): Promise<string> {
-    this.#lap = lap;
+  /** @returns what a command of about so many seconds prints */
+  async run(command: string, seconds: number): Promise<string> {
     this.#child.stdin.write(`${command}\n`);
     return this.#reply(BOOT_LIMIT_SECONDS + 2 * seconds);
   }
@@ -179,12 +163,10 @@ export async function takeTurns<Guest>(
     }
     const text = (values: readonly number[]) => values.map((value) => value.toPrecision(4)).join(' ');
     note(`${figure}, ${unit}: ${[...samples].map(([name, values]) => `${name} ${text(values)}`).join('; ')}`);
-    const [[, ours], ...peers] = [...samples];
+    const [ours, ...peers] = [...samples].map(([name, values]) => ({ name, value: median(values) }));
     rows.push(
-      ...peers.map(([name, values]) => ({
-        ...row(figure, unit, median(ours), median(values), name),
-        // Of what ran one after the other: what slows down both for longer than that cancels out.
-        ratio: median(ours.map((value, turn) => value / values[turn])),
+      ...peers.map(({ name, value }) => ({
+        ...row(figure, unit, ours.value, value, name),
         better: 'higher' as const,
       })),
     );

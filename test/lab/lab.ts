@@ -185,15 +185,12 @@ export class LabMachine {
     const qemu = [
       ...[...emulator, '-accel', 'tcg,thread=multi,tb-size=512', '-smp', String(cpus), '-m', String(memoryMib)],
       ...['-display', 'none', '-nodefaults', '-no-user-config', '-monitor', 'none', '-no-reboot'],
-      // Names its processors' threads, whose time test/bench/lab-clock.ts reads by the share.
-      ...['-name', 'lab,debug-threads=on'],
       ...['-serial', `file:${directory}/console`, '-kernel', image.vmlinuz, '-initrd', initramfs],
       ...['-append', `${append} panic=-1 quiet mitigations=off watchdog_thresh=${WATCHDOG_SECONDS}`],
       ...Object.entries(shares).flatMap(([tag, folder]) => [
         '-virtfs',
         `local,path=${folder},mount_tag=${tag},security_model=none,readonly=on,multidevs=remap`,
       ]),
-      ...['-virtfs', 'local,path=/proc,mount_tag=proc,security_model=none,readonly=on'],
       ...['-device', 'virtio-serial-pci', '-chardev', `socket,id=agent,path=${directory}/agent,server=on,wait=off`],
       ...['-device', `virtserialport,chardev=agent,name=${PORT_NAME}`],
     ];
