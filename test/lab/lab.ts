@@ -183,7 +183,7 @@ export class LabMachine {
       Buffer.concat([padded(fs.readFileSync(base)), cpio([file('agent.env', settings.join(''))])]),
     );
     const qemu = [
-      ...[...emulator, '-accel', 'tcg,thread=multi,tb-size=512', '-smp', String(cpus), '-m', String(memoryMib)],
+      ...[...emulator, '-accel', 'tcg,thread=multi,tb-size=192', '-smp', String(cpus), '-m', String(memoryMib)],
       ...['-display', 'none', '-nodefaults', '-no-user-config', '-monitor', 'none', '-no-reboot'],
       ...['-serial', `file:${directory}/console`, '-kernel', image.vmlinuz, '-initrd', initramfs],
       ...['-append', `${append} panic=-1 quiet mitigations=off watchdog_thresh=${WATCHDOG_SECONDS}`],
