@@ -19,7 +19,8 @@ import {
   type VirtioDevice,
   VirtioType,
 } from '../device.js';
-import { type Chain, Pop } from '../queue/queue.js';
+import type { Chain, VirtQueue } from '../queue/queue.js';
+import { serveQueue } from '../queue/serve.js';
 
 const MemFeature = { unpluggedInaccessible: 1 } as const;
 /** 5.15.4: offsets of the configuration. The node's number, at 8, means nothing without ACPI_PXM. */
@@ -96,6 +97,7 @@ export interface MemOptions {
 export class MemDevice implements VirtioDevice {
   #queue: DeviceQueue | undefined;
   #broken = false;
+  readonly #answerChain = ({ chain }: VirtQueue) => this.#take(chain);
   readonly #again: Timer;
   readonly #config: DataView;
   readonly #plugged: Uint8Array;
@@ -132,20 +134,12 @@ export class MemDevice implements VirtioDevice {
   }
 
   kick(queue: DeviceQueue): void {
-    const { ring } = queue;
     if (queue !== this.#queue || this.#broken) return;
-    ring.suppressKicks();
-    let left = BATCH;
-    for (; left > 0; left--) {
-      const pop = ring.pop();
-      if (pop === Pop.Taken) ring.push(ring.chain.id, this.#take(ring.chain));
-      else if (pop === Pop.Broken || !ring.resumeKicks()) break;
-      else ring.suppressKicks();
-    }
-    queue.signal();
+    const { ring } = queue;
+    const more = serveQueue(queue, BATCH, this.#answerChain);
     this.#broken = ring.fault !== '';
     if (this.#broken) this.context.needsReset(ring.fault);
-    else if (left === 0) this.#again.start(0);
+    else if (more) this.#again.start(0);
   }
 
   /** @returns bytes written */

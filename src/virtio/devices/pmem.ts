@@ -13,7 +13,8 @@ import {
   type VirtioDevice,
   VirtioType,
 } from '../device.js';
-import { Pop, type VirtQueue } from '../queue/queue.js';
+import type { VirtQueue } from '../queue/queue.js';
+import { serveQueue } from '../queue/serve.js';
 
 const REQUEST_BYTES = 4;
 const RESPONSE_BYTES = 4;
@@ -50,6 +51,7 @@ export interface PmemOptions {
 export class PmemDevice implements VirtioDevice {
   #queue: DeviceQueue | undefined;
   #broken = false;
+  readonly #answerChain = (ring: VirtQueue) => this.#answer(ring);
   readonly #again: Timer;
   readonly #bytes = new Uint8Array(4);
   readonly #view = new DataView(this.#bytes.buffer);
@@ -69,20 +71,12 @@ export class PmemDevice implements VirtioDevice {
   }
 
   kick(queue: DeviceQueue): void {
-    const { ring } = queue;
     if (queue !== this.#queue || this.#broken) return;
-    ring.suppressKicks();
-    let left = BATCH;
-    for (; left > 0; left--) {
-      const pop = ring.pop();
-      if (pop === Pop.Taken) ring.push(ring.chain.id, this.#answer(ring));
-      else if (pop === Pop.Broken || !ring.resumeKicks()) break;
-      else ring.suppressKicks();
-    }
-    queue.signal();
+    const { ring } = queue;
+    const more = serveQueue(queue, BATCH, this.#answerChain);
     this.#broken = ring.fault !== '';
     if (this.#broken) this.context.needsReset(ring.fault);
-    else if (left === 0) this.#again.start(0);
+    else if (more) this.#again.start(0);
   }
 
   /** @returns bytes written */

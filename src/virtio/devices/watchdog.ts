@@ -12,7 +12,8 @@ import {
   type VirtioDevice,
   VirtioType,
 } from '../device.js';
-import { Pop, type VirtQueue } from '../queue/queue.js';
+import type { VirtQueue } from '../queue/queue.js';
+import { serveQueue } from '../queue/serve.js';
 
 /** Milliseconds. The guest's driver pings at this interval. */
 export const CHECK_INTERVAL = 15_000;
@@ -49,6 +50,7 @@ const PONG = Uint8Array.of(1);
 export class WatchdogDevice implements VirtioDevice {
   #queue: DeviceQueue | undefined;
   #broken = false;
+  readonly #answerChain = (ring: VirtQueue) => this.#ping(ring);
   /** Of the loop's clock. */
   #lastPing = 0;
   readonly #check: Timer;
@@ -72,20 +74,12 @@ export class WatchdogDevice implements VirtioDevice {
 
   /** Serves one queue's worth of chains at most: others want the worker too. */
   kick(queue: DeviceQueue): void {
-    const { ring } = queue;
     if (queue !== this.#queue || this.#broken) return;
-    ring.suppressKicks();
-    let left = ring.size;
-    for (; left > 0; left--) {
-      const pop = ring.pop();
-      if (pop === Pop.Taken) ring.push(ring.chain.id, this.#ping(ring));
-      else if (pop === Pop.Broken || !ring.resumeKicks()) break;
-      else ring.suppressKicks();
-    }
-    queue.signal();
+    const { ring } = queue;
+    const more = serveQueue(queue, ring.size, this.#answerChain);
     this.#broken = ring.fault !== '';
     if (this.#broken) this.context.needsReset(ring.fault);
-    else if (left === 0) this.#again.start(0);
+    else if (more) this.#again.start(0);
   }
 
   /** @returns bytes written */

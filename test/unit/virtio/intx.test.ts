@@ -4,13 +4,12 @@ import type { VmSignals } from '../../../src/hypervisor/hypervisor.js';
 import { intxLayout, IntxLines } from '../../../src/pci/intx.js';
 import { StateBlock } from '../../../src/state/state-block.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import type { DeviceContext, DeviceQueue, VirtioDescription } from '../../../src/virtio/device.js';
+import type { DeviceContext, DeviceQueue } from '../../../src/virtio/device.js';
 import { EpollLoop } from '../../../src/virtio/transport/epoll-loop.js';
-import { offeredFeatures, type VirtioPciHandle } from '../../../src/virtio/transport/pci-handle.js';
 import { VirtioPciDevice } from '../../../src/virtio/transport/pci-transport.js';
 import { Pop } from '../../../src/virtio/queue/queue.js';
 import { VirtioRunner } from '../../../src/virtio/transport/runner.js';
-import { transportLayout } from '../../../src/virtio/transport/transport-state.js';
+import { testFunction } from '../../support/test-function.js';
 import { TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 const kernel = new LinuxKernel();
@@ -25,29 +24,8 @@ const PIN = 11;
 function machine(call?: number) {
   const guest = new TestGuest();
   const loop = new EpollLoop(kernel);
-  const description: VirtioDescription = {
-    type: 42,
-    classCode: 0xff0000,
-    features: [],
-    queueSizes: [16],
-    config: Uint8Array.of(1),
-    counters: [],
-    writable: [],
-  };
-  const wake = kernel.eventfd();
-  const handle: VirtioPciHandle = {
-    id: '_test0',
-    segment: 0,
-    slot: 3,
-    description,
-    offered: offeredFeatures(description, false),
-    state: new StateBlock(transportLayout('_test0', 1, 1)).buffer,
-    doorbells: [kernel.eventfd()],
-    workers: [wake],
-    wideBar: true,
-    interruptLine: PIN,
-    kernelInterrupts: call === undefined ? [] : [{ queue: 0, route: 24, eventfd: call }],
-  };
+  const handle = testFunction(kernel, PIN, call);
+  const [wake] = handle.workers;
   const levels: [number, boolean][] = [];
   const messages: number[] = [];
   const connected = new Set<number>();

@@ -5,14 +5,14 @@ import type { VmSignals } from '../../../src/hypervisor/hypervisor.js';
 import { intxLayout, IntxLines } from '../../../src/pci/intx.js';
 import { StateBlock } from '../../../src/state/state-block.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import type { DeviceQueue, VirtioDescription, VirtioDevice } from '../../../src/virtio/device.js';
+import type { DeviceQueue, VirtioDevice } from '../../../src/virtio/device.js';
 import { Pop } from '../../../src/virtio/queue/queue.js';
 import { EpollLoop } from '../../../src/virtio/transport/epoll-loop.js';
-import { offeredFeatures, type VirtioPciHandle } from '../../../src/virtio/transport/pci-handle.js';
 import { Common, MSIX_CAP_AT, MSIX_TABLE_AT, NOTIFY_AT } from '../../../src/virtio/transport/pci-registers.js';
 import { VirtioPciDevice } from '../../../src/virtio/transport/pci-transport.js';
 import { VirtioRunner } from '../../../src/virtio/transport/runner.js';
-import { Status, transportLayout } from '../../../src/virtio/transport/transport-state.js';
+import { Status } from '../../../src/virtio/transport/transport-state.js';
+import { testFunction } from '../../support/test-function.js';
 import { PMEM, PMEM_SIZE, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
 const kernel = new LinuxKernel();
@@ -58,29 +58,8 @@ class Device implements VirtioDevice {
 function machine(holdsChains?: boolean, kernelServed = false) {
   const guest = new TestGuest();
   const loop = new EpollLoop(kernel);
-  const description: VirtioDescription = {
-    type: 42,
-    classCode: 0xff0000,
-    features: [],
-    queueSizes: [16],
-    config: Uint8Array.of(1),
-    counters: [],
-    writable: [],
-  };
-  const wake = kernel.eventfd();
-  const handle: VirtioPciHandle = {
-    id: '_test0',
-    segment: 0,
-    slot: 3,
-    description,
-    offered: offeredFeatures(description, false),
-    state: new StateBlock(transportLayout('_test0', 1, 1)).buffer,
-    doorbells: [kernel.eventfd()],
-    workers: [wake],
-    wideBar: true,
-    interruptLine: PIN,
-    kernelInterrupts: kernelServed ? [{ queue: 0, route: 24, eventfd: kernel.eventfd() }] : [],
-  };
+  const handle = testFunction(kernel, PIN, kernelServed ? kernel.eventfd() : undefined);
+  const [wake] = handle.workers;
   const doorbells = new Map<number, number>();
   const connected = new Map<number, number>();
   const levels: [number, boolean][] = [];
