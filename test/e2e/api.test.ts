@@ -3,7 +3,8 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
-import { askApi } from '../support/api-client.js';
+import { askApi, DONE } from '../support/api-client.js';
+import { Conversation, LISTEN } from '../support/conversation.js';
 import { Guest, testFolder, VMM } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
 import { COM1, runnable, TURN_OFF } from '../support/synthetic-kernel.js';
@@ -33,21 +34,13 @@ afterAll(async () => {
 
 const api = (method: 'GET' | 'PUT', name: string, body?: unknown, at = host) => askApi(at, socket, method, name, body);
 
-const done = { status: 204, body: undefined };
-
 test('disks, the balloon and memory change their size under a running guest, and keep it over a reboot', async () => {
   await host.check(`truncate -s 8M ${scratch}/raw; qemu-img create -q -f qcow2 ${scratch}/qcow2 8M`);
-  // Lines come one by one, so that the guest does nothing unasked.
-  const loop = `
-true
-while echo "@@done-$?@@"; read -r line; do
-  eval "$line" </dev/null
-done`;
   const guest = await Guest.start(host, folder, {
     kernel: cloud,
     cmdline: 'memhp_default_state=online_movable',
     task: {
-      command: loop,
+      command: LISTEN,
       modules: { kernel: cloud, names: ['virtio_pci', 'virtio_blk', 'virtio_balloon', 'virtio_mem'] },
     },
     vmm: [
@@ -57,25 +50,14 @@ done`;
       ...['--disk', `path=${scratch}/raw,num_queues=2,queue_affinity=[0@[0],1@[0]]`, `path=${scratch}/qcow2,id=data`],
     ],
   });
-  let from = 0;
-  const prompt = async (): Promise<string> => {
-    await guest.waitFor(/@@done-\d+@@/, from);
-    const [all, before, status] = /^([^]*?)@@done-(\d+)@@/.exec(guest.console.slice(from))!;
-    from += all.length;
-    if (status !== '0') throw new Error(before);
-    return before;
-  };
-  const run = (command: string): Promise<string> => {
-    guest.type(`${command}\n`);
-    return prompt();
-  };
-  const sizes = async () => (await run('cat /sys/block/vda/size /sys/block/vdb/size')).match(/^\d+/gm);
-  await prompt();
+  const shell = new Conversation(guest);
+  const sizes = async () => (await shell.run('cat /sys/block/vda/size /sys/block/vdb/size')).match(/^\d+/gm);
+  await shell.listens();
   expect(await sizes()).toEqual(['16384', '16384']);
 
   expect(await api('GET', 'vmm.ping')).toMatchObject({ status: 200, body: { features: [] } });
-  expect(await api('PUT', 'vm.resize-disk', { id: '_disk0', desired_size: 16 * MIB })).toEqual(done);
-  expect(await api('PUT', 'vm.resize-disk', { id: 'data', desired_size: 32 * MIB })).toEqual(done);
+  expect(await api('PUT', 'vm.resize-disk', { id: '_disk0', desired_size: 16 * MIB })).toEqual(DONE);
+  expect(await api('PUT', 'vm.resize-disk', { id: 'data', desired_size: 32 * MIB })).toEqual(DONE);
   expect(await sizes()).toEqual(['32768', '65536']);
   // The room is there, through either queue of the first and in the image of the second.
   for (const [disk, end] of [
@@ -84,8 +66,10 @@ done`;
   ] as const) {
     for (const cpu of [0, 1]) {
       const device = `of=/dev/${disk} bs=1M seek=${end} count=1 conv=fsync`;
-      await run(`echo end-${cpu} | taskset ${cpu + 1} dd ${device} 2>/dev/null`);
-      expect(await run(`dd if=/dev/${disk} bs=1M skip=${end} count=1 2>/dev/null | head -c 5`)).toContain(`end-${cpu}`);
+      await shell.run(`echo end-${cpu} | taskset ${cpu + 1} dd ${device} 2>/dev/null`);
+      expect(await shell.run(`dd if=/dev/${disk} bs=1M skip=${end} count=1 2>/dev/null | head -c 5`)).toContain(
+        `end-${cpu}`,
+      );
     }
   }
   expect(await api('PUT', 'vm.resize-disk', { id: 'data', desired_size: 8 * MIB, shrink: true })).toMatchObject({
@@ -97,9 +81,9 @@ done`;
     status: 400,
     body: [expect.stringMatching(/"shrink": true/)],
   });
-  expect(await api('PUT', 'vm.resize-disk', { ...smaller, shrink: true })).toEqual(done);
+  expect(await api('PUT', 'vm.resize-disk', { ...smaller, shrink: true })).toEqual(DONE);
   expect(await sizes()).toEqual(['16384', '65536']);
-  expect(await api('PUT', 'vm.resize-disk', { ...smaller, desired_size: 16 * MIB })).toEqual(done);
+  expect(await api('PUT', 'vm.resize-disk', { ...smaller, desired_size: 16 * MIB })).toEqual(DONE);
   expect(await api('PUT', 'vm.resize-disk', { id: 'none', desired_size: 8 * MIB })).toMatchObject({ status: 404 });
 
   const plugged = (mib: number) => new RegExp(`mem0: The guest has plugged ${mib * MIB} bytes`);
@@ -108,10 +92,10 @@ done`;
     status: 400,
     body: [`desired_ram: accepted is ${512 * MIB} and up to ${1024 * MIB} more, by multiples of ${2 * MIB}`],
   });
-  expect(await api('PUT', 'vm.resize', { desired_ram: 768 * MIB })).toEqual(done);
+  expect(await api('PUT', 'vm.resize', { desired_ram: 768 * MIB })).toEqual(DONE);
   await guest.waitForLog(plugged(256));
 
-  expect(await api('PUT', 'vm.resize', { desired_balloon: 64 * MIB })).toEqual(done);
+  expect(await api('PUT', 'vm.resize', { desired_balloon: 64 * MIB })).toEqual(DONE);
   const inflated = new RegExp(`__balloon: The guest has given back ${64 * MIB} bytes`);
   await guest.waitForLog(inflated);
   expect(await api('GET', 'vm.info')).toMatchObject({
@@ -137,23 +121,23 @@ done`;
   });
 
   const logged = guest.log.length;
-  expect(await api('PUT', 'vm.reboot')).toEqual(done);
-  await prompt();
+  expect(await api('PUT', 'vm.reboot')).toEqual(DONE);
+  await shell.listens();
   expect(await sizes()).toEqual(['32768', '65536']);
   await guest.waitForLog(inflated, logged);
   await guest.waitForLog(plugged(256), logged);
 
   // The machine of the command line is one like any other.
-  expect(await api('PUT', 'vm.shutdown')).toEqual(done);
+  expect(await api('PUT', 'vm.shutdown')).toEqual(DONE);
   expect(await api('GET', 'vm.info')).toMatchObject({ body: { state: 'Shutdown', memory_actual_size: 512 * MIB } });
   expect(await host.check(`qemu-img check -q ${scratch}/qcow2; echo unlocked`)).toBe('unlocked\n');
-  expect(await api('PUT', 'vm.boot')).toEqual(done);
-  await prompt();
+  expect(await api('PUT', 'vm.boot')).toEqual(DONE);
+  await shell.listens();
   expect(await sizes()).toEqual(['32768', '65536']);
-  expect(await api('PUT', 'vm.delete')).toEqual(done);
+  expect(await api('PUT', 'vm.delete')).toEqual(DONE);
   expect(await api('GET', 'vm.info')).toMatchObject({ status: 404 });
 
-  expect(await api('PUT', 'vmm.shutdown')).toEqual(done);
+  expect(await api('PUT', 'vmm.shutdown')).toEqual(DONE);
   expect(await guest.end()).toMatchObject({ status: 0 });
   expect(await host.check(`ls ${scratch}; stat -c %s ${scratch}/raw; qemu-img check -q ${scratch}/qcow2`)).toBe(
     `qcow2\nraw\n${16 * MIB}\n`,
@@ -202,10 +186,10 @@ test('a machine is made, run, shut down and made again, and nothing of it is lef
     fs: null,
   };
   await simple.check(`for i in $(seq 200); do [ -S ${socket} ] && exit; sleep 0.1; done; exit 1`);
-  expect(await call('PUT', 'vm.create', config)).toEqual(done);
+  expect(await call('PUT', 'vm.create', config)).toEqual(DONE);
   expect(await call('PUT', 'vm.create', config)).toMatchObject({ status: 500 });
   const before = await used();
-  expect(await call('PUT', 'vm.boot')).toEqual(done);
+  expect(await call('PUT', 'vm.boot')).toEqual(DONE);
   await echoed('first');
   const { body } = await call('GET', 'vm.info');
   expect(body).toMatchObject({
@@ -218,29 +202,29 @@ test('a machine is made, run, shut down and made again, and nothing of it is lef
     },
     device_tree: { _net1: { resources: [] } },
   });
-  expect(await call('PUT', 'vm.reboot')).toEqual(done);
+  expect(await call('PUT', 'vm.reboot')).toEqual(DONE);
   await echoed('rebooted');
   // A failed boot, of a machine that has run before.
-  expect(await call('PUT', 'vm.shutdown')).toEqual(done);
+  expect(await call('PUT', 'vm.shutdown')).toEqual(DONE);
   expect(await used()).toBe(before);
   await simple.check(`mv ${scratch}/disk ${scratch}/moved`);
   expect(await call('PUT', 'vm.boot')).toMatchObject({ status: 500, body: [expect.stringMatching(/^--disk path=/)] });
   expect(await used()).toBe(before);
   await simple.check(`mv ${scratch}/moved ${scratch}/disk`);
   expect(await state()).toBe('Shutdown');
-  expect(await call('PUT', 'vm.boot')).toEqual(done);
+  expect(await call('PUT', 'vm.boot')).toEqual(DONE);
   await echoed('again');
   const { mac } = (body as { config: { net: { mac: string }[] } }).config.net[0];
   expect(await call('GET', 'vm.info')).toMatchObject({ body: { config: { net: [{ mac }] } } });
   child.stdin.write('q');
   await until(async () => (await state()) === 'Shutdown');
-  expect(await call('PUT', 'vm.delete')).toEqual(done);
-  expect(await call('PUT', 'vm.create', config)).toEqual(done);
-  expect(await call('PUT', 'vm.boot')).toEqual(done);
+  expect(await call('PUT', 'vm.delete')).toEqual(DONE);
+  expect(await call('PUT', 'vm.create', config)).toEqual(DONE);
+  expect(await call('PUT', 'vm.boot')).toEqual(DONE);
   await echoed('another');
-  expect(await call('PUT', 'vm.delete')).toEqual(done);
+  expect(await call('PUT', 'vm.delete')).toEqual(DONE);
   expect(await used()).toBe(before);
-  expect(await call('PUT', 'vmm.shutdown')).toEqual(done);
+  expect(await call('PUT', 'vmm.shutdown')).toEqual(DONE);
   expect(await child.exit).toMatchObject({ status: 0 });
   expect(await simple.check(`ls ${scratch}`)).toBe('disk\nlife.events\npmem\n');
   const events = (await simple.check(`cat ${at}.events`)).split('\n\n').filter(Boolean);

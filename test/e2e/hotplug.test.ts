@@ -1,7 +1,8 @@
 /** Devices that come and go a hundred times, and guests and clients that do not do what is expected of them. */
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
-import { ApiClient, Conversation, DONE, LISTEN } from '../support/conversation.js';
+import { ApiClient, DONE } from '../support/api-client.js';
+import { Conversation, LISTEN } from '../support/conversation.js';
 import { Guest, testFolder } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
 import { guestTools } from '../support/rootfs.js';

@@ -6,9 +6,9 @@ import { createHash, randomBytes } from 'node:crypto';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { type Flavour, type Kernel, kernel } from '../lab/kernels.js';
-import { askApi } from '../support/api-client.js';
+import { ApiClient, askApi, DONE } from '../support/api-client.js';
 import type { Backend } from '../support/backend.js';
-import { ApiClient, Conversation, DONE, LISTEN } from '../support/conversation.js';
+import { Conversation, LISTEN } from '../support/conversation.js';
 import { expectFacts } from '../support/facts.js';
 import { Guest, type GuestOptions, runInGuest, testFolder } from '../support/guest.js';
 import { guestProgram, writeInitramfs } from '../support/guest-image.js';
@@ -525,8 +525,8 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
           // The balloon holds 64 of 512 MiB.
           'until [ $(awk "/MemTotal/ {print \\$2}" /proc/meminfo) -lt 440000 ]; do :; done; echo inflated',
           'head -n 1 </dev/hvc0 >/tmp/line; cat /tmp/line; echo to-the-console >/dev/hvc0',
-          // Lines come one by one, so that the guest does nothing unasked.
-          'mount -o remount,size=1G /tmp; while echo "@@$?@@"; read -r line; do eval "$line"; done </dev/console',
+          'mount -o remount,size=1G /tmp',
+          LISTEN,
         ].join('\n'),
         modules: modules('virtio_pci', 'virtio_console', 'virtio-rng', 'virtio_balloon', 'virtio_mem'),
       },
@@ -549,18 +549,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect(peer.stdout).toMatch(/to-the-console/);
     await guest.waitFor('from-the-host');
 
-    let from = guest.console.indexOf('from-the-host');
-    const prompt = async (): Promise<string> => {
-      await guest.waitFor(/@@\d+@@/, from);
-      const [all, before, status] = /^([^]*?)@@(\d+)@@/.exec(guest.console.slice(from))!;
-      from += all.length;
-      expect({ before, status }).toMatchObject({ status: '0' });
-      return before;
-    };
-    const run = (command: string): Promise<string> => {
-      guest.type(`${command}\n`);
-      return prompt();
-    };
+    const shell = new Conversation(guest);
     const pid = await guest.process.pid;
     /** What the host has given the process: MiB. */
     const resident = async () => Number(await host.check(`awk '/^Rss/ { print $2 }' /proc/${pid}/smaps_rollup`)) / 1024;
@@ -570,23 +559,23 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
       await guest.waitForLog(new RegExp(`mem0: The guest has plugged ${(mib - MEMORY) * MIB} bytes`), logged);
       // A block is plugged before Linux has it.
       const near = `d = $2 - ${first + (mib - MEMORY) * 1024}; exit !(d * d < 2048 * 2048)`;
-      await run(`until awk '/MemTotal/ { ${near} }' /proc/meminfo; do usleep 10000; done`);
+      await shell.run(`until awk '/MemTotal/ { ${near} }' /proc/meminfo; do usleep 10000; done`);
     };
-    await prompt();
-    const first = Number(await run(`awk '/MemTotal/ { print $2 }' /proc/meminfo`));
-    await run('head -c 8m /dev/urandom >/tmp/kept; md5sum </tmp/kept >/tmp/sum');
+    await shell.listens();
+    const first = Number(await shell.run(`awk '/MemTotal/ { print $2 }' /proc/meminfo`));
+    await shell.run('head -c 8m /dev/urandom >/tmp/kept; md5sum </tmp/kept >/tmp/sum');
     for (let round = 0; round < 3; round++) {
       await resize(1536);
       const before = await resident();
       // There is room for more than there was. Files can be moved: Linux has them in what was plugged, and later finds room elsewhere.
-      await run('fallocate -l 600m /tmp/much && rm /tmp/much');
-      await run('cp /tmp/kept /tmp/moved; mv /tmp/moved /tmp/kept; head -c 64m /dev/zero >/tmp/much');
+      await shell.run('fallocate -l 600m /tmp/much && rm /tmp/much');
+      await shell.run('cp /tmp/kept /tmp/moved; mv /tmp/moved /tmp/kept; head -c 64m /dev/zero >/tmp/much');
       const full = await resident();
       expect(full - before).toBeGreaterThan(48);
-      await run('rm /tmp/much');
+      await shell.run('rm /tmp/much');
       await resize(MEMORY);
       expect(full - (await resident())).toBeGreaterThan(48);
-      await run('md5sum </tmp/kept | cmp - /tmp/sum');
+      await shell.run('md5sum </tmp/kept | cmp - /tmp/sum');
     }
     guest.process.kill('SIGTERM');
     expect(await guest.end()).toMatchObject({ status: 0 });

@@ -1,10 +1,12 @@
 /** Requests to the REST API of a `vmm` on the test host. */
-import type { TestHost } from './host.js';
+import type { HostProcess, TestHost } from './host.js';
 
 export interface ApiAnswer {
   readonly status: number;
   readonly body: unknown;
 }
+
+export const DONE: ApiAnswer = { status: 204, body: undefined };
 
 /** One request, from the machine that runs vmm. */
 export async function askApi(
@@ -26,4 +28,63 @@ export async function askApi(
   if (match === null) throw new Error(`${method} ${name}: ${stderr}`);
   const [, status, text] = match;
   return { status: Number(status), body: text === '' ? undefined : (JSON.parse(text) as unknown) };
+}
+
+/** A client of the API on the machine that runs vmm. */
+export class ApiClient {
+  readonly #client: HostProcess;
+  readonly #waiting: ((answer: ApiAnswer) => void)[] = [];
+  #text = '';
+
+  /** Each line is a request, and so is each line of the answers: a process for each would take seconds in a lab. */
+  constructor(host: TestHost, socketPath: string) {
+    const script = `
+      const http = require('node:http'), [socketPath] = process.argv.slice(1);
+      const lines = require('node:readline').createInterface({ input: process.stdin });
+      let last = Promise.resolve();
+      const ask = (method, name, body) => new Promise((resolve) => {
+        const request = http.request({ socketPath, method, path: '/api/v1/' + name, agent: false }, (response) => {
+          let text = '';
+          response.on('data', (bytes) => (text += bytes)).on('end', () => resolve({ status: response.statusCode, text }));
+        });
+        request.on('error', (error) => resolve({ status: 0, text: JSON.stringify(String(error)) }));
+        request.end(body);
+      });
+      lines.on('line', (line) => {
+        const answer = ask(...JSON.parse(line));
+        last = last.then(() => answer).then((found) => console.log(JSON.stringify(found)));
+      });`;
+    this.#client = host.spawn([process.execPath, '-e', script, socketPath]);
+    this.#client.stdout.on('data', (bytes: Buffer) => {
+      this.#text += bytes.toString();
+      const lines = this.#text.split('\n');
+      this.#text = lines.pop()!;
+      for (const line of lines) {
+        const { status, text } = JSON.parse(line) as { status: number; text: string };
+        this.#waiting.shift()!({ status, body: text === '' ? undefined : JSON.parse(text) });
+      }
+    });
+  }
+
+  #ask(method: 'GET' | 'PUT', name: string, body?: unknown): Promise<ApiAnswer> {
+    return new Promise((resolve) => {
+      this.#waiting.push(resolve);
+      this.#client.stdin.write(
+        `${JSON.stringify([method, name, body === undefined ? undefined : JSON.stringify(body)])}\n`,
+      );
+    });
+  }
+
+  get(name: string): Promise<ApiAnswer> {
+    return this.#ask('GET', name);
+  }
+
+  put(name: string, body?: unknown): Promise<ApiAnswer> {
+    return this.#ask('PUT', name, body);
+  }
+
+  async close(): Promise<void> {
+    this.#client.stdin.end();
+    await this.#client.exit;
+  }
 }
