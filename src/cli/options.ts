@@ -15,8 +15,8 @@ import {
   rngSchema,
   vsockSchema,
 } from '../config/device-config.js';
-import { HYPERVISORS, cpusSchema, memorySchema, vmConfigSchema } from '../config/vm-config.js';
-import type { CpusConfig, MemoryConfig } from '../config/vm-config.js';
+import { type MemoryConfig, memorySchema } from '../config/memory-config.js';
+import { type CpusConfig, HYPERVISORS, cpusSchema, vmConfigSchema } from '../config/vm-config.js';
 
 export const CPUS_SUB_OPTIONS: readonly SubOption<keyof CpusConfig>[] = [
   { name: 'boot', field: 'boot_vcpus', kind: KINDS.number },

@@ -16,12 +16,17 @@ export interface MemoryRange {
   readonly size: number;
 }
 
+/**
+ * What the host has behind guest memory: RAM whose pages are this process's own (`private`), RAM in a file that others may map too
+ * (`shared`), or the memory of a device (persistent memory). Buffers and rings may lie in the last as well, but no memory map lists it.
+ */
+export type MemoryKind = 'private' | 'shared' | 'device';
+
 /** A stretch of guest memory that the host has in one piece. */
 export interface MemoryMapping extends MemoryRange {
   /** Where the host has its first byte, for system calls on guest memory. */
   readonly hostAddress: number;
-  /** False: a device's memory (persistent memory). Buffers and rings may lie there too, but no memory map lists it. */
-  readonly ram: boolean;
+  readonly kind: MemoryKind;
 }
 
 /** A mapping with the way to its bytes. */
@@ -76,7 +81,7 @@ function sourceOf(from: MemorySource | MemoryBuffer): MemorySource {
   if ('view' in from) return from;
   const { address, buffer, hostAddress = PRETENDED_HOST_ADDRESS + address } = from;
   // It has one window, which is all of it.
-  return { address, size: buffer.byteLength, hostAddress, ram: true, view: () => buffer };
+  return { address, size: buffer.byteLength, hostAddress, kind: 'private', view: () => buffer };
 }
 
 function mappingOf(part: MemorySource | MemoryBuffer): Mapping {
@@ -107,7 +112,7 @@ export class GuestMemory {
   }
 
   #ramRanges(): MemoryRange[] {
-    return joined(this.#mappings.map(({ source }) => source).filter(({ ram }) => ram));
+    return joined(this.#mappings.map(({ source }) => source).filter(({ kind }) => kind !== 'device'));
   }
 
   /** More of it. @param part overlaps none that is there */
@@ -138,17 +143,22 @@ export class GuestMemory {
    * host.
    */
   mappings(): readonly MemoryMapping[] {
-    return this.#mappings.map(({ source: { address, size, hostAddress, ram } }) => ({
+    return this.#mappings.map(({ source: { address, size, hostAddress, kind } }) => ({
       address,
       size,
       hostAddress,
-      ram,
+      kind,
     }));
   }
 
   /** Bytes of RAM in all. */
   get size(): number {
     return this.#ranges.reduce((sum, { size }) => sum + size, 0);
+  }
+
+  /** Undefined: no guest memory. */
+  kindAt(address: number): MemoryKind | undefined {
+    return this.#mapping(address)?.source.kind;
   }
 
   /** True when every byte of the range is RAM. */
@@ -353,7 +363,7 @@ function openWindow(mapping: Mapping, index: number): Window {
 }
 
 /** @param ascending never overlapping */
-function joined(ascending: readonly MemoryRange[]): MemoryRange[] {
+export function joined(ascending: readonly MemoryRange[]): MemoryRange[] {
   const ranges: { address: number; size: number }[] = [];
   for (const { address, size } of ascending) {
     const previous = ranges.at(-1);

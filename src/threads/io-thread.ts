@@ -61,7 +61,7 @@ export function runIoThread(kernel: HostKernel): void {
   const post = (message: IoMessage) => parentPort!.postMessage(message);
   const loop = new EpollLoop(kernel);
   const memory = attachMemory(data.memory, kernel);
-  const pages = new HostPages(kernel, memory, data.sharedMemory);
+  const pages = new HostPages(kernel, memory);
   const command = new Int32Array(data.command);
 
   const guestLog = new GuestLog((level, line) => post({ kind: 'log', level, line }));

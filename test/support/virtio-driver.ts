@@ -35,10 +35,10 @@ export class TestGuest {
   /** @param ramSize bytes of RAM at 0 */
   constructor(private readonly ramSize = RAM_SIZE) {
     const parts = [
-      { address: 0, size: ramSize, ram: true },
-      { address: HIGH_RAM, size: HIGH_RAM_SIZE, ram: true },
-      { address: PMEM, size: PMEM_SIZE, ram: false },
-      { address: PMEM + PMEM_SIZE, size: PMEM_SIZE, ram: false },
+      { address: 0, size: ramSize, kind: 'private' as const },
+      { address: HIGH_RAM, size: HIGH_RAM_SIZE, kind: 'private' as const },
+      { address: PMEM, size: PMEM_SIZE, kind: 'device' as const },
+      { address: PMEM + PMEM_SIZE, size: PMEM_SIZE, kind: 'device' as const },
     ];
     this.#mappings = parts.map(({ size }) => kernel.map({ length: size, shared: false }));
     this.memory = new GuestMemory(

@@ -77,8 +77,8 @@ export const PPI_PMU = 7;
 /** Most bytes of a command line, with its NUL: COMMAND_LINE_SIZE. */
 export const CMDLINE_MAX = 2048;
 
-/** Where RAM of this size lies: from 1 GiB to the hole and, when there is more, from 4 GiB on. */
-export function ramRanges(size: number): MemoryRange[] {
-  const low = { address: RAM_START, size: Math.min(size, LOW_RAM_END - RAM_START) };
-  return size > low.size ? [low, { address: HIGH_RAM_START, size: size - low.size }] : [low];
-}
+/** Where RAM may lie: from 1 GiB to the hole and, what does not fit there, from 4 GiB on. */
+export const RAM_WINDOWS: readonly MemoryRange[] = [
+  { address: RAM_START, size: LOW_RAM_END - RAM_START },
+  { address: HIGH_RAM_START, size: Infinity },
+];

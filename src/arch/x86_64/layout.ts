@@ -58,11 +58,11 @@ export const IRQ_GED = 13;
 /** The lines of interrupt pin A of the PCI functions: among those that the PICs can take level-triggered (ELCR), 3 to 15 but 8 and 13. */
 export const IRQ_INTX = [5, 9, 10, 11] as const;
 
-/** Where RAM of this size lies: below the 32-bit hole and, when there is more, from 4 GiB on. */
-export function ramRanges(size: number): MemoryRange[] {
-  const low: MemoryRange = { address: 0, size: Math.min(size, LOW_RAM_END) };
-  return size > LOW_RAM_END ? [low, { address: HIGH_RAM_START, size: size - LOW_RAM_END }] : [low];
-}
+/** Where RAM may lie: below the 32-bit hole and, what does not fit there, from 4 GiB on. */
+export const RAM_WINDOWS: readonly MemoryRange[] = [
+  { address: 0, size: LOW_RAM_END },
+  { address: HIGH_RAM_START, size: Infinity },
+];
 
 /** End of the 64-bit MMIO space is this much below 2^physical bits; the platform area is taken from its top. */
 export const PLATFORM_AREA_SIZE = 0x10_0000;

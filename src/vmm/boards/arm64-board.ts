@@ -4,9 +4,10 @@ import { buildArm64Acpi } from '../../arch/aarch64/acpi.js';
 import { buildDevicetree, type EfiPlace, SEED_SIZE } from '../../arch/aarch64/devicetree.js';
 import { buildEfi } from '../../arch/aarch64/efi.js';
 import * as layout from '../../arch/aarch64/layout.js';
+import { zonesOf } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { Arm64Hypervisor, Arm64Vcpu, Arm64Vm } from '../../hypervisor/hypervisor.js';
-import type { GuestMemory, MemoryRange } from '../../memory/guest-memory.js';
+import type { GuestMemory } from '../../memory/guest-memory.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import { divideSegments, type SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
@@ -14,7 +15,8 @@ import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
 import { type Board, configuredTopology } from './board.js';
 import { MachineError } from '../machine/machine-error.js';
-import { hotplugRange, sizeOptions } from '../memory/hotplug.js';
+import { sizeOptions } from '../memory/hotplug.js';
+import { layoutMemory, type MemoryLayout } from '../memory/memory-layout.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
 const MMIO64_ALIGNMENT = 2 ** 30;
@@ -26,8 +28,7 @@ const EFI_MAX = 0x1000;
 
 export class Arm64Board implements Board {
   readonly vm: Arm64Vm;
-  readonly ram: readonly MemoryRange[];
-  readonly hotplug: MemoryRange | undefined;
+  readonly memory: MemoryLayout;
   readonly segments: readonly SegmentWindows[];
   readonly intx: IntxHandle;
   #vcpus: Arm64Vcpu[] = [];
@@ -47,12 +48,8 @@ export class Arm64Board implements Board {
     if (memory.size < layout.KERNEL - layout.RAM_START + layout.KERNEL_ALIGNMENT) {
       throw new MachineError(`--memory size=${memory.size}: accepted is a size that holds the kernel, 6M at the least`);
     }
-    this.ram = layout.ramRanges(memory.size);
-    const { address, size } = this.ram.at(-1)!;
-    const ramEnd = Math.max(address + size, layout.HIGH_RAM_START);
-    this.hotplug = hotplugRange(memory, ramEnd);
-    const memoryEnd = this.hotplug === undefined ? ramEnd : this.hotplug.address + this.hotplug.size;
-    const mmio64 = { start: Math.ceil(memoryEnd / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end: 2 ** ipaBits };
+    this.memory = layoutMemory(zonesOf(memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START);
+    const mmio64 = { start: Math.ceil(this.memory.end / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end: 2 ** ipaBits };
     // Each segment's part is a multiple of 4 GiB.
     if (mmio64.end - mmio64.start < platform.num_pci_segments * 2 ** 32) {
       throw new MachineError(`${sizeOptions(memory)}: more than a guest of ${ipaBits} physical address bits can have`);
@@ -94,7 +91,7 @@ export class Arm64Board implements Board {
     const devicetree = buildDevicetree({
       mpidrs: this.#vcpus.map((vcpu) => vcpu.mpidr()),
       topology: configuredTopology(this.config.cpus),
-      ram: this.ram,
+      ram: this.memory.ram,
       cmdline,
       initrd,
       seed: process.getBuiltinModule('node:crypto').randomBytes(SEED_SIZE),
@@ -119,7 +116,10 @@ export class Arm64Board implements Board {
     const config = { mpidrs, serial: serial.mode !== 'Off', pvpanic, segments, pciHotplug: layout.PCI_HOTPLUG };
     const { rsdp, tables } = buildArm64Acpi(config, layout.ACPI + EFI_MAX, end);
     for (const { address, bytes } of tables) memory.write(address, bytes);
-    const { place, bytes } = buildEfi(layout.ACPI, rsdp, this.ram, { address: layout.ACPI, size: layout.ACPI_MAX });
+    const { place, bytes } = buildEfi(layout.ACPI, rsdp, this.memory.ram, {
+      address: layout.ACPI,
+      size: layout.ACPI_MAX,
+    });
     memory.write(layout.ACPI, bytes);
     return place;
   }

@@ -2,19 +2,18 @@
 import { defaultTopology, type Topology } from '../../arch/topology.js';
 import type { CpusConfig } from '../../config/vm-config.js';
 import type { Vcpu, Vm } from '../../hypervisor/hypervisor.js';
-import type { GuestMemory, MemoryRange } from '../../memory/guest-memory.js';
+import type { GuestMemory } from '../../memory/guest-memory.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
+import type { MemoryLayout } from '../memory/memory-layout.js';
 import type { PlatformHandle } from './platform.js';
 
 /** A machine's processors, interrupt controllers, firmware tables and memory map: what its architecture decides. */
 export interface Board {
   readonly vm: Vm;
-  /** Where RAM lies, ascending, as the configuration wants it. */
-  readonly ram: readonly MemoryRange[];
-  /** Where memory that the guest plugs lies, behind RAM; undefined: there is none. No firmware table lists it (virtio 1.3, 5.15). */
-  readonly hotplug: MemoryRange | undefined;
+  /** Where memory lies, as the configuration wants it. */
+  readonly memory: MemoryLayout;
   /** By segment number. */
   readonly segments: readonly SegmentWindows[];
   /** The lines of PCI functions without MSI-X, at power-on. */

@@ -10,17 +10,19 @@ import { RESET_CODE } from '../../arch/x86_64/reset-vector.js';
 import { buildSmbios } from '../../arch/x86_64/smbios.js';
 import type { Topology } from '../../arch/topology.js';
 import { apicId, MAX_APIC_ID } from '../../arch/x86_64/topology.js';
+import { zonesOf } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { X86Hypervisor, X86Vcpu, X86Vm } from '../../hypervisor/hypervisor.js';
 import type { CpuidEntry } from '../../hypervisor/x86-state.js';
-import type { GuestMemory, MemoryRange } from '../../memory/guest-memory.js';
+import type { GuestMemory } from '../../memory/guest-memory.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import { divideSegments, type SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Board, configuredTopology } from './board.js';
 import { MachineError } from '../machine/machine-error.js';
-import { hotplugRange, sizeOptions } from '../memory/hotplug.js';
+import { sizeOptions } from '../memory/hotplug.js';
+import { layoutMemory, type MemoryLayout } from '../memory/memory-layout.js';
 import { createX86Platform, type X86PlatformHandle } from './x86-platform.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
@@ -28,8 +30,7 @@ const MMIO64_ALIGNMENT = 128 * 2 ** 20;
 
 export class X86Board implements Board {
   readonly vm: X86Vm;
-  readonly ram: readonly MemoryRange[];
-  readonly hotplug: MemoryRange | undefined;
+  readonly memory: MemoryLayout;
   readonly segments: readonly SegmentWindows[];
   readonly intx: IntxHandle;
   readonly #physicalBits: number;
@@ -51,9 +52,7 @@ export class X86Board implements Board {
     try {
       this.#supported = this.vm.supportedCpuid();
       this.#physicalBits = Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits);
-      this.ram = layout.ramRanges(config.memory.size);
-      const { address, size } = this.ram.at(-1)!;
-      this.hotplug = hotplugRange(config.memory, Math.max(address + size, layout.HIGH_RAM_START));
+      this.memory = layoutMemory(zonesOf(config.memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START);
       this.#checkMemory();
       this.segments = this.#segments();
       this.intx = IntxLines.powerOn(layout.IRQ_INTX, this.vm.signals);
@@ -69,22 +68,16 @@ export class X86Board implements Board {
     if (memory.size < layout.HIGH_MEMORY) {
       throw new MachineError(`--memory size=${memory.size}: accepted is a size that holds the kernel, 1M at the least`);
     }
-    if (this.#memoryEnd() > 2 ** this.#physicalBits - layout.PLATFORM_AREA_SIZE) {
+    if (this.memory.end > 2 ** this.#physicalBits - layout.PLATFORM_AREA_SIZE) {
       throw new MachineError(
         `${sizeOptions(memory)}: more than a guest of ${this.#physicalBits} physical address bits can have`,
       );
     }
   }
 
-  #memoryEnd(): number {
-    const { address, size } = this.hotplug ?? this.ram.at(-1)!;
-    return address + size;
-  }
-
   #segments(): SegmentWindows[] {
-    const memoryEnd = Math.max(this.#memoryEnd(), layout.HIGH_RAM_START);
     const { start: end } = layout.platformArea(this.#physicalBits);
-    const mmio64 = { start: Math.ceil(memoryEnd / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end };
+    const mmio64 = { start: Math.ceil(this.memory.end / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end };
     const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
     const { num_pci_segments: count } = this.config.platform;
     return divideSegments(count, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, mmio64);
@@ -133,8 +126,8 @@ export class X86Board implements Board {
       cpuHotplugAddress: cpus.max_vcpus > cpus.boot_vcpus ? area.cpuHotplug : undefined,
       vcpus: cpus.max_vcpus,
       bootVcpus: cpus.boot_vcpus,
-      lowRam: this.ram[0].size,
-      highRam: this.ram.at(1)?.size ?? 0,
+      lowRam: this.memory.ram[0].size,
+      highRam: this.memory.ram.at(1)?.size ?? 0,
     });
   }
 

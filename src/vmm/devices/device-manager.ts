@@ -7,7 +7,6 @@ import { intxLine } from '../../arch/pci-intx.js';
 import { PMEM_ALIGNMENT } from '../../config/device-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { HypervisorError, type HypervisorName, type Vm } from '../../hypervisor/hypervisor.js';
-import type { MemoryRange } from '../../memory/guest-memory.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import { type SegmentWindows, SlotAllocator, WindowAllocator } from '../../pci/segments.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
@@ -37,6 +36,7 @@ import type { HostResources, NetResource, PmemResource, VsockResource } from '..
 import { IoPlanner, type PlannedDevice, type PlannedWorker } from './io-planner.js';
 import type { Logger } from '../log/logger.js';
 import { MachineError } from '../machine/machine-error.js';
+import type { ZoneLayout } from '../memory/memory-layout.js';
 import type { MemoryHandle, MemoryPart } from '../memory/memory-part.js';
 
 /** What a device has done since the machine was switched on. */
@@ -60,8 +60,8 @@ export interface DeviceManagerOptions {
   readonly intx: IntxHandle;
   /** RAM, and what the guest plugs. */
   readonly memory: MemoryHandle;
-  /** Where the latter is; undefined: nowhere. */
-  readonly hotplug: MemoryRange | undefined;
+  /** The zones that it is in. */
+  readonly zones: readonly ZoneLayout[];
   /** First memory slot that is free. */
   readonly memorySlot: number;
   readonly logger: Logger;
@@ -178,7 +178,7 @@ export class DeviceManager {
 
   /** In the order of their slots, which is Cloud Hypervisor's. */
   #plans({ disks, net, rng, pmem, vsock }: HostResources): Unplaced[] {
-    const { config, hotplug } = this.options;
+    const { config, zones } = this.options;
     const simple = (plan: DevicePlan): Unplaced => ({ plan, undo: this.#newUndo(), memory: undefined });
     return [
       ...(this.console === undefined ? [] : [simple(consolePlan(this.console.pipe, this.console.wake))]),
@@ -187,7 +187,7 @@ export class DeviceManager {
       simple(entropyPlan(config.rng, rng)),
       ...pmem.map((resource) => this.#plan({ kind: 'pmem', resource })),
       ...(vsock === undefined ? [] : [this.#plan({ kind: 'vsock', resource: vsock })]),
-      ...(hotplug === undefined ? [] : [simple(memPlan(config.memory, hotplug))]),
+      ...zones.flatMap(({ zone, hotplug }) => (hotplug === undefined ? [] : [simple(memPlan(zone, hotplug))])),
       ...(config.balloon === undefined ? [] : [simple(balloonPlan(config.balloon))]),
       ...(config.watchdog ? [simple(watchdogPlan())] : []),
     ];
@@ -229,7 +229,7 @@ export class DeviceManager {
     undo.host.push(() => this.#freeMemorySlots.push(slot));
     this.vm.addMemory({ slot, guestAddress: start, mapping });
     undo.vm.push(() => this.vm.removeMemory(slot));
-    const part = { range: { address: start, size: mapping.length }, mapping, ram: false };
+    const part = { range: { address: start, size: mapping.length }, mapping, kind: 'device' } as const;
     this.memory.push(part);
     undo.host.push(() => (this.memory = this.memory.filter((other) => other !== part)));
     return part;
@@ -318,14 +318,13 @@ export class DeviceManager {
 
   /** What a worker is started with. @param devices that it serves from its start on */
   workerData({ name, wake, affinity }: ManagedWorker, devices: readonly PlacedDevice[]): IoWorkerData {
-    const { hypervisor, config, intx } = this.options;
+    const { hypervisor, intx } = this.options;
     return {
       name,
       hypervisor,
       vm: this.vm.handle,
       memory: this.memory,
       intx,
-      sharedMemory: config.memory.shared,
       wake,
       command: new SharedArrayBuffer(4),
       devices: devices.flatMap((device) => {

@@ -3,7 +3,8 @@ import fs from 'node:fs';
 import { blockDescription, SECTOR } from '../../block/block-description.js';
 import { probeEngine } from '../../block/engines/engine.js';
 import type { PciPlacement } from '../../config/device-config.js';
-import { MEM_ID, type MemoryConfig, type VmConfig } from '../../config/vm-config.js';
+import type { MemoryZone } from '../../config/memory-config.js';
+import type { VmConfig } from '../../config/vm-config.js';
 import type { MemoryRange } from '../../memory/guest-memory.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { balloonDescription } from '../../virtio/devices/balloon.js';
@@ -149,14 +150,14 @@ export function vsockPlan({ id, config, listener }: VsockResource): DevicePlan {
   return { ...USUAL, id, placement: config, description: vsockDescription(cid), backend };
 }
 
-export function memPlan(memory: MemoryConfig, { address: start, size }: MemoryRange): DevicePlan {
-  const { shared, hugepages, prefault, hotplugged_size: requested = 0 } = memory;
-  const setup = { start, size, blockSize: blockSize(memory), requested, readsCost: shared || hugepages };
+export function memPlan(zone: MemoryZone, { address: start, size }: MemoryRange): DevicePlan {
+  const { id, shared, hugepages, prefault, hotplugged_size: requested = 0 } = zone;
+  const setup = { start, size, blockSize: blockSize(zone), requested, readsCost: shared || hugepages };
   const plugged = new SharedArrayBuffer(bitmapBytes(setup));
   // Of an empty pool, a huge page that is touched would end the process.
   const backend = { kind: 'mem', plugged, populate: prefault || hugepages } as const;
   // The host may take its time for the pages of 128 GiB, which one request may be about.
-  return { ...USUAL, id: MEM_ID, placement: ON_SEGMENT_0, description: memDescription(setup), backend, blocking: true };
+  return { ...USUAL, id, placement: ON_SEGMENT_0, description: memDescription(setup), backend, blocking: true };
 }
 
 export function balloonPlan(config: NonNullable<VmConfig['balloon']>): DevicePlan {

@@ -51,8 +51,6 @@ export interface IoWorkerData {
   readonly vm: VmHandle;
   readonly memory: MemoryHandle;
   readonly intx: IntxHandle;
-  /** Memory that is shared with other processes cannot be discarded page by page in this process alone. */
-  readonly sharedMemory: boolean;
   /** Signalled when there is something to look at. */
   readonly wake: number;
   /** Word 0: {@link IoOrder}. */

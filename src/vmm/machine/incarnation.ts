@@ -60,7 +60,7 @@ export class Incarnation {
       this.#board = createBoard(hypervisor, config);
       const { vm, segments, intx } = this.#board;
       undo.push(() => vm.close());
-      this.#memory = new MemoryManager(kernel, config.memory, this.#board.ram, this.#board.hotplug);
+      this.#memory = new MemoryManager(kernel, config.memory, this.#board.memory.zones);
       undo.push(() => this.#memory.close());
       this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
@@ -74,7 +74,7 @@ export class Incarnation {
         segments,
         intx,
         memory: this.#memory.handle(),
-        hotplug: this.#board.hotplug,
+        zones: this.#board.memory.zones,
         memorySlot: this.#memory.slots,
         logger: parts.logger,
       });

@@ -5,7 +5,8 @@
  * configuration; what the devices hold on the host stays, and so do terminals and sockets.
  */
 import type { PlatformEvent } from '../boards/platform-parts.js';
-import { MEM_ID, type VmConfig } from '../../config/vm-config.js';
+import { MEM_ID } from '../../config/memory-config.js';
+import type { VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FIXED_NAMES } from '../devices/device-names.js';
 import { FalseStarts } from './false-starts.js';

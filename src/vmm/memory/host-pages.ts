@@ -1,13 +1,11 @@
 /** The host's pages behind guest memory, for devices by which a guest gives memory back and takes it. Any thread. */
-import type { GuestMemory } from '../../memory/guest-memory.js';
+import type { GuestMemory, MemoryKind } from '../../memory/guest-memory.js';
 import { errnoName, errnoText, type HostKernel, SystemError } from '../../sys/host-kernel.js';
 
 export class HostPages {
-  /** @param shared with other processes: then it cannot be given back page by page in this one alone */
   constructor(
     private readonly kernel: HostKernel,
     private readonly memory: GuestMemory,
-    private readonly shared: boolean,
   ) {}
 
   /**
@@ -17,7 +15,8 @@ export class HostPages {
    * @throws SystemError where the host refuses
    */
   discard(address: number, length: number): void {
-    this.#each(address, length, (host, count) => this.kernel.discardRaw(host, count, this.shared));
+    // What is shared cannot be given back in this process alone.
+    this.#each(address, length, (host, count, kind) => this.kernel.discardRaw(host, count, kind === 'shared'));
   }
 
   /** Has all pages of a range there. @throws SystemError where the host has none left; some may be there then */
@@ -26,12 +25,13 @@ export class HostPages {
   }
 
   /** @param call returns a negated errno */
-  #each(address: number, length: number, call: (host: number, count: number) => number): void {
+  #each(address: number, length: number, call: (host: number, count: number, kind: MemoryKind) => number): void {
     const { memory } = this;
     for (let at = address, end = address + length; at < end;) {
       const count = Math.min(memory.hostLength(at), end - at);
-      if (count === 0 || !memory.isRam(at, count)) return;
-      const errno = -call(memory.hostAddress(at, count), count);
+      const kind = memory.kindAt(at);
+      if (kind === undefined || kind === 'device') return;
+      const errno = -call(memory.hostAddress(at, count), count, kind);
       if (errno > 0) throw new SystemError(errnoName(errno), errno, 'madvise', errnoText(errno));
       at += count;
     }

@@ -1,24 +1,15 @@
-/** Memory that the guest plugs while it runs (virtio-mem): where it lies, and in which blocks it comes. */
+/** Memory that the guest plugs while it runs (virtio-mem): in which blocks it comes, and how much of it there may be. */
 import { readHostFacts } from '../../config/host-facts.js';
-import { HOTPLUG_ALIGNMENT, HOTPLUG_BLOCK, type MemoryConfig } from '../../config/vm-config.js';
-import type { MemoryRange } from '../../memory/guest-memory.js';
+import { HOTPLUG_BLOCK, type MemoryConfig, type MemoryZone } from '../../config/memory-config.js';
 
-/** Bytes; undefined: memory of ordinary pages. */
-export function hugepageSize({ hugepages, hugepage_size: size }: MemoryConfig): number | undefined {
+/** Bytes; undefined: memory of ordinary pages. @param zone or all memory */
+export function hugepageSize({ hugepages, hugepage_size: size }: Omit<MemoryZone, 'id'>): number | undefined {
   return hugepages ? (size ?? readHostFacts().hugepageSizes[0]) : undefined;
 }
 
-/** Bytes. Huge pages come and go as a whole. */
-export function blockSize(memory: MemoryConfig): number {
+/** Bytes. Huge pages come and go as a whole. @param memory a zone or all of it */
+export function blockSize(memory: Omit<MemoryZone, 'id'>): number {
   return Math.max(HOTPLUG_BLOCK, hugepageSize(memory) ?? 0);
-}
-
-/** The region, behind all RAM; undefined: nothing can be plugged. @param ramEnd guest physical address */
-export function hotplugRange(memory: MemoryConfig, ramEnd: number): MemoryRange | undefined {
-  const { hotplug_size: size } = memory;
-  if (size === undefined) return undefined;
-  const alignment = Math.max(HOTPLUG_ALIGNMENT, blockSize(memory));
-  return { address: Math.ceil(ramEnd / alignment) * alignment, size };
 }
 
 /** The options that say how much memory there is. */

@@ -1,37 +1,44 @@
 /**
  * Guest RAM: allocated on the host the way `--memory` says, and given to the VM as slots.
- * Each range of RAM has a mapping of its own.
+ * Each range of a zone has a mapping of its own.
  */
-import type { VmConfig } from '../../config/vm-config.js';
+import type { MemoryConfig, MemoryZone } from '../../config/memory-config.js';
 import type { Vm } from '../../hypervisor/hypervisor.js';
-import { GuestMemory, type MemoryRange, WINDOW_SIZE } from '../../memory/guest-memory.js';
+import { GuestMemory, type MemoryKind, type MemoryRange, WINDOW_SIZE } from '../../memory/guest-memory.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
 import { type HostKernel, type HostMapping, SystemError } from '../../sys/host-kernel.js';
 import { MachineError } from '../machine/machine-error.js';
 import { hugepageSize as sizeOfHugepages, sizeOptions } from './hotplug.js';
+import type { ZoneLayout } from './memory-layout.js';
 import { type MemoryHandle, source } from './memory-part.js';
+
+interface Mapped {
+  readonly range: MemoryRange;
+  readonly mapping: HostMapping;
+  readonly kind: MemoryKind;
+  /** The guest has it from the start. */
+  readonly present: boolean;
+}
 
 export class MemoryManager {
   /** RAM that is there from the start. */
   readonly memory: GuestMemory;
-  readonly #mappings: { range: MemoryRange; mapping: HostMapping }[] = [];
+  readonly #mappings: Mapped[] = [];
   readonly #fds: number[] = [];
 
   /**
-   * @param ranges where RAM lies, ascending
-   * @param hotplug where memory lies that the guest plugs. All of it is mapped and known to every thread from the start; only its
-   * pages come and go.
+   * @param zones with their places. What the guest plugs is mapped and known to every thread from the start, too; only its pages
+   * come and go.
    * @throws MachineError when the host cannot map the memory asked for
    */
   constructor(
     private readonly kernel: HostKernel,
-    private readonly config: VmConfig['memory'],
-    ranges: readonly MemoryRange[],
-    hotplug?: MemoryRange,
+    private readonly config: MemoryConfig,
+    zones: readonly ZoneLayout[],
   ) {
     try {
-      for (const range of ranges) this.#allocate(range, true);
-      if (hotplug !== undefined) this.#allocate(hotplug, false);
+      for (const { zone, ram } of zones) for (const range of ram) this.#allocate(zone, range, true);
+      for (const { zone, hotplug } of zones) if (hotplug !== undefined) this.#allocate(zone, hotplug, false);
     } catch (error) {
       const cause =
         error instanceof SystemError
@@ -39,17 +46,18 @@ export class MemoryManager {
           : error;
       undoAll(cause, [() => this.close()]);
     }
-    const ram = this.#mappings.slice(0, ranges.length);
-    this.memory = new GuestMemory(ram.map(({ range, mapping }) => source(range, mapping, true)));
+    const ram = this.#mappings.filter(({ present }) => present);
+    this.memory = new GuestMemory(ram.map(({ range, mapping, kind }) => source(range, mapping, kind)));
   }
 
   /** @param present the guest has it from the start */
-  #allocate({ address, size }: MemoryRange, present: boolean): void {
-    const { shared, hugepages, prefault, thp, mergeable } = this.config;
-    const hugepageSize = sizeOfHugepages(this.config);
+  #allocate(zone: MemoryZone, range: MemoryRange, present: boolean): void {
+    const { address, size } = range;
+    const { shared, hugepages, prefault, mergeable } = zone;
+    const hugepageSize = sizeOfHugepages(zone);
     // An empty pool of huge pages is an error now, or a fault while the guest runs, which ends the process. What is plugged later is
     // had from the pool then, or not plugged.
-    const reserve = present && (this.config.reserve ?? hugepages);
+    const reserve = present && (zone.reserve ?? hugepages);
     let fd: number | undefined;
     if (shared) {
       fd = this.kernel.memfd('guest-ram', { size, hugepageSize });
@@ -58,8 +66,8 @@ export class MemoryManager {
     const modulo = Math.max(size >= HUGEST_PAGE ? HUGEST_PAGE : HUGE_PAGE, hugepageSize ?? 0);
     const placement = { like: address, modulo };
     const mapping = this.kernel.map({ length: size, fd, shared, hugepageSize, placement, reserve });
-    this.#mappings.push({ range: { address, size }, mapping });
-    if (!hugepages) this.#advise(mapping, thp ? 'hugepage' : 'nohugepage');
+    this.#mappings.push({ range, mapping, kind: shared ? 'shared' : 'private', present });
+    if (!hugepages) this.#advise(mapping, this.config.thp ? 'hugepage' : 'nohugepage');
     if (mergeable) this.#advise(mapping, 'mergeable');
     // After the advice on huge pages, or there would be small ones already.
     if (prefault && present) this.#prefault(mapping);
@@ -116,7 +124,7 @@ export class MemoryManager {
 
   /** What another thread needs to see the same memory. */
   handle(): MemoryHandle {
-    return this.#mappings.map(({ range, mapping }) => ({ range, mapping: mapping.handle, ram: true }));
+    return this.#mappings.map(({ range, mapping, kind }) => ({ range, mapping: mapping.handle, kind }));
   }
 
   /** Unmaps it; no thread and no VM uses it any more. */

@@ -2,15 +2,15 @@
  * Guest memory as main hands it to the threads that use it. Nothing of the configuration is needed here: what a thread imports, it
  * loads at each of its starts.
  */
-import { GuestMemory, type MemoryRange, type MemorySource } from '../../memory/guest-memory.js';
+import { GuestMemory, type MemoryKind, type MemoryRange, type MemorySource } from '../../memory/guest-memory.js';
 import type { HostKernel, HostMapping, MappingHandle } from '../../sys/host-kernel.js';
 
 /** A stretch of guest memory as another thread finds it. Structured-cloneable. */
 export interface MemoryPart {
   readonly range: MemoryRange;
   readonly mapping: MappingHandle;
-  /** Blocks that the guest plugs are RAM to all threads; only memory maps, which main makes, do not list them. False: a device's. */
-  readonly ram: boolean;
+  /** Blocks that the guest plugs are RAM to all threads; only memory maps, which main makes, do not list them. */
+  readonly kind: MemoryKind;
 }
 export type MemoryHandle = readonly MemoryPart[];
 
@@ -20,11 +20,11 @@ export function attachMemory(handle: MemoryHandle, kernel: HostKernel): GuestMem
 }
 
 /** A stretch of it that came later. */
-export function attachPart({ range, mapping, ram }: MemoryPart, kernel: HostKernel): MemorySource {
-  return source(range, kernel.attach(mapping), ram);
+export function attachPart({ range, mapping, kind }: MemoryPart, kernel: HostKernel): MemorySource {
+  return source(range, kernel.attach(mapping), kind);
 }
 
-export function source(range: MemoryRange, mapping: HostMapping, ram: boolean): MemorySource {
+export function source(range: MemoryRange, mapping: HostMapping, kind: MemoryKind): MemorySource {
   const hostAddress = Number(mapping.handle.address);
-  return { ...range, hostAddress, ram, view: (offset, length) => mapping.view(offset, length) };
+  return { ...range, hostAddress, kind, view: (offset, length) => mapping.view(offset, length) };
 }

@@ -5,6 +5,7 @@ import * as layout from '../../../src/arch/aarch64/layout.js';
 import { AcpiError } from '../../../src/arch/acpi/tables.js';
 import { divideSegments } from '../../../src/pci/segments.js';
 import { compile, disassemble } from '../../support/iasl.js';
+import { layoutOf } from '../../support/memory-layouts.js';
 
 const START = layout.ACPI + 0x1000;
 const END = layout.ACPI + layout.ACPI_MAX;
@@ -71,7 +72,7 @@ describe('the ACPI tables of an aarch64 machine', () => {
 
 describe('the EFI tables', () => {
   const reclaim = { address: layout.ACPI, size: layout.ACPI_MAX };
-  const ram = layout.ramRanges(4 * 2 ** 30);
+  const ram = layoutOf({ size: 4 * 2 ** 30 }, layout.RAM_WINDOWS).ram;
   const { bytes, place } = buildEfi(layout.ACPI, 0x1234_5678, ram, reclaim);
   const view = new DataView(bytes.buffer, bytes.byteOffset);
 

@@ -5,6 +5,7 @@ import { FdtWriter } from '../../../src/arch/aarch64/fdt-writer.js';
 import * as layout from '../../../src/arch/aarch64/layout.js';
 import { divideSegments } from '../../../src/pci/segments.js';
 import { compile, decompile } from '../../support/dtc.js';
+import { layoutOf } from '../../support/memory-layouts.js';
 
 function configOf(more: Partial<DevicetreeConfig> = {}, segments = 1): DevicetreeConfig {
   const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
@@ -12,7 +13,7 @@ function configOf(more: Partial<DevicetreeConfig> = {}, segments = 1): Devicetre
   return {
     mpidrs: [0],
     topology: { threadsPerCore: 1, coresPerDie: 1, diesPerPackage: 1, packages: 1 },
-    ram: layout.ramRanges(2 ** 30),
+    ram: layoutOf({ size: 2 ** 30 }, layout.RAM_WINDOWS).ram,
     cmdline: 'console=ttyAMA0',
     seed: new Uint8Array(SEED_SIZE).fill(0x5a),
     serial: true,
@@ -124,7 +125,7 @@ describe('the devicetree of a machine', () => {
         const perPackage = shape.threadsPerCore * shape.coresPerDie * shape.diesPerPackage;
         const topology = { ...shape, packages: Math.ceil(vcpus / perPackage) };
         const mpidrs = Array.from({ length: vcpus }, (_, id) => (id & 15) | ((id >> 4) << 8));
-        const ram = layout.ramRanges(size * 2 ** 20);
+        const ram = layoutOf({ size: size * 2 ** 20 }, layout.RAM_WINDOWS).ram;
         const blob = buildDevicetree(configOf({ mpidrs, topology, ram, serial, cmdline }, segments));
         expect(blob.length).toBeLessThan(layout.FDT_MAX);
         const { source, complaints } = decompile(blob);

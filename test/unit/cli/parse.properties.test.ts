@@ -6,7 +6,8 @@ import { parseCommandLine } from '../../../src/cli/parse.js';
 import { formatSize } from '../../../src/config/host-facts.js';
 import { OptionError } from '../../../src/config/option-syntax.js';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
-import type { CpusConfig, MemoryConfig, VmConfig } from '../../../src/config/vm-config.js';
+import type { MemoryConfig } from '../../../src/config/memory-config.js';
+import type { CpusConfig, VmConfig } from '../../../src/config/vm-config.js';
 
 const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30] };
 

@@ -15,9 +15,9 @@ function sample(): GuestMemory {
 describe('guest memory', () => {
   test('joins what touches into ranges, and never its mappings', () => {
     const touching = [
-      { address: 0, size: 0x1000, ram: true },
-      { address: 0x1000, size: 0x1000, ram: true },
-      { address: 0x3000, size: 0x1000, ram: true },
+      { address: 0, size: 0x1000, kind: 'private' as const },
+      { address: 0x1000, size: 0x1000, kind: 'private' as const },
+      { address: 0x3000, size: 0x1000, kind: 'private' as const },
     ];
     expect(sample().ranges()).toEqual([
       { address: 0, size: 0x2000 },
@@ -77,11 +77,22 @@ describe('guest memory', () => {
 
   test("has a device's memory beside RAM: for accesses and buffers, not for memory maps", () => {
     const buffer = new ArrayBuffer(0x1000);
-    const pmem = { address: 0x1000, size: 0x1000, hostAddress: 0x7000_0000, ram: false, view: () => buffer };
+    const pmem = {
+      address: 0x1000,
+      size: 0x1000,
+      hostAddress: 0x7000_0000,
+      kind: 'device' as const,
+      view: () => buffer,
+    };
     const memory = new GuestMemory([pmem, { address: 0, buffer: new ArrayBuffer(0x1000) }]);
     expect(memory.ranges()).toEqual([{ address: 0, size: 0x1000 }]);
     expect(memory.size).toBe(0x1000);
-    expect(memory.mappings()[1]).toEqual({ address: 0x1000, size: 0x1000, hostAddress: 0x7000_0000, ram: false });
+    expect(memory.mappings()[1]).toEqual({
+      address: 0x1000,
+      size: 0x1000,
+      hostAddress: 0x7000_0000,
+      kind: 'device' as const,
+    });
     expect([memory.contains(0xfff, 2), memory.isRam(0xfff, 2), memory.isRam(0x1000, 1)]).toEqual([true, false, false]);
     expect(memory.hostAddress(0x1004, 4)).toBe(0x7000_0004);
     expect([0, 0xfff, 0x1000, 0x1fff, 0x2000].map((at) => memory.hostLength(at))).toEqual([0x1000, 1, 0x1000, 1, 0]);
@@ -100,7 +111,7 @@ describe('the windows of a mapping', () => {
       address,
       size,
       hostAddress: Number(mapping.handle.address),
-      ram: true,
+      kind: 'private' as const,
       view: (offset, length) => {
         views.push([offset, length]);
         return mapping.view(offset, length);

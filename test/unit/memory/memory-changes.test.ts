@@ -1,26 +1,26 @@
 /** Guest memory that comes and goes while it is used. */
 import { expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { GuestMemory, GuestMemoryError, type MemorySource } from '../../../src/memory/guest-memory.js';
+import { GuestMemory, GuestMemoryError, type MemorySource, type MemoryKind } from '../../../src/memory/guest-memory.js';
 
 const PAGE = 0x1000;
 const HOST = 0x7000_0000;
 
 /** The stretch at a page's number, whose bytes are all its own number. */
-function part(page: number, ram: boolean, number: number): MemorySource {
+function part(page: number, kind: MemoryKind, number: number): MemorySource {
   const bytes = new Uint8Array(PAGE).fill(number);
   return {
     address: page * PAGE,
     size: PAGE,
-    ram,
+    kind,
     hostAddress: HOST + page * PAGE * 16,
     view: (offset, length) => bytes.buffer.slice(offset, offset + length),
   };
 }
 
 test('what has gone is no memory, whatever was accessed last; what has come is', () => {
-  const memory = new GuestMemory([part(0, true, 1)]);
-  memory.add(part(4, false, 2));
+  const memory = new GuestMemory([part(0, 'private', 1)]);
+  memory.add(part(4, 'device', 2));
   expect(memory.u8(4 * PAGE)).toBe(2);
   memory.remove(4 * PAGE);
   expect(() => memory.u8(4 * PAGE)).toThrow(GuestMemoryError);
@@ -31,7 +31,7 @@ test('what has gone is no memory, whatever was accessed last; what has come is',
   ]);
   expect(memory.window(4 * PAGE, 1)).toBeUndefined();
   // Another stretch where it was.
-  memory.add(part(4, false, 3));
+  memory.add(part(4, 'device', 3));
   expect(memory.u8(4 * PAGE)).toBe(3);
   memory.u8(0);
   memory.remove(4 * PAGE);
@@ -42,32 +42,35 @@ test('what has gone is no memory, whatever was accessed last; what has come is',
 test('is what is there, after any comings and goings', () => {
   const PAGES = 8;
   // Page 0 is always there: the machine has RAM.
-  const step = fc.record({ page: fc.integer({ min: 1, max: PAGES - 1 }), ram: fc.boolean(), look: fc.nat(PAGES - 1) });
+  const kinds = fc.constantFrom<MemoryKind>('private', 'shared', 'device');
+  const step = fc.record({ page: fc.integer({ min: 1, max: PAGES - 1 }), kind: kinds, look: fc.nat(PAGES - 1) });
   fc.assert(
     fc.property(fc.array(step, { maxLength: 40 }), (steps) => {
-      const memory = new GuestMemory([part(0, true, 1)]);
-      const present = new Map([[0, { ram: true, number: 1 }]]);
-      steps.forEach(({ page, ram, look }, index) => {
+      const memory = new GuestMemory([part(0, 'private', 1)]);
+      const present = new Map<number, { kind: MemoryKind; number: number }>([[0, { kind: 'private', number: 1 }]]);
+      steps.forEach(({ page, kind, look }, index) => {
         if (present.delete(page)) memory.remove(page * PAGE);
         else {
           const number = index + 2;
-          memory.add(part(page, ram, number));
-          present.set(page, { ram, number });
+          memory.add(part(page, kind, number));
+          present.set(page, { kind, number });
         }
         const pages = [look, ...Array.from({ length: PAGES }, (_, at) => at)];
         for (const at of pages) {
           const there = present.get(at);
           expect(memory.contains(at * PAGE, PAGE)).toBe(there !== undefined);
-          expect(memory.isRam(at * PAGE, PAGE)).toBe(there?.ram === true);
+          expect(memory.isRam(at * PAGE, PAGE)).toBe(there !== undefined && there.kind !== 'device');
+          expect(memory.kindAt(at * PAGE)).toBe(there?.kind);
           expect(memory.hostAddress(at * PAGE + 5, 1)).toBe(there === undefined ? -1 : HOST + at * PAGE * 16 + 5);
           if (there === undefined) expect(() => memory.u16(at * PAGE)).toThrow(GuestMemoryError);
           else expect(memory.u8(at * PAGE + 7)).toBe(there.number);
         }
         const sorted = [...present.keys()].sort((a, b) => a - b);
         expect(memory.mappings().map(({ address }) => address)).toEqual(sorted.map((at) => at * PAGE));
-        const ramPages = sorted.filter((at) => present.get(at)!.ram);
+        const isRam = (at: number) => (present.get(at)?.kind ?? 'device') !== 'device';
+        const ramPages = sorted.filter(isRam);
         expect(memory.size).toBe(ramPages.length * PAGE);
-        const starts = ramPages.filter((at) => present.get(at - 1)?.ram !== true).map((at) => at * PAGE);
+        const starts = ramPages.filter((at) => !isRam(at - 1)).map((at) => at * PAGE);
         expect(memory.ranges().map(({ address }) => address)).toEqual(starts);
       });
     }),

@@ -159,7 +159,7 @@ function machine(outside = new Outside(), first: readonly DeviceResource[] = [],
     hypervisor: 'kvm',
     ...{ config: config({ ...WIDE, ...devices }), resources, segments: SEGMENTS, intx, logger },
     memory: [],
-    hotplug: undefined,
+    zones: [],
     memorySlot: FIRST_SLOT,
   });
   return { outside, manager, intx };
@@ -310,9 +310,9 @@ describe('persistent memory', () => {
       [FIRST_SLOT, a.address],
       [FIRST_SLOT + 1, b.address],
     ]);
-    expect(m.manager.memory.map(({ range, ram }) => [range, ram])).toEqual([
-      [a, false],
-      [b, false],
+    expect(m.manager.memory.map(({ range, kind }) => [range, kind])).toEqual([
+      [a, 'device'],
+      [b, 'device'],
     ]);
     m.manager.remove('a');
     expect(m.manager.memory.map(({ range }) => range)).toEqual([b]);

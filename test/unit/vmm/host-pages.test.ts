@@ -10,10 +10,11 @@ const kernel = new LinuxKernel();
 /** RAM of eight pages in two pieces that touch, and four pages of a device behind it. */
 function build(shared: boolean) {
   const fd = shared ? kernel.memfd('test', { size: 12 * PAGE }) : undefined;
+  const kind = shared ? ('shared' as const) : ('private' as const);
   const parts = [
-    { address: 0, size: 4 * PAGE, ram: true },
-    { address: 4 * PAGE, size: 4 * PAGE, ram: true },
-    { address: 8 * PAGE, size: 4 * PAGE, ram: false },
+    { address: 0, size: 4 * PAGE, kind },
+    { address: 4 * PAGE, size: 4 * PAGE, kind },
+    { address: 8 * PAGE, size: 4 * PAGE, kind: 'device' as const },
   ];
   const mappings = parts.map(({ address: offset, size: length }) => kernel.map({ length, fd, offset, shared }));
   const memory = new GuestMemory(
@@ -27,7 +28,7 @@ function build(shared: boolean) {
     for (const mapping of mappings) mapping.unmap();
     if (fd !== undefined) kernel.close(fd);
   };
-  return { memory, pages: new HostPages(kernel, memory, shared), close };
+  return { memory, pages: new HostPages(kernel, memory), close };
 }
 
 test.each([{ shared: false }, { shared: true }])(

@@ -1,9 +1,11 @@
 import { describe, expect, test } from '@jest/globals';
 import type { Arm64Hypervisor } from '../../../src/hypervisor/hypervisor.js';
-import { type MemoryConfig, vmConfigSchema } from '../../../src/config/vm-config.js';
+import { type MemoryConfig, zonesOf } from '../../../src/config/memory-config.js';
+import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { memPlan } from '../../../src/vmm/devices/device-plans.js';
 import { Arm64Board } from '../../../src/vmm/boards/arm64-board.js';
-import { blockSize, hotplugRange, resizeRefusal } from '../../../src/vmm/memory/hotplug.js';
+import { blockSize, resizeRefusal } from '../../../src/vmm/memory/hotplug.js';
+import { layoutOf } from '../../support/memory-layouts.js';
 
 const [MIB, GIB] = [2 ** 20, 2 ** 30];
 const PLUGS = { hotplug_method: 'VirtioMem', hotplug_size: GIB } as const;
@@ -14,11 +16,15 @@ const memory = (options: Partial<MemoryConfig> = {}) => configOf({ ...PLUGS, ...
 
 describe('memory that is plugged', () => {
   test('lies behind RAM, where Linux takes all of it', () => {
-    expect(hotplugRange(configOf({}).memory, 4 * GIB)).toBeUndefined();
-    expect(hotplugRange(memory(), 4 * GIB)).toEqual({ address: 4 * GIB, size: GIB });
-    expect(hotplugRange(memory(), 4 * GIB + 1)).toEqual({ address: 4 * GIB + 128 * MIB, size: GIB });
-    const huge = memory({ hugepages: true, hugepage_size: GIB });
-    expect(hotplugRange(huge, 4 * GIB + 1)).toEqual({ address: 5 * GIB, size: GIB });
+    const plugged = (options: Partial<MemoryConfig>, window = 4 * GIB) =>
+      layoutOf(options, [{ address: window, size: Infinity }]).zones[0].hotplug;
+    const size = 4096;
+    expect(plugged({ size })).toBeUndefined();
+    expect(plugged({ ...PLUGS, size }, 0)).toEqual({ address: 4 * GIB, size: GIB });
+    expect(plugged({ ...PLUGS, size: 128 * MIB })).toEqual({ address: 4 * GIB + 128 * MIB, size: GIB });
+    expect(plugged({ ...PLUGS, size })).toEqual({ address: 4 * GIB + 128 * MIB, size: GIB });
+    const huge = { ...PLUGS, hugepages: true, hugepage_size: GIB, size: 2 * GIB };
+    expect(plugged(huge, 4 * GIB + 4096)).toEqual({ address: 7 * GIB, size: GIB });
   });
 
   test('comes by 2 MiB, or by huge pages where they are bigger', () => {
@@ -45,7 +51,7 @@ describe('memory that is plugged', () => {
     [{ shared: true }, [1], false],
     [{ hugepages: true, hugepage_size: 2 * MIB }, [1], true],
   ])('is a device of its own, with %j', (options, features, populate) => {
-    const plan = memPlan(memory({ hotplugged_size: 6 * MIB, ...options }), { address: 4 * GIB, size: GIB });
+    const plan = memPlan(zonesOf(memory({ hotplugged_size: 6 * MIB, ...options }))[0], { address: 4 * GIB, size: GIB });
     expect(plan).toMatchObject({ id: 'mem0', blocking: true, description: { features }, backend: { populate } });
     const view = new DataView(plan.description.config.buffer);
     const fields = [0, 16, 24, 48].map((at) => Number(view.getBigUint64(at, true)));
@@ -59,7 +65,7 @@ describe('memory that is plugged', () => {
   ])('lies before the PCI window of an aarch64 machine with %d bytes of RAM', (size, address) => {
     const hypervisor = { ipaBits: 40, createVm: () => ({}) } as unknown as Arm64Hypervisor;
     const board = new Arm64Board(hypervisor, configOf({ ...PLUGS, size }));
-    expect(board.hotplug).toEqual({ address, size: GIB });
+    expect(board.memory.zones[0].hotplug).toEqual({ address, size: GIB });
     expect(board.segments[0].mmio64.start).toBe(Math.ceil((address + GIB) / GIB) * GIB);
     const tooMuch = () => new Arm64Board(hypervisor, configOf({ ...PLUGS, size, hotplug_size: 2 ** 40 - 4 * GIB }));
     expect(tooMuch).toThrow(

@@ -1,19 +1,22 @@
 import fs from 'node:fs';
 import { describe, expect, test } from '@jest/globals';
 import { readHostFacts } from '../../../src/config/host-facts.js';
-import { vmConfigSchema, type VmConfig } from '../../../src/config/vm-config.js';
+import type { MemoryConfig } from '../../../src/config/memory-config.js';
 import type { MemorySlot, Vm } from '../../../src/hypervisor/hypervisor.js';
 import { type HostMapping, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
-import { ramRanges } from '../../../src/arch/x86_64/layout.js';
+import { RAM_WINDOWS } from '../../../src/arch/x86_64/layout.js';
 import { MemoryManager } from '../../../src/vmm/memory/memory-manager.js';
 import { attachMemory } from '../../../src/vmm/memory/memory-part.js';
+import { layoutOf, memoryOf } from '../../support/memory-layouts.js';
 
 const GIB = 2 ** 30;
 
-function memory(options: Partial<VmConfig['memory']>): VmConfig['memory'] {
-  return vmConfigSchema.parse({ payload: { kernel: 'k' }, memory: options }).memory;
+const ramRanges = (size: number) => layoutOf({ size }, RAM_WINDOWS).ram;
+
+function manage(kernel: LinuxKernel, options: Partial<MemoryConfig>): MemoryManager {
+  return new MemoryManager(kernel, memoryOf(options), layoutOf(options, RAM_WINDOWS).zones);
 }
 
 describe('guest RAM', () => {
@@ -31,7 +34,7 @@ describe('guest RAM', () => {
     (options) => {
       const kernel = new LinuxKernel();
       const size = 4 * 2 ** 20;
-      const manager = new MemoryManager(kernel, memory({ size, ...options }), ramRanges(size));
+      const manager = manage(kernel, { size, ...options });
       const slots: MemorySlot[] = [];
       manager.attach({ addMemory: (slot: MemorySlot) => slots.push(slot) } as unknown as Vm);
       expect(slots.map(({ slot, guestAddress, mapping }) => [slot, guestAddress, mapping.length])).toEqual([
@@ -45,7 +48,7 @@ describe('guest RAM', () => {
 
   const sizes = [2 ** 12, 2 ** 21, 2 ** 30 - 2 ** 12, GIB, 3 * GIB, 3 * GIB + 2 ** 12, 6 * GIB];
   const pools = readHostFacts().hugepageSizes;
-  const kinds: { readonly options: Partial<VmConfig['memory']>; readonly unit: number }[] = [
+  const kinds: { readonly options: Partial<MemoryConfig>; readonly unit: number }[] = [
     { options: {}, unit: 1 },
     { options: { shared: true }, unit: 1 },
     // Nothing is taken out of the pool, which may be empty.
@@ -64,10 +67,11 @@ describe('guest RAM', () => {
         for (const size of sizes.filter((one) => one % unit === 0)) {
           // What is mapped before leaves the next address in the middle of a huge page.
           const odd = kernel.map({ length: 4096, shared: true });
-          const ranges = ramRanges(size).map((range) => ({ ...range, address: range.address + start }));
-          const manager = new MemoryManager(kernel, memory({ size, ...options }), ranges);
+          const windows = RAM_WINDOWS.map((window) => ({ ...window, address: window.address + start }));
+          const { zones, ram } = layoutOf({ size, ...options }, windows);
+          const manager = new MemoryManager(kernel, memoryOf({ size, ...options }), zones);
           const mappings = manager.memory.mappings();
-          expect(mappings.map(({ address, size: bytes }) => ({ address, size: bytes }))).toEqual(ranges);
+          expect(mappings.map(({ address, size: bytes }) => ({ address, size: bytes }))).toEqual(ram);
           for (const { address, hostAddress, size: bytes } of mappings) {
             const modulo = Math.max(bytes >= GIB ? GIB : 2 ** 21, unit);
             expect([bytes, (hostAddress - address) % modulo]).toEqual([bytes, 0]);
@@ -88,7 +92,7 @@ describe('guest RAM', () => {
         .filter((line) => line.includes('---p'));
     const before = mapped().length;
     for (let round = 0; round < 20; round++) {
-      const manager = new MemoryManager(kernel, memory({ size: 5 * GIB }), ramRanges(5 * GIB));
+      const manager = manage(kernel, { size: 5 * GIB });
       manager.close();
       const placement = { like: 0, modulo: GIB };
       expect(() => kernel.map({ length: GIB, fd: 0, offset: 1, shared: true, placement })).toThrow(SystemError);
@@ -105,7 +109,7 @@ describe('guest RAM', () => {
     return { flags: flags.trim().split(' '), resident: Number(/^Rss: +(\d+) kB$/m.exec(entry)![1]) * 1024 };
   }
 
-  test.each<[Partial<VmConfig['memory']>, boolean, boolean]>([
+  test.each<[Partial<MemoryConfig>, boolean, boolean]>([
     [{}, false, false],
     [{ reserve: false }, false, false],
     [{ reserve: true }, true, false],
@@ -113,7 +117,7 @@ describe('guest RAM', () => {
     [{ prefault: true, shared: true }, false, true],
   ])('%j: is reserved: %p, is there at once: %p', (options, reserved, resident) => {
     const size = 8 * 2 ** 20;
-    const manager = new MemoryManager(new LinuxKernel(), memory({ size, ...options }), ramRanges(size));
+    const manager = manage(new LinuxKernel(), { size, ...options });
     const found = facts(manager.memory.hostAddress(0, size));
     expect(found.flags.includes('nr')).toBe(!reserved);
     expect(found.resident).toBe(resident ? size : 0);
@@ -129,7 +133,7 @@ describe('guest RAM', () => {
       }
     }
     const size = 8 * 2 ** 20 + 4096;
-    const manager = new MemoryManager(new Older(), memory({ size, prefault: true, thp: false }), ramRanges(size));
+    const manager = manage(new Older(), { size, prefault: true, thp: false });
     expect(facts(manager.memory.hostAddress(0, size)).resident).toBe(size);
     manager.close();
   });
@@ -161,9 +165,8 @@ describe('guest RAM', () => {
         return { handle, view: (offset, length) => mapping.view(offset, length), unmap };
       }
     }
-    const size = 5 * GIB;
-    const make = (bytes: number) => new MemoryManager(new Failing(), memory({ size, shared: true }), ramRanges(bytes));
-    expect(() => make(size)).toThrow(/^--memory size=\d+: the host cannot map that much$/);
+    const make = (size: number) => manage(new Failing(), { size, shared: true });
+    expect(() => make(5 * GIB)).toThrow(/^--memory size=\d+: the host cannot map that much$/);
     expect([...open]).toEqual([]);
     const whole = make(GIB);
     expect(open.size).toBe(2);
@@ -172,7 +175,7 @@ describe('guest RAM', () => {
   });
 
   test('above 4 GiB is found behind views of 1 GiB', () => {
-    const manager = new MemoryManager(new LinuxKernel(), memory({ size: 6 * GIB }), ramRanges(6 * GIB));
+    const manager = manage(new LinuxKernel(), { size: 6 * GIB });
     manager.memory.setU8(7 * GIB - 1, 0xa5);
     expect(manager.memory.u8(7 * GIB - 1)).toBe(0xa5);
     expect(() => manager.memory.u8(3 * GIB)).toThrow();
@@ -185,8 +188,7 @@ describe('guest RAM', () => {
       const kernel = new LinuxKernel();
       const size = 4 * 2 ** 20;
       const range = { address: 4 * GIB, size: 2 ** 40 };
-      const config = memory({ size, hotplug_method: 'VirtioMem', hotplug_size: range.size, ...options });
-      const manager = new MemoryManager(kernel, config, ramRanges(size), range);
+      const manager = manage(kernel, { size, hotplug_method: 'VirtioMem', hotplug_size: range.size, ...options });
       expect(manager.memory.ranges()).toEqual([{ address: 0, size }]);
       const slots: MemorySlot[] = [];
       manager.attach({ addMemory: (slot: MemorySlot) => slots.push(slot) } as unknown as Vm);
@@ -209,7 +211,7 @@ describe('guest RAM', () => {
 
   test('that the host cannot map is one line that names the option', () => {
     const size = 2 ** 48; // more than a process has addresses
-    const make = () => new MemoryManager(new LinuxKernel(), memory({ size }), ramRanges(size));
+    const make = () => manage(new LinuxKernel(), { size });
     expect(make).toThrow(MachineError);
     expect(make).toThrow(/^--memory size=\d+: the host cannot map that much$/);
   });

@@ -110,7 +110,7 @@ test('one that goes leaves the others, wherever they are', () => {
 
 test('changes of memory are not theirs', () => {
   const { views } = machine();
-  const part = { range: { address: 0, size: 4096 }, mapping: { address: 0n, length: 4096 }, ram: false };
+  const part = { range: { address: 0, size: 4096 }, mapping: { address: 0n, length: 4096 }, kind: 'device' as const };
   for (const kind of ['add-memory', 'remove-memory'] as const) {
     expect(() => views[0].segments.apply({ kind, part })).not.toThrow();
   }

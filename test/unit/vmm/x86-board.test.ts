@@ -22,8 +22,8 @@ const configOf = (size: number, maxPhysBits = 46, hotplug = 0) =>
 describe('the board of an x86_64 machine', () => {
   test('has RAM below and above the 32-bit hole, and PCI windows that no RAM is in', () => {
     const { hypervisor } = hypervisorOf(40);
-    const { ram, segments } = new X86Board(hypervisor, configOf(6 * 2 ** 30));
-    expect(ram).toEqual([
+    const { memory, segments } = new X86Board(hypervisor, configOf(6 * 2 ** 30));
+    expect(memory.ram).toEqual([
       { address: 0, size: 3 * 2 ** 30 },
       { address: 4 * 2 ** 30, size: 3 * 2 ** 30 },
     ]);
@@ -39,17 +39,17 @@ describe('the board of an x86_64 machine', () => {
   ])('has memory to plug behind %d bytes of RAM and before the PCI window', (size, address) => {
     const { hypervisor } = hypervisorOf(40);
     const hotplug = 5 * 2 ** 27;
-    const { ram, hotplug: range, segments } = new X86Board(hypervisor, configOf(size, 46, hotplug));
-    expect(range).toEqual({ address, size: hotplug });
-    expect(ram.reduce((sum, one) => sum + one.size, 0)).toBe(size);
+    const { memory, segments } = new X86Board(hypervisor, configOf(size, 46, hotplug));
+    expect(memory.zones[0].hotplug).toEqual({ address, size: hotplug });
+    expect(memory.ram.reduce((sum, one) => sum + one.size, 0)).toBe(size);
     expect(segments[0].mmio64.start).toBe(address + hotplug);
-    expect(new X86Board(hypervisor, configOf(size)).hotplug).toBeUndefined();
+    expect(new X86Board(hypervisor, configOf(size)).memory.zones[0].hotplug).toBeUndefined();
   });
 
   test('refuses memory to plug that does not fit', () => {
     const { hypervisor } = hypervisorOf(36);
     const make = (hotplug: number) => new X86Board(hypervisor, configOf(2 ** 29, 46, hotplug));
-    expect(make(2 ** 36 - 2 ** 32 - 2 ** 27).hotplug).toBeDefined();
+    expect(make(2 ** 36 - 2 ** 32 - 2 ** 27).memory.zones[0].hotplug).toBeDefined();
     expect(() => make(2 ** 36 - 2 ** 32)).toThrow(
       /^--memory size=536870912,hotplug_size=\d+: more than a guest of 36 physical address bits can have$/,
     );
