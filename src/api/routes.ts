@@ -1,92 +1,100 @@
-/** The calls of the API, under /api/v1/: what each takes, and which method of the process's object it is. */
-import * as z from 'zod/mini';
+/** The calls of the API, under /api/v1/: what each takes and answers, and which method of the process's object it is. */
 import type { Logger } from '../vmm/log/logger.js';
 import type { Vmm } from '../vmm/machine/vmm.js';
 import { BodyReader, refusal } from './bodies.js';
+import { removeDeviceSchema, resizeDiskSchema, resizeSchema } from './requests.js';
+import type { Route } from './route.js';
 import { readDevice, readVmConfig, writeVmConfig } from './vm-config.js';
-
-const SECTOR = 512;
+import type { WireName } from './wire.js';
 
 /** What the API uses of the process's object. */
 export type ApiVmm = Pick<Vmm, keyof Vmm>;
 
-export interface Route {
-  readonly method: 'GET' | 'PUT';
-  /** @returns the answer's body; undefined: none @throws RequestError, or what failed */
-  call(body: unknown): unknown;
-}
+type Refusals = Route['refuses'];
 
-const bytes = (error: string) => z.optional(z.int({ error }).check(z.gte(0, { error })));
+/** Asks for something. */
+const ask = (summary: string, answer: WireName, refuses: Refusals, call: () => unknown): Route => ({
+  ...{ method: 'GET', summary, answer, refuses, call },
+});
 
-const resizeSchema = z.strictObject(
-  {
-    desired_vcpus: z.optional(z.int({ error: 'a number of vCPUs' }).check(z.gte(1, { error: 'a number from 1 on' }))),
-    desired_ram: bytes('a number of bytes'),
-    desired_balloon: bytes('a number of bytes'),
+const DONE = 'Done';
+
+/** Tells something. */
+const tell = (summary: string, body: WireName, refuses: Refusals, call: (body: unknown) => unknown): Route => ({
+  ...{ method: 'PUT', summary, body, quiet: DONE, refuses, call },
+});
+
+/** Has something done that needs no more words. */
+const act = (summary: string, refuses: Refusals, call: () => unknown): Route => ({
+  ...{ method: 'PUT', summary, quiet: DONE, refuses },
+  call: (body) => {
+    if (body !== undefined) throw refusal([], 'no body');
+    return call();
   },
-  { error: '{"desired_vcpus": N, "desired_ram": BYTES, "desired_balloon": BYTES}, of which any may be left out' },
-);
-
-const sizeError = `a multiple of ${SECTOR} bytes`;
-const resizeDiskSchema = z.strictObject(
-  {
-    id: z.string({ error: 'the name of a disk' }),
-    desired_size: z
-      .int({ error: sizeError })
-      .check(z.gte(SECTOR, { error: sizeError }), z.multipleOf(SECTOR, { error: sizeError })),
-    /** Ours: the reference never makes a disk smaller. */
-    shrink: z.optional(z.boolean()),
-  },
-  { error: '{"id": DISK, "desired_size": BYTES, "shrink": true or false}' },
-);
-
-const removeDeviceSchema = z.strictObject(
-  { id: z.string({ error: 'the name of a device' }) },
-  { error: '{"id": DEVICE}' },
-);
+});
 
 /** @param version of the product */
 export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMap<string, Route> {
   const reader = new BodyReader((line) => logger.warn(line));
-  const get = (call: () => unknown): Route => ({ method: 'GET', call });
-  const tell = (call: (body: unknown) => unknown): Route => ({ method: 'PUT', call });
-  const put = (call: () => unknown): Route =>
-    tell((body) => {
-      if (body !== undefined) throw refusal([], 'no body');
-      return call();
-    });
-  const add = (kind: Parameters<typeof readDevice>[1]): [string, Route] => [
-    `vm.add-${kind}`,
-    tell((body) => vmm.addDevice(kind, readDevice(reader, kind, body))),
-  ];
-  return new Map([
-    ['vmm.ping', get(() => ({ build_version: `v${version}`, version, pid: process.pid, features: [] }))],
-    ['vmm.shutdown', put(() => vmm.shutdownVmm('vmm.shutdown'))],
-    ['vm.create', tell((body) => vmm.create(readVmConfig(reader, body)))],
-    ['vm.delete', put(() => vmm.delete())],
-    ['vm.boot', put(() => vmm.boot())],
-    ['vm.shutdown', put(() => vmm.shutdown())],
-    ['vm.reboot', put(() => vmm.reboot())],
-    ['vm.pause', put(() => vmm.pause())],
-    ['vm.resume', put(() => vmm.resume())],
-    ['vm.power-button', put(() => vmm.powerButton())],
+  const add = (kind: Parameters<typeof readDevice>[1], what: string, body: WireName): Route => ({
+    ...tell(`Gives the machine one more ${what}`, body, ['unknown', 'conflict', 'busy'], (device) =>
+      vmm.addDevice(kind, readDevice(reader, kind, device)),
+    ),
+    answer: 'PciDeviceInfo',
+    quiet: 'The machine does not run, and gets it when it does',
+  });
+  const ping = () => ({ build_version: `v${version}`, version, pid: process.pid, features: [] });
+  const info = () => {
+    const now = vmm.info();
+    return { ...now, config: writeVmConfig(now.config) };
+  };
+  const resizeDisk = (body: unknown) => {
+    const { id, desired_size: size, shrink } = reader.read(resizeDiskSchema, body);
+    return vmm.resizeDisk(id, size, shrink ?? false);
+  };
+  const document = async (): Promise<object> => {
+    const { openApiDocument } = await import('./openapi.js');
+    return openApiDocument(table, version);
+  };
+  const table: ReadonlyMap<string, Route> = new Map<string, Route>([
+    ['openapi.json', ask('This document', 'Document', [], document)],
+    ['vmm.ping', ask('Version and process', 'VmmPingResponse', [], ping)],
     [
-      'vm.info',
-      get(() => {
-        const info = vmm.info();
-        return { ...info, config: writeVmConfig(info.config) };
-      }),
+      'vmm.shutdown',
+      act('Deletes the machine, if there is one, and ends the process', [], () => vmm.shutdownVmm('vmm.shutdown')),
     ],
-    ...(['disk', 'net', 'pmem', 'vsock'] as const).map(add),
-    ['vm.remove-device', tell((body) => vmm.removeDevice(reader.read(removeDeviceSchema, body).id))],
-    ['vm.counters', get(() => vmm.counters())],
-    ['vm.resize', tell((body) => vmm.resize(reader.read(resizeSchema, body)))],
     [
-      'vm.resize-disk',
-      tell((body) => {
-        const { id, desired_size: size, shrink } = reader.read(resizeDiskSchema, body);
-        return vmm.resizeDisk(id, size, shrink ?? false);
-      }),
+      'vm.create',
+      tell("Takes a machine's configuration, and boots nothing yet", 'VmConfig', ['conflict'], (body) =>
+        vmm.create(readVmConfig(reader, body)),
+      ),
     ],
+    ['vm.delete', act('Forgets the machine; one that runs is shut down first', [], () => vmm.delete())],
+    ['vm.boot', act('Builds the machine, and lets it run', ['unknown'], () => vmm.boot())],
+    ['vm.shutdown', act('Ends the machine as if its plug were pulled', [], () => vmm.shutdown())],
+    ['vm.reboot', act('Resets the machine; answered when it runs anew', ['unknown'], () => vmm.reboot())],
+    ['vm.pause', act('Stops the machine where it is', [], () => vmm.pause())],
+    ['vm.resume', act('Lets a paused machine go on', [], () => vmm.resume())],
+    ['vm.power-button', act('Presses the ACPI power button', [], () => vmm.powerButton())],
+    ['vm.info', ask('Configuration, state, memory and devices', 'VmInfo', ['unknown'], info)],
+    ['vm.add-disk', add('disk', 'disk', 'DiskConfig')],
+    ['vm.add-net', add('net', 'network interface', 'NetConfig')],
+    ['vm.add-pmem', add('pmem', 'persistent memory', 'PmemConfig')],
+    ['vm.add-vsock', add('vsock', 'vsock device, of which it takes one', 'VsockConfig')],
+    [
+      'vm.remove-device',
+      tell('Asks the guest to let a device go', 'VmRemoveDevice', ['unknown', 'busy'], (body) =>
+        vmm.removeDevice(reader.read(removeDeviceSchema, body).id),
+      ),
+    ],
+    ['vm.counters', ask('What each device has done', 'VmCounters', [], () => vmm.counters())],
+    [
+      'vm.resize',
+      tell('What the guest is to have, which takes its time', 'VmResize', ['unknown', 'busy'], (body) =>
+        vmm.resize(reader.read(resizeSchema, body)),
+      ),
+    ],
+    ['vm.resize-disk', tell('Gives a disk another size, and tells the guest', 'VmResizeDisk', ['unknown'], resizeDisk)],
   ]);
+  return table;
 }

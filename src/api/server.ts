@@ -9,9 +9,12 @@ import { bindSocket } from '../vmm/host/unix-socket.js';
 import type { Logger } from '../vmm/log/logger.js';
 import { causeMessages, RequestError } from '../vmm/machine/machine-error.js';
 import { parseBody, refusal, shorten } from './bodies.js';
+import { STATUS } from './route.js';
 import { type ApiVmm, routes } from './routes.js';
 
 const BASE = '/api/v1/';
+/** Calls that have another path as well. */
+const ELSEWHERE: Readonly<Record<string, string | undefined>> = { '/openapi.json': 'openapi.json' };
 const MAX_BODY_BYTES = 4 * 1024 * 1024;
 /** At a time; further ones are closed. Each may hold a body. */
 const MAX_CONNECTIONS = 32;
@@ -30,8 +33,6 @@ export interface ApiOptions {
   /** How long a client may take for a whole request, and for the next step of taking its answer. */
   readonly patienceMilliseconds?: number;
 }
-
-const STATUS = { invalid: 400, unknown: 404, conflict: 409, busy: 429, failed: 500 } as const;
 
 /** What is sent to the client. */
 interface Answer {
@@ -70,7 +71,7 @@ export async function openApi(kernel: HostKernel, socket: string, vmm: ApiVmm, o
     try {
       const body = await readBody(request);
       if (method !== 'GET' && method !== 'PUT') throw refusal([], 'GET or PUT');
-      const route = url.startsWith(BASE) ? table.get(url.slice(BASE.length)) : undefined;
+      const route = url.startsWith(BASE) ? table.get(url.slice(BASE.length)) : table.get(ELSEWHERE[url] ?? '');
       if (route === undefined) throw new RequestError(`${method} ${shorten(url)} is not served here`, 'unknown');
       if (route.method !== method) throw new RequestError(`${url}: accepted is ${route.method}`, 'invalid');
       const result = await route.call(body);

@@ -107,7 +107,7 @@ export const diskSchema = z
   });
 
 const mac = text(
-  /^[0-9a-f]{2}(:[0-9a-f]{2}){5}$/i,
+  /^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$/,
   'a unicast address such as 12:34:56:78:9a:bc',
   (value) => (parseInt(value.slice(0, 2), 16) & 1) === 0 && /[1-9a-f]/i.test(value),
 );

@@ -1,4 +1,5 @@
-/** Requests to the REST API of a `vmm` on the test host. */
+/** Requests to the REST API of a `vmm` on the test host. What it answers is what its OpenAPI document says, or the test fails. */
+import { checkAnswer } from './api-document.js';
 import type { HostProcess, TestHost } from './host.js';
 
 export interface ApiAnswer {
@@ -27,7 +28,9 @@ export async function askApi(
   const match = /^(\d+) ([^]*)$/.exec(stdout);
   if (match === null) throw new Error(`${method} ${name}: ${stderr}`);
   const [, status, text] = match;
-  return { status: Number(status), body: text === '' ? undefined : (JSON.parse(text) as unknown) };
+  const answer = { status: Number(status), body: text === '' ? undefined : (JSON.parse(text) as unknown) };
+  checkAnswer(method, name, answer);
+  return answer;
 }
 
 /** A client of the API on the machine that runs vmm. */
@@ -66,13 +69,16 @@ export class ApiClient {
     });
   }
 
-  #ask(method: 'GET' | 'PUT', name: string, body?: unknown): Promise<ApiAnswer> {
-    return new Promise((resolve) => {
+  async #ask(method: 'GET' | 'PUT', name: string, body?: unknown): Promise<ApiAnswer> {
+    const answer = await new Promise<ApiAnswer>((resolve) => {
       this.#waiting.push(resolve);
       this.#client.stdin.write(
         `${JSON.stringify([method, name, body === undefined ? undefined : JSON.stringify(body)])}\n`,
       );
     });
+    // 0: there was none.
+    if (answer.status !== 0) checkAnswer(method, name, answer);
+    return answer;
   }
 
   get(name: string): Promise<ApiAnswer> {

@@ -13,7 +13,8 @@ export function fakeVmm(asked: (what: unknown) => void, release: Promise<void> =
     asked(what);
     return Promise.resolve();
   };
-  const config = { disks: [{ path: 'd', image_type: 'qcow2', _disable_aio: false }], net: [] } as unknown as VmConfig;
+  const disks = [{ path: 'd', image_type: 'qcow2', _disable_aio: false }];
+  const config = { payload: { kernel: 'k' }, disks, net: [] } as unknown as VmConfig;
   return {
     ended: new Promise(() => undefined),
     runs: true,

@@ -8,6 +8,7 @@ import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from '@jest/globals';
 import { type Api, openApi } from '../../../src/api/server.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
+import { checkAnswer, DOCUMENT } from '../../support/api-document.js';
 import { fakeVmm } from '../../support/fake-vmm.js';
 
 const kernel = new LinuxKernel();
@@ -39,13 +40,15 @@ afterEach(async () => {
   fs.rmSync(folder, { recursive: true });
 });
 
-async function request(method: string, name: string, body?: string): Promise<{ status?: number; body: unknown }> {
+async function request(method: string, name: string, body?: string): Promise<{ status: number; body: unknown }> {
   const call = http.request({ socketPath: socket, method, path: `/api/v1/${name}`, agent: false });
   call.end(body);
   const [response] = (await once(call, 'response')) as [http.IncomingMessage];
   let text = '';
   for await (const chunk of response) text += String(chunk);
-  return { status: response.statusCode, body: text === '' ? undefined : (JSON.parse(text) as unknown) };
+  const answer = { status: response.statusCode!, body: text === '' ? undefined : (JSON.parse(text) as unknown) };
+  checkAnswer(method, name, answer);
+  return answer;
 }
 
 const put = (name: string, body?: unknown) =>
@@ -59,6 +62,14 @@ test('what a machine can be asked', async () => {
   });
   expect((await request('GET', 'vm.info')).body).toMatchObject({ state: 'Running', memory_actual_size: 5 });
   expect((await request('GET', 'vm.counters')).body).toEqual({ _disk0: { read_ops: 1 } });
+});
+
+test('the OpenAPI document is at two paths', async () => {
+  await open();
+  const { status, body } = await request('GET', 'openapi.json');
+  expect({ status, body: { ...(body as object), info: 0 } }).toEqual({ status: 200, body: { ...DOCUMENT, info: 0 } });
+  const head = `GET /openapi.json HTTP/1.1\r\n${CLOSING}\r\n`;
+  expect(JSON.parse((await exchange(head)).split('\r\n\r\n')[1])).toEqual(body);
 });
 
 test('the process and its machine can be told', async () => {

@@ -1,0 +1,42 @@
+/** The bodies of requests that are no part of a configuration. */
+import * as z from 'zod/mini';
+import { optional, required } from '../config/fields.js';
+
+const SECTOR = 512;
+
+const vcpusError = 'a number from 1 on';
+const bytesError = 'a number of bytes';
+const bytes = z.int({ error: bytesError }).check(z.gte(0, { error: bytesError }));
+
+export const resizeSchema = z.strictObject(
+  {
+    desired_vcpus: optional(
+      'vCPUs that the guest is to have',
+      z.int({ error: 'a number of vCPUs' }).check(z.gte(1, { error: vcpusError })),
+    ),
+    desired_ram: optional('Memory that the guest is to have, in bytes', bytes),
+    desired_balloon: optional('Memory that the balloon is to hold, in bytes', bytes),
+  },
+  { error: '{"desired_vcpus": N, "desired_ram": BYTES, "desired_balloon": BYTES}, of which any may be left out' },
+);
+
+const sizeError = `a multiple of ${SECTOR} bytes`;
+export const resizeDiskSchema = z.strictObject(
+  {
+    id: required('Name of the disk', z.string({ error: 'the name of a disk' })),
+    desired_size: required(
+      'Size of its image, in bytes',
+      z
+        .int({ error: sizeError })
+        .check(z.gte(SECTOR, { error: sizeError }), z.multipleOf(SECTOR, { error: sizeError })),
+    ),
+    // Ours: the reference never makes a disk smaller.
+    shrink: optional('What is behind a smaller size may be lost', z.boolean()),
+  },
+  { error: '{"id": DISK, "desired_size": BYTES, "shrink": true or false}' },
+);
+
+export const removeDeviceSchema = z.strictObject(
+  { id: required('Name of the device', z.string({ error: 'the name of a device' })) },
+  { error: '{"id": DEVICE}' },
+);

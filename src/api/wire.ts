@@ -1,0 +1,78 @@
+/**
+ * What goes over the wire, by the names that it has in the OpenAPI document: Cloud Hypervisor's. Only the document and types are made
+ * from it; what is read is checked by the schemas that these are made of.
+ */
+import * as z from 'zod/mini';
+import {
+  balloonSchema,
+  characterSchema,
+  diskSchema,
+  netSchema,
+  platformSchema,
+  pmemSchema,
+  rngSchema,
+  vsockSchema,
+} from '../config/device-config.js';
+import { defaulted, optional, required } from '../config/fields.js';
+import { memorySchema } from '../config/memory-config.js';
+import { cpusSchema, vmConfigSchema } from '../config/vm-config.js';
+import { removeDeviceSchema, resizeDiskSchema, resizeSchema } from './requests.js';
+
+const { _disable_io_uring: noUring, _disable_aio: noAio, ...disk } = diskSchema.shape;
+const diskConfig = z.strictObject({
+  ...disk,
+  image_type: defaulted('Format; Unknown: what the file looks like', z.enum(['Raw', 'Qcow2', 'Unknown']), 'Unknown'),
+  disable_io_uring: noUring,
+  disable_aio: noAio,
+});
+
+const vmConfig = z.strictObject({
+  ...vmConfigSchema.shape,
+  console: optional('Paravirtual console, default the terminal, unless the serial port has it', characterSchema),
+  disks: defaulted('Disks', z.array(diskConfig), []),
+  net: defaulted('Network interfaces', z.array(netSchema), []),
+  pmem: defaulted('Persistent memory', z.array(pmemSchema), []),
+});
+
+const deviceNode = z.strictObject({
+  id: z.string(),
+  resources: z.array(z.record(z.string(), z.unknown())),
+  children: required('Names of the devices below it', z.array(z.string())),
+  pci_bdf: optional('Its place on PCI', z.string()),
+});
+
+export const WIRE = {
+  Document: z.record(z.string(), z.unknown()),
+  VmmPingResponse: z.strictObject({
+    build_version: z.string(),
+    version: z.string(),
+    pid: z.int(),
+    features: z.array(z.string()),
+  }),
+  VmConfig: vmConfig,
+  PayloadConfig: vmConfig.shape.payload,
+  CpusConfig: cpusSchema,
+  MemoryConfig: memorySchema,
+  ConsoleConfig: characterSchema,
+  PlatformConfig: platformSchema,
+  DiskConfig: diskConfig,
+  NetConfig: netSchema,
+  RngConfig: rngSchema,
+  BalloonConfig: balloonSchema,
+  PmemConfig: pmemSchema,
+  VsockConfig: vsockSchema,
+  VmInfo: z.strictObject({
+    config: required('With all defaults, and with what the host has named', vmConfig),
+    state: required('Created: it never ran; Shutdown: it ran', z.enum(['Created', 'Running', 'Paused', 'Shutdown'])),
+    memory_actual_size: required('Bytes, with what the guest has plugged, without what its balloon holds', z.int()),
+    device_tree: optional('Devices of a machine that runs, by name', z.record(z.string(), deviceNode)),
+  }),
+  DeviceNode: deviceNode,
+  VmCounters: z.record(z.string(), z.record(z.string(), z.number())),
+  VmResize: resizeSchema,
+  VmResizeDisk: resizeDiskSchema,
+  VmRemoveDevice: removeDeviceSchema,
+  PciDeviceInfo: z.strictObject({ id: z.string(), bdf: required('Segment, bus, slot and function', z.string()) }),
+} as const;
+
+export type WireName = keyof typeof WIRE;
