@@ -11,6 +11,7 @@ import { benchNet, benchNetQueues, prepareNet } from './net.js';
 import { benchEmulator } from './emulator.js';
 import { benchExits } from './exits.js';
 import { type Row, table } from './report.js';
+import { benchStart } from './start.js';
 
 interface Benchmark {
   /** Whether it boots stock kernels. */
@@ -26,6 +27,7 @@ const BENCHMARKS: Readonly<Partial<Record<string, Benchmark>>> = {
   exits: { stock: false, run: benchExits },
   emulator: { stock: false, run: benchEmulator },
   boot: { stock: true, run: benchBoot },
+  start: { stock: true, run: benchStart },
   block: { stock: true, prepare: prepareBlock, run: benchBlock, queues: benchBlockQueues },
   net: { stock: true, prepare: prepareNet, run: benchNet, queues: benchNetQueues },
   freestanding: { stock: false, run: benchFreestanding },
