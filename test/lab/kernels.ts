@@ -77,8 +77,13 @@ export function aptFor(flavour: Flavour, architecture: Architecture): string[] {
     if (own && dependency([], metapackage(flavour, architecture)) !== undefined) return [];
     return aptOf(architecture);
   }
-  const folder = path.join(cacheRoot(), 'apt', `backports-${architecture}`);
-  const options = privateApt(folder, architecture, `deb [signed-by=${KEYRING}] ${mirror()} ${BACKPORTS} main\n`);
+  return aptOfSuite(BACKPORTS, architecture);
+}
+
+/** Apt options for the packages of another of Debian's suites, with fresh lists. */
+export function aptOfSuite(suite: string, architecture: Architecture): string[] {
+  const folder = path.join(cacheRoot(), 'apt', `${suite}-${architecture}`);
+  const options = privateApt(folder, architecture, `deb [signed-by=${KEYRING}] ${mirror()} ${suite} main\n`);
   run('apt-get', [...options, 'update']);
   return options;
 }

@@ -10,7 +10,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { cached } from '../lab/cache.js';
 import { cpio, file, folder, link } from '../lab/cpio.js';
-import { aptOf, type Architecture, type Kernel, moduleBytes, moduleFiles, unpack } from '../lab/kernels.js';
+import { aptOf, aptOfSuite, type Architecture, type Kernel, moduleBytes, moduleFiles, unpack } from '../lab/kernels.js';
 import { isNeverCalled, writeStub } from './stub-library.js';
 
 const SYSTEM_PATH = ['/usr/local/sbin', '/usr/local/bin', '/usr/sbin', '/usr/bin', '/sbin', '/bin'];
@@ -66,7 +66,10 @@ export function needCommands(commands: readonly Command[]): void {
   if (status !== 0) throw new Error(`apt-get ${install.join(' ')}: ${String(stderr).trim().split('\n').at(-1)}`);
 }
 
-export type Tool = 'fio' | 'iperf3';
+export type Tool = 'fio' | 'iperf3' | 'fwts';
+
+/** The Firmware Test Suite is in no release of Debian before this one. */
+const FWTS_SUITE = 'forky';
 
 /** What a program needs, by its path in the guest. */
 interface Closure {
@@ -97,7 +100,7 @@ function closure(place: string, program: string, find: Find): Closure {
 }
 
 /** A tool of this host. */
-function hostClosure(tool: Tool): Closure {
+function hostClosure(tool: Exclude<Tool, 'fwts'>): Closure {
   needCommands([tool]);
   const program = fs.realpathSync(commandPath(tool)!);
   const libraries = [...run('ldd', [program]).matchAll(/(?:^|=>)\s*(\/\S+)/gm)].map(([, name]) => name);
@@ -108,12 +111,12 @@ function hostClosure(tool: Tool): Closure {
   });
 }
 
-/** The same out of the packages of another architecture. */
-async function foreignClosure(tool: Tool, architecture: Architecture): Promise<Closure> {
+/** The same out of packages that are not this host's own. */
+async function packagedClosure(tool: Tool, architecture: Architecture): Promise<Closure> {
   const root = await cached(`guest-tools/${tool}-${architecture}`, [`usr/bin/${tool}`], (target) => {
     note(`Fetching ${tool} for ${architecture}`);
-    const options = aptOf(architecture);
-    const packageOf = PACKAGES[tool];
+    const options = tool === 'fwts' ? aptOfSuite(FWTS_SUITE, architecture) : aptOf(architecture);
+    const packageOf = tool === 'fwts' ? tool : PACKAGES[tool];
     const only = ['recommends', 'suggests', 'conflicts', 'breaks', 'replaces', 'enhances'].map(
       (name) => `--no-${name}`,
     );
@@ -131,9 +134,12 @@ async function foreignClosure(tool: Tool, architecture: Architecture): Promise<C
     .readdirSync(root, { recursive: true, encoding: 'utf8' })
     .filter((name) => /\.so[.\d]*$/.test(name));
   return closure(`/usr/bin/${tool}`, path.join(root, 'usr', 'bin', tool), (name) => {
-    const place = libraries.find((candidate) => candidate === name || path.basename(candidate) === name);
+    const place = libraries.find(
+      (candidate) => [name, `usr/${name}`].includes(candidate) || path.basename(candidate) === name,
+    );
     if (place === undefined) throw new Error(`No ${name} in the packages of ${tool} for ${architecture}`);
-    return [`/${place}`, fs.realpathSync(path.join(root, place))];
+    // The dynamic linker is asked for by its path, which newer packages have below usr.
+    return [`/${name.includes('/') ? name : place}`, fs.realpathSync(path.join(root, place))];
   });
 }
 
@@ -144,7 +150,8 @@ async function foreignClosure(tool: Tool, architecture: Architecture): Promise<C
  */
 export async function guestTools(tool: Tool, architecture: Architecture = 'x86_64'): Promise<string> {
   const own = architecture === hostArchitecture();
-  const { program, files, stubs } = own ? hostClosure(tool) : await foreignClosure(tool, architecture);
+  const { program, files, stubs } =
+    own && tool !== 'fwts' ? hostClosure(tool) : await packagedClosure(tool, architecture);
   // Another version of any of them makes another archive.
   const identity = createHash('sha256');
   for (const [name, source] of files) {

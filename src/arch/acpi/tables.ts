@@ -84,7 +84,8 @@ export function placeTables(
     if (next > end) throw new AcpiError(`The ACPI tables do not fit their ${(end - start) / 1024} KiB`);
     return address;
   };
-  const dsdt = place(sealTable('DSDT', 6, Buffer.from(dsdtTerms, 'latin1')));
+  // From revision 2 on, its integers have 64 bits (5.2.11.1).
+  const dsdt = place(sealTable('DSDT', 2, Buffer.from(dsdtTerms, 'latin1')));
   const entries = others(dsdt).map(place);
   const xsdt = place(sealTable('XSDT', 1, new Uint8Array(BigUint64Array.from(entries, BigInt).buffer)));
   tables.push({ address: start, bytes: buildRsdp(xsdt) });

@@ -65,8 +65,6 @@ function buildMadt({ apicIds, bootVcpus }: AcpiConfig): Uint8Array {
     // The timer is wired to pin 2, as on every PC; the serial port's line is as it is on the ISA bus.
     ...override(0, 2),
     ...override(layout.IRQ_COM1, layout.IRQ_COM1),
-    // NMI at LINT1 of every processor.
-    ...[4, 6, 0xff, ...u16(0), 1],
   ];
   return sealTable('APIC', 6, Uint8Array.from(body));
 }
