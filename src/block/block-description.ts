@@ -36,6 +36,9 @@ export const BlockCounter = {
   limited: 6,
 } as const;
 
+/** Places of `DeviceContext.latencies`. */
+export const BlockLatency = { read_latency: 0, write_latency: 1 } as const;
+
 export interface BlockSetup {
   /** Bytes. */
   readonly size: number;
@@ -77,5 +80,6 @@ export function blockDescription(setup: BlockSetup): VirtioDescription {
     config,
     writable: [[WRITEBACK, WRITEBACK + 1]],
     counters: Object.keys(BlockCounter),
+    latencies: Object.keys(BlockLatency),
   };
 }

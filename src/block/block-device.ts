@@ -10,7 +10,15 @@
 import type { DeviceContext, DeviceQueue, Driver, Timer, VirtioDevice } from '../virtio/device.js';
 import { type Chain, Pop } from '../virtio/queue/queue.js';
 import type { RateLimiter } from '../virtio/rate-limiter.js';
-import { BlockCounter, BlockFeature, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR, WRITEBACK } from './block-description.js';
+import {
+  BlockCounter,
+  BlockFeature,
+  BlockLatency,
+  MAX_RANGE_SECTORS,
+  MAX_RANGES,
+  SECTOR,
+  WRITEBACK,
+} from './block-description.js';
 import { BlockTransfers, type TransferOptions } from './block-transfers.js';
 
 const HEADER_BYTES = 16;
@@ -42,6 +50,8 @@ interface Slot {
   statusAddress: number;
   /** Written into the driver's buffers. */
   bytes: number;
+  /** Of the device's latencies, if it counts; -1. */
+  latency: number;
 }
 
 export class BlockDevice implements VirtioDevice {
@@ -49,6 +59,8 @@ export class BlockDevice implements VirtioDevice {
   readonly #transfers: BlockTransfers;
   readonly #slots: Slot[];
   readonly #free: number[] = [];
+  /** When each slot's request was taken, milliseconds of the loop's clock: doubles in an object would be allocated. */
+  readonly #taken: Float64Array;
   /** Requests that have been taken and wait for others under way, in their order. None is taken while there are some. */
   readonly #waiting: number[] = [];
   /** Queues that may have requests; kicks are suppressed. */
@@ -80,8 +92,9 @@ export class BlockDevice implements VirtioDevice {
     });
     this.#slots = Array.from({ length: engine.depth }, (_, index) => {
       this.#free.push(engine.depth - 1 - index);
-      return { queue: undefined, id: 0, changes: false, status: 0, statusAddress: 0, bytes: 0 };
+      return { queue: undefined, id: 0, changes: false, status: 0, statusAddress: 0, bytes: 0, latency: -1 };
     });
+    this.#taken = new Float64Array(engine.depth);
     this.#config = new DataView(config.buffer, config.byteOffset, config.byteLength);
     this.#again = loop.timer(() => this.#run());
     this.#refill = loop.timer(() => {
@@ -197,6 +210,7 @@ export class BlockDevice implements VirtioDevice {
     slot.status = Result.ok;
     slot.statusAddress = chain.address[last] + chain.length[last] - 1;
     slot.bytes = 0;
+    slot.latency = -1;
     if (!this.#begin(index, slot, chain)) this.#answer(index);
     else if (!this.#transfers.proceed(index)) this.#waiting.push(index);
   }
@@ -227,6 +241,8 @@ export class BlockDevice implements VirtioDevice {
         counters[BlockCounter.read_ops]++;
         counters[BlockCounter.read_bytes] += bytes;
         slot.bytes = bytes;
+        slot.latency = BlockLatency.read_latency;
+        this.#taken[index] = this.context.loop.now();
         this.#transfers.beginData(index, false, sector * SECTOR, bytes, chain, chain.readable, 0);
         return true;
       }
@@ -236,6 +252,8 @@ export class BlockDevice implements VirtioDevice {
         counters[BlockCounter.write_ops]++;
         counters[BlockCounter.write_bytes] += bytes;
         slot.changes = true;
+        slot.latency = BlockLatency.write_latency;
+        this.#taken[index] = this.context.loop.now();
         this.#transfers.beginData(index, true, sector * SECTOR, bytes, chain, 0, HEADER_BYTES);
         return true;
       }
@@ -308,8 +326,11 @@ export class BlockDevice implements VirtioDevice {
 
   #answer(index: number): void {
     const slot = this.#slots[index];
-    const { queue, id, status, statusAddress, bytes } = slot;
+    const { queue, id, status, statusAddress, bytes, latency } = slot;
     this.#driver!.memory.setU8(statusAddress, status);
+    if (latency >= 0 && status === Result.ok) {
+      this.context.latencies[latency].add(this.context.loop.now() - this.#taken[index]);
+    }
     slot.queue = undefined;
     this.#free.push(index);
     this.#giveBack(queue!, id, (status === Result.ok ? bytes : 0) + 1);

@@ -8,6 +8,7 @@
  */
 import type { GuestMemory } from '../memory/guest-memory.js';
 import type { HostKernel } from '../sys/host-kernel.js';
+import type { Latency } from './latency.js';
 import type { VirtQueue } from './queue/queue.js';
 
 /** Device types: virtio 1.3, chapter 5. */
@@ -55,6 +56,8 @@ export interface VirtioDescription {
   readonly writable: readonly (readonly [number, number])[];
   /** Names of `DeviceContext.counters`, in their order: at most DEVICE_COUNTERS. */
   readonly counters: readonly string[];
+  /** Names of `DeviceContext.latencies`, in their order: at most DEVICE_LATENCIES; none where it is left out. */
+  readonly latencies?: readonly string[];
 }
 
 /** A split queue in host memory. Addresses are the host's. */
@@ -151,6 +154,8 @@ export interface DeviceContext {
    * its own, and main sums them up.
    */
   readonly counters: Float64Array;
+  /** How long its requests take, which its description names. Each worker has its own, as with counters. */
+  readonly latencies: readonly Latency[];
   /** Words of the state block for what the driver has set and no other word holds. All workers of the device see the same. */
   readonly own: Int32Array;
   /** Changes the configuration space, so that the driver sees all of it or nothing, and, but for `untold`, tells it (4.1.5.4). */
@@ -164,4 +169,5 @@ export interface DeviceContext {
 }
 
 export const DEVICE_COUNTERS = 12;
+export const DEVICE_LATENCIES = 2;
 export const OWN_WORDS = 2;

@@ -116,9 +116,13 @@ test('disks, the balloon and memory change their size under a running guest, and
   const { body } = await api('GET', 'vm.counters');
   // A page for each of the two writes.
   expect(body).toMatchObject({
-    data: { write_ops: 2, write_bytes: 8192, errors: 0 },
+    data: { write_ops: 2, write_bytes: 8192, errors: 0, read_latency_avg: expect.any(Number) },
     __balloon: { inflated: (64 * MIB) / 4096 },
   });
+  const { data } = body as Record<string, Record<string, number>>;
+  const { write_latency_min: least, write_latency_avg: average, write_latency_max: most } = data;
+  expect(least).toBeGreaterThan(0);
+  expect([least, average, most].toSorted((one, other) => one - other)).toEqual([least, average, most]);
 
   const logged = guest.log.length;
   expect(await api('PUT', 'vm.reboot')).toEqual(DONE);

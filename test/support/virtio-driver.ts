@@ -4,12 +4,14 @@ import type { HostKernel } from '../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
 import {
   DEVICE_COUNTERS,
+  DEVICE_LATENCIES,
   type DeviceContext,
   type DeviceQueue,
   type Driver,
   featureWords,
   OWN_WORDS,
 } from '../../src/virtio/device.js';
+import { Latency, LATENCY_NUMBERS } from '../../src/virtio/latency.js';
 import { EpollLoop } from '../../src/virtio/transport/epoll-loop.js';
 import { PACKED_START, PackedQueue } from '../../src/virtio/queue/packed-queue.js';
 import { QUEUE_WORDS, QueueWord, type VirtQueue } from '../../src/virtio/queue/queue.js';
@@ -268,6 +270,8 @@ export interface TestContext extends DeviceContext {
   readonly resets: string[];
   readonly messages: unknown[];
   readonly lines: string[];
+  /** What its latencies have counted. */
+  readonly numbers: readonly Float64Array[];
   configChanges: number;
 }
 
@@ -275,12 +279,15 @@ export function testContext(host: HostKernel = kernel): TestContext {
   const resets: string[] = [];
   const messages: unknown[] = [];
   const lines: string[] = [];
+  const numbers = Array.from({ length: DEVICE_LATENCIES }, () => new Float64Array(LATENCY_NUMBERS));
   const context = {
     id: '_test0',
     kernel: host,
     loop: new EpollLoop(host),
     config: new Uint8Array(64),
     counters: new Float64Array(DEVICE_COUNTERS),
+    numbers,
+    latencies: numbers.map((each) => new Latency(each)),
     own: new Int32Array(OWN_WORDS),
     resets,
     messages,

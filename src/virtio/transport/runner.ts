@@ -96,7 +96,7 @@ export class VirtioRunner {
       kernel: services.kernel,
       loop: services.loop,
       config: configBytes(this.#state, description.config.length),
-      counters: workerCounters(this.#state, served),
+      ...workerCounters(this.#state, served),
       own: ownWords(this.#state),
       changeConfig: (change, untold) => this.#interrupts.changeConfig(change, untold),
       needsReset: (reason) => this.#needsReset(reason),

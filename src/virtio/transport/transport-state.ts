@@ -3,7 +3,8 @@ import { FUNCTION_WORDS } from '../../pci/function.js';
 import { type MsixPlace, msixWords, NO_VECTOR } from '../../pci/msix.js';
 import type { StateBlock } from '../../state/state-block.js';
 import { type StateLayout, stateLayout } from '../../state/state-block.js';
-import { DEVICE_COUNTERS, OWN_WORDS, type VirtioDescription } from '../device.js';
+import { DEVICE_COUNTERS, DEVICE_LATENCIES, type DeviceContext, OWN_WORDS, type VirtioDescription } from '../device.js';
+import { LATENCY_NUMBERS, Latency, latencyCounters } from '../latency.js';
 import { QUEUE_WORDS, QueueWord } from '../queue/queue.js';
 
 type Fields =
@@ -48,6 +49,9 @@ export const Status = {
   failed: 128,
 } as const;
 
+/** Doubles in which one worker counts what a device does. */
+const COUNTER_SET = DEVICE_COUNTERS + DEVICE_LATENCIES * LATENCY_NUMBERS;
+
 /** One vector for the configuration and one for each queue. */
 export function vectorCount(queues: number): number {
   return queues + 1;
@@ -62,7 +66,7 @@ export function transportLayout(name: string, queues: number, configBytes: numbe
     alignment: 1,
     queues: queues * QUEUE_WORDS,
     /** Of the device: a set for each queue. */
-    counters: 2 * DEVICE_COUNTERS * queues,
+    counters: 2 * COUNTER_SET * queues,
     function: FUNCTION_WORDS,
     msixControl: 1,
     msixTable: msix.table,
@@ -115,21 +119,39 @@ export function ownWords(block: StateBlock<Fields>): Int32Array {
   return block.words.subarray(at.own, at.own + length.own);
 }
 
-/** The device's counters of one worker, whose set is that of the first queue that it serves: nobody else writes them. */
-export function workerCounters(block: StateBlock<Fields>, served: readonly number[]): Float64Array {
-  return counterSet(block, Math.min(...served));
+/** What one worker counts, in the set of the first queue that it serves: nobody else writes it. */
+export function workerCounters(
+  block: StateBlock<Fields>,
+  served: readonly number[],
+): Pick<DeviceContext, 'counters' | 'latencies'> {
+  const set = counterSet(block, Math.min(...served));
+  return {
+    counters: set.subarray(0, DEVICE_COUNTERS),
+    latencies: Array.from({ length: DEVICE_LATENCIES }, (_, index) => new Latency(latencyNumbers(set, index))),
+  };
 }
 
-/** The device's counters in all. */
-export function deviceCounters(block: StateBlock<Fields>, queues: number): Float64Array {
-  const sum = new Float64Array(DEVICE_COUNTERS);
-  for (let queue = 0; queue < queues; queue++)
-    counterSet(block, queue).forEach((count, index) => (sum[index] += count));
-  return sum;
+/** What all workers of the device have counted, by name. */
+export function deviceCounters(block: StateBlock<Fields>, description: VirtioDescription): Record<string, number> {
+  const sets = description.queueSizes.map((_, queue) => counterSet(block, queue));
+  const counters: Record<string, number> = {};
+  description.counters.forEach((name, index) => {
+    counters[name] = sets.reduce((sum, set) => sum + set[index], 0);
+  });
+  description.latencies?.forEach((name, index) => {
+    const parts = sets.map((set) => latencyNumbers(set, index));
+    Object.assign(counters, latencyCounters(name, parts));
+  });
+  return counters;
 }
 
 function counterSet(block: StateBlock<Fields>, queue: number): Float64Array {
-  return new Float64Array(block.buffer, block.layout.at.counters * 4 + queue * DEVICE_COUNTERS * 8, DEVICE_COUNTERS);
+  return new Float64Array(block.buffer, block.layout.at.counters * 4 + queue * COUNTER_SET * 8, COUNTER_SET);
+}
+
+function latencyNumbers(set: Float64Array, index: number): Float64Array {
+  const from = DEVICE_COUNTERS + index * LATENCY_NUMBERS;
+  return set.subarray(from, from + LATENCY_NUMBERS);
 }
 
 /** The device as a reset leaves it (2.4); the PCI function and its vectors stay as they are. */

@@ -375,7 +375,6 @@ export class DeviceManager {
       const queues = description.queueSizes.length;
       const layout = transportLayout(id, queues, description.config.length);
       const block = new StateBlock(layout, state);
-      const own = deviceCounters(block, queues);
       return {
         id,
         queues: description.queueSizes.map((_, queue) => {
@@ -383,7 +382,7 @@ export class DeviceManager {
           const [requests, interrupts, kicks, kickExits] = queueCounters(block.words, first);
           return { requests, interrupts, kicks, kickExits };
         }),
-        device: Object.fromEntries(description.counters.map((name, index) => [name, own[index]])),
+        device: deviceCounters(block, description),
       };
     });
   }

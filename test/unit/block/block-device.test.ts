@@ -273,6 +273,48 @@ test.each([
   d.close();
 });
 
+test('what a read and a write take is counted, from when they are taken until they are answered', () => {
+  let now = 100;
+  const takes = (milliseconds: number, move: HostKernel['readvAtRaw']): HostKernel['readvAtRaw'] => {
+    return (...args) => {
+      now += milliseconds;
+      return move(...args);
+    };
+  };
+  let fails = false;
+  const host = hostWith({
+    readvAtRaw: takes(3, (...args) => (fails ? -5 : kernel.readvAtRaw(...args))),
+    writevAtRaw: takes(0.5, (...args) => kernel.writevAtRaw(...args)),
+    dataSyncRaw: () => {
+      now += 10;
+      return 0;
+    },
+  });
+  // Without FLUSH a write is done when it is on stable storage.
+  const d = disk('sync', { engine: new SyncEngine(host, 8) }, []);
+  d.context.loop.now = () => now;
+  const numbers = d.context.numbers;
+  const one = (type: number) => d.request(type, 0, [{ address: d.buffers, length: 512, write: type === IN }]).status;
+  expect(numbers.map((each) => [...each])).toEqual([
+    [0, 0, 0, 0],
+    [0, 0, 0, 0],
+  ]);
+  expect([one(IN), one(OUT)]).toEqual([OK, OK]);
+  // Two at once: the second is moved after the first.
+  d.submit(IN, 0, [{ address: d.buffers, length: 512, write: true }]);
+  d.submit(IN, 8, [{ address: d.buffers, length: 512, write: true }]);
+  d.wait();
+  d.wait();
+  fails = true;
+  expect(one(IN)).toBe(IO_ERROR);
+  expect(d.request(4, 0, []).status).toBe(OK);
+  expect(numbers.map((each) => [...each])).toEqual([
+    [3, 3 + 6 + 3, 3, 6],
+    [1, 10.5, 10.5, 10.5],
+  ]);
+  d.close();
+});
+
 describe('where the host has no holes', () => {
   const EOPNOTSUPP = 95;
   const KEEP_SIZE = 1;
