@@ -45,6 +45,7 @@ test('disks, the balloon and memory change their size under a running guest, and
     },
     vmm: [
       ...['--cpus', 'boot=2', '--balloon', 'size=0', '--api-socket', `path=${socket}`],
+      ...['--event-monitor', `path=${scratch}/events`],
       ...['--memory', 'size=512M,hotplug_method=virtio-mem,hotplug_size=1G,hotplugged_size=128M'],
       // Two threads serve the first disk: both have to hear of its size.
       ...['--disk', `path=${scratch}/raw,num_queues=2,queue_affinity=[0@[0],1@[0]]`, `path=${scratch}/qcow2,id=data`],
@@ -124,6 +125,12 @@ test('disks, the balloon and memory change their size under a running guest, and
   expect(least).toBeGreaterThan(0);
   expect([least, average, most].toSorted((one, other) => one - other)).toEqual([least, average, most]);
 
+  // Its driver lets go of a disk, and takes it again.
+  await shell.run(
+    'cd /sys/bus/virtio/drivers/virtio_blk; echo $(basename $(readlink /sys/block/vdb/device)) >/tmp/name',
+  );
+  await shell.run('cat /tmp/name >unbind; cat /tmp/name >bind; cd /');
+
   const logged = guest.log.length;
   expect(await api('PUT', 'vm.reboot')).toEqual(DONE);
   await shell.listens();
@@ -144,9 +151,31 @@ test('disks, the balloon and memory change their size under a running guest, and
   expect(await api('PUT', 'vmm.shutdown')).toEqual(DONE);
   expect(await guest.end()).toMatchObject({ status: 0 });
   expect(await host.check(`ls ${scratch}; stat -c %s ${scratch}/raw; qemu-img check -q ${scratch}/qcow2`)).toBe(
-    `qcow2\nraw\n${16 * MIB}\n`,
+    `events\nqcow2\nraw\n${16 * MIB}\n`,
   );
+  const events = await eventsIn(host, `${scratch}/events`);
+  const of = (device: string) =>
+    events.filter(({ properties }) => properties?.['id'] === device).map(({ source, event }) => `${source} ${event}`);
+  // Once in each of three lives, though two threads serve the first disk.
+  const activated = 'virtio-device activated';
+  const each = ['_disk0', '__balloon', 'mem0', '__rng'].map(of);
+  expect(each).toEqual([...[1, 2, 3].map(() => [activated, activated, activated]), []]);
+  expect(of('data')).toEqual([activated, 'virtio-device reset', activated, activated, activated]);
+  const rebooted = events.findIndex(({ event }) => event === 'rebooting');
+  expect(events.findIndex(({ source }) => source === 'virtio-device')).toBeLessThan(rebooted);
+  expect(events.slice(rebooted).filter(({ source }) => source === 'virtio-device')).not.toEqual([]);
 });
+
+interface Event {
+  readonly source: string;
+  readonly event: string;
+  readonly properties: Readonly<Record<string, string>> | null;
+}
+
+async function eventsIn(at: TestHost, file: string): Promise<Event[]> {
+  const texts = (await at.check(`cat ${file}; rm ${file}`)).split('\n\n').filter(Boolean);
+  return texts.map((text) => JSON.parse(text) as Event);
+}
 
 const dx = (port: number) => [0x66, 0xba, port & 0xff, port >> 8];
 /** A guest that says back what it hears at its serial port, and powers itself off after a q. */
@@ -231,12 +260,8 @@ test('a machine is made, run, shut down and made again, and nothing of it is lef
   expect(await call('PUT', 'vmm.shutdown')).toEqual(DONE);
   expect(await child.exit).toMatchObject({ status: 0 });
   expect(await simple.check(`ls ${scratch}`)).toBe('disk\nlife.events\npmem\n');
-  const events = (await simple.check(`cat ${at}.events`)).split('\n\n').filter(Boolean);
-  expect(
-    events
-      .map((text) => JSON.parse(text) as { source: string; event: string })
-      .map(({ source, event }) => `${source} ${event}`),
-  ).toEqual([
+  const events = await eventsIn(simple, `${at}.events`);
+  expect(events.map(({ source, event }) => `${source} ${event}`)).toEqual([
     ...['vmm starting', 'vm booting', 'vm booted', 'vm rebooting', 'vm rebooted', 'vm shutdown', 'vm booting'],
     ...['vm booting', 'vm booted', 'vm shutdown', 'vm deleted'],
     ...['vm booting', 'vm booted', 'vm shutdown', 'vm deleted', 'vmm shutdown'],

@@ -37,7 +37,9 @@ export class FakeLives {
     kernel: new LinuxKernel(),
     hypervisor: undefined as never,
     logger: { error: () => undefined, warn: () => undefined, info: () => undefined, debug: () => undefined },
-    tell: (source, event) => this.events.push(`${source} ${event}`),
+    tell: (source, event, properties) => {
+      this.events.push([source, event, properties?.['id']].filter(Boolean).join(' '));
+    },
     vcpuWorker: new URL('file:///none'),
     ioWorker: new URL('file:///none'),
     openTaps: () => ({ taps: [], mac: new Uint8Array(6) }),

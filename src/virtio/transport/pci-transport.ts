@@ -181,14 +181,15 @@ export class VirtioPciDevice implements FunctionDevice {
 
   /** A step of the protocol that may start or stop the device: vectors, doorbells and workers follow. Under the block's lock. */
   #change(step: () => void): void {
-    const { mastering, session } = this.#at;
-    const [wasMastering, wasSession] = [this.#words[mastering], this.#words[session]];
+    const { mastering, session, resets } = this.#at;
+    const words = this.#words;
+    const [wasMastering, wasSession, wasReset] = [words[mastering], words[session], words[resets]];
     step();
-    if (this.#words[mastering] !== wasMastering) {
+    if (words[mastering] !== wasMastering) {
       this.msix.allChanged();
       this.#placeDoorbells();
     }
-    if (this.#words[session] !== wasSession) this.#wake();
+    if (words[session] !== wasSession || words[resets] !== wasReset) this.#wake();
   }
 
   #wake(): void {

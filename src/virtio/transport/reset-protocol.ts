@@ -7,7 +7,7 @@
  * - `session` is a number that changes whenever the queues pass from the driver to the workers or back: odd while the workers
  *   are to hold them. Only the driver's side writes it.
  * - `holders` is a word for each worker, which that worker alone writes: the session whose queues it holds, 0 for none.
- * - `resetting` says that a reset waits for the workers.
+ * - `resetting` says that a reset waits for the workers; `resets` counts them.
  * - `mastering` says whether the driver has stopped the device by its bus mastering.
  *
  * While a worker holds an older session than the present one, the queues' words are its own: no register is written (the
@@ -84,6 +84,7 @@ export class ResetProtocol {
     const { words, at } = this;
     if (words[at.mastering] === Mastering.silent) words[at.mastering] = Mastering.on;
     Atomics.store(words, at.resetting, 1);
+    Atomics.add(words, at.resets, 1);
     this.#newSession();
     this.#finishReset();
   }

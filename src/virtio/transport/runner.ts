@@ -63,6 +63,8 @@ export class VirtioRunner {
   #broken = false;
   /** The device has its queues, and touches neither them nor guest memory for now. */
   #paused = false;
+  /** The resets that had been when main was told that the device is active; undefined: it was not, or of its reset as well. */
+  #toldActive: number | undefined;
   /** What the driver did before the worker's thread was up is new to it. */
   #configWrites = 0;
 
@@ -130,16 +132,33 @@ export class VirtioRunner {
       if (words[holders + this.#worker] === ((present & 1) === 0 ? 0 : present)) break;
       this.#state.lock();
       const turn = this.#protocol.next(this.#worker);
+      const resets = words[this.#at.resets];
       this.#state.unlock();
-      if (turn === Turn.take) this.#activate();
-      else if (turn === Turn.letGo) this.#letGo();
+      if (turn === Turn.take) {
+        this.#activate();
+        this.#tell(resets, !this.#broken);
+      } else if (turn === Turn.letGo) this.#letGo();
     }
+    this.#tell(Atomics.load(words, this.#at.resets), false);
     this.#relay((Atomics.load(words, session) & 1) !== 0 && !this.#interrupts.msix.enabled);
     const writes = Atomics.load(words, configWrites);
     if (writes !== this.#configWrites) {
       this.#configWrites = writes;
       this.#device.configWritten?.();
     }
+  }
+
+  /** Tells main what the driver does with the device: one of its workers does. A device that is stopped for a while stays active. */
+  #tell(resets: number, active: boolean): void {
+    if (this.#worker !== 0) return;
+    const { id } = this.handle;
+    if (this.#toldActive !== undefined && this.#toldActive !== resets) {
+      this.#toldActive = undefined;
+      this.services.emit(id, { kind: 'driver', event: 'reset' });
+    }
+    if (!active || this.#toldActive !== undefined) return;
+    this.#toldActive = resets;
+    this.services.emit(id, { kind: 'driver', event: 'activated' });
   }
 
   #relay(wanted: boolean): void {

@@ -23,6 +23,7 @@ type Fields =
   | 'session'
   | 'holders'
   | 'resetting'
+  | 'resets'
   | 'impatient'
   | 'mastering'
   | 'generation'
@@ -88,6 +89,8 @@ export function transportLayout(name: string, queues: number, configBytes: numbe
     session: 1,
     holders: queues,
     resetting: 1,
+    /** How often the driver has reset the device. */
+    resets: 1,
     impatient: 1,
     mastering: 1,
     generation: 1,

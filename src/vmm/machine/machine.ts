@@ -34,6 +34,8 @@ type LifeEnd = MachineEnd | { readonly kind: 'reset' };
 /** What devices tell main. */
 type DeviceMessage =
   | { readonly kind: 'console-output' | 'console-room' | 'watchdog-expired' }
+  /** What its driver has done with it. */
+  | { readonly kind: 'driver'; readonly event: 'activated' | 'reset' }
   | { readonly kind: 'resized'; readonly size: number }
   /** Whether that is the size that was asked for: a driver tells of each step on its way. */
   | { readonly kind: 'balloon-actual' | 'memory-plugged'; readonly size: number; readonly reached: boolean }
@@ -383,6 +385,9 @@ export class Machine {
         break;
       case 'console-room':
         this.#current?.console?.input();
+        break;
+      case 'driver':
+        if (log.allows(device, 'event')) this.parts.tell('virtio-device', message.event, { id: device });
         break;
       case 'watchdog-expired':
         log.log(device, 'warn', 'The guest stopped feeding its watchdog: the machine resets');

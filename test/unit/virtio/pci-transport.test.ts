@@ -113,6 +113,7 @@ function machine(kernelServed = false) {
   const pci = new WaitingDevice(handle, kernel, signals, intx);
   const device = new EchoDevice();
   const lines: string[] = [];
+  const events: unknown[] = [];
   const services = {
     kernel,
     loop,
@@ -121,7 +122,7 @@ function machine(kernelServed = false) {
     signals,
     intx,
     log: (_level: string, line: string) => lines.push(line),
-    emit: () => undefined,
+    emit: (id: string, message: unknown) => events.push([id, message]),
   };
   const runner = new VirtioRunner(handle, [0, 1], services, (context) => {
     device.needsReset = (reason) => context.needsReset(reason);
@@ -136,7 +137,7 @@ function machine(kernelServed = false) {
     for (const fd of [wake, ...handle.doorbells, ...events]) kernel.close(fd);
     guest.close();
   };
-  return { guest, loop, handle, pci, runner, device, messages, doorbells, lines, close };
+  return { guest, loop, handle, pci, runner, device, messages, doorbells, lines, events, close };
 }
 type Machine = ReturnType<typeof machine>;
 
@@ -411,6 +412,86 @@ describe('a driver that resets the device', () => {
     write(m, 0x14, 1, 0);
     m.runner.update();
     expect(m.device.own!.every((word) => word === 0)).toBe(true);
+    m.close();
+  });
+});
+
+describe('main is told', () => {
+  const told = ({ events }: Machine) =>
+    events.splice(0).map((event) => {
+      expect(event).toEqual(['_test0', { kind: 'driver', event: expect.any(String) }]);
+      return (event as [string, { event: string }])[1].event;
+    });
+
+  test('when a driver takes a device into use, and when it resets it', () => {
+    const m = machine();
+    write(m, 0x14, 1, 0);
+    m.runner.update();
+    expect(told(m)).toEqual([]); // nobody used it yet
+    start(m);
+    m.runner.update();
+    m.runner.update();
+    expect(told(m)).toEqual(['activated']);
+    write(m, 0x14, 1, 0);
+    write(m, 0x14, 1, 0);
+    m.runner.update();
+    expect(told(m)).toEqual(['reset']);
+    start(m);
+    m.runner.update();
+    expect(told(m)).toEqual(['activated']);
+    // It is paused and goes on, and ends with its machine: that is no driver's doing.
+    m.runner.pause();
+    m.runner.resume();
+    m.close();
+    expect(told(m)).toEqual([]);
+  });
+
+  test('of a reset that comes while the worker takes the queues', () => {
+    const m = machine();
+    m.device.activate = () => write(m, 0x14, 1, 0);
+    start(m);
+    m.runner.update();
+    expect(told(m)).toEqual(['activated', 'reset']);
+    m.close();
+  });
+
+  test('nothing of a device that has never been in use, or whose rings are nowhere', () => {
+    const m = machine();
+    start(m);
+    write(m, 0x14, 1, 0);
+    m.runner.update();
+    write(m, 0x16, 2, 0);
+    write(m, 0x24, 4, 0xff);
+    start(m);
+    m.runner.update();
+    write(m, 0x14, 1, 0);
+    m.runner.update();
+    expect(told(m)).toEqual([]);
+    m.close();
+  });
+
+  test('nothing of one that is stopped and goes on; its reset meanwhile is told at once', () => {
+    const m = machine();
+    m.pci.meanwhile = () => m.runner.update();
+    command(m, MEMORY | MASTER);
+    m.pci.pci.writeConfig(0x40, 0x8000_0000, 0xffff_0000);
+    start(m);
+    m.runner.update();
+    expect(told(m)).toEqual(['activated']);
+    command(m, MEMORY);
+    m.runner.update();
+    command(m, MEMORY | MASTER);
+    m.runner.update();
+    expect(m.device.seen.filter((what) => what === 'activate')).toHaveLength(2);
+    expect(told(m)).toEqual([]);
+    command(m, MEMORY);
+    m.runner.update();
+    kernel.drainEvent(m.handle.workers[0]);
+    write(m, 0x14, 1, 0);
+    // The worker is woken for it, though it holds nothing.
+    expect(kernel.drainEvent(m.handle.workers[0])).toBe(true);
+    m.runner.update();
+    expect(told(m)).toEqual(['reset']);
     m.close();
   });
 });

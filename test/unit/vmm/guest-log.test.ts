@@ -25,6 +25,23 @@ test('each device and level has a budget of its own, and what was left out is to
   expect(lines).toEqual(['warn a: 2 lines like the last were left out']);
 });
 
+test('events have a budget too, and the log tells how many are left out', () => {
+  let now = 0;
+  const lines: string[] = [];
+  const log = new GuestLog(
+    (level, line) => lines.push(`${level} ${line}`),
+    () => now,
+  );
+  const told = () => Array.from({ length: 60 }, () => log.allows('a', 'event')).filter((allowed) => allowed).length;
+  expect(told()).toBe(BURST);
+  log.log('a', 'warn', 'a: a line');
+  expect(lines.splice(0)).toEqual(['warn a: a line']);
+  now += 2000;
+  expect(told()).toBe(2);
+  log.close();
+  expect(lines).toEqual(['warn a: 10 events were left out', 'warn a: 58 events were left out']);
+});
+
 test('for ever a line a second, never silence', () => {
   let now = 0;
   let lines = 0;

@@ -37,6 +37,19 @@ afterEach(async () => {
   fs.rmSync(folder, { recursive: true });
 });
 
+test('events of drivers, of which a device has so many at once', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  lives.events.length = 0;
+  for (let round = 0; round < 1000; round++) {
+    lives.last.io.onDevice('_disk0', { kind: 'driver', event: round % 2 === 0 ? 'activated' : 'reset' });
+  }
+  lives.last.io.onDevice('__rng', { kind: 'driver', event: 'activated' });
+  expect(lives.events.slice(0, 2)).toEqual(['virtio-device activated _disk0', 'virtio-device reset _disk0']);
+  expect(lives.events).toHaveLength(51);
+  expect(lives.events.at(-1)).toBe('virtio-device activated __rng');
+});
+
 test('a life from its making to its end, and the events of it', async () => {
   await vmm.create(config());
   expect(vmm.info()).toMatchObject({ state: 'Created', memory_actual_size: 512 * 2 ** 20 });
@@ -294,7 +307,7 @@ test('devices that come and go', async () => {
   lives.last.cpus.onEvent({ kind: 'ejected', segment: 0, slot: lives.last.slots.get('_net1')! });
   await ticks();
   expect(vmm.info().config.net.map(({ id }) => id)).toEqual(['_net2']);
-  expect(lives.events.at(-1)).toBe('vm device-removed');
+  expect(lives.events.at(-1)).toBe('vm device-removed _net1');
   await expect(vmm.addDevice('disk', { path: 'd', id: '_net2' })).rejects.toEqual(refusal(/^id: /, 'conflict'));
   await expect(vmm.addDevice('disk', { path: 'd', num_queues: 9 })).rejects.toEqual(
     refusal(/^num_queues: accepted is up to 1, one for each vCPU$/, 'invalid'),
