@@ -134,7 +134,8 @@ class Ours extends Subject {
     // It is bound a moment before it listens.
     for (;;) {
       try {
-        await this.#call('GET', 'vmm.ping'); return;
+        await this.#call('GET', 'vmm.ping');
+        return;
       } catch (error) {
         if ((error as NodeJS.ErrnoException).code !== 'ECONNREFUSED') throw error;
       }
