@@ -95,7 +95,7 @@ export class BodyReader {
       for (const key of issue.keys) {
         const path = [...issue.path, key];
         const asksForNothing = unbuilt.get(`${place}${fieldPattern(path)}`);
-        if (asksForNothing === undefined) this.#ignore(fieldPattern(path));
+        if (asksForNothing === undefined) this.ignore(fieldPattern(path), 'there is no such field');
         else if (!asksForNothing(Reflect.get(owner, key)))
           throw refusal(path, 'null: what it asks for is not built yet');
         Reflect.deleteProperty(owner, key);
@@ -104,10 +104,11 @@ export class BodyReader {
     return input;
   }
 
-  #ignore(name: string): void {
+  /** Logs it, unless it has before. */
+  ignore(name: string, reason: string): void {
     if (this.#ignored.has(name) || this.#ignored.size === MAX_REMEMBERED) return;
     this.#ignored.add(name);
-    this.log(`API: ${shorten(name)} is ignored: there is no such field`);
+    this.log(`API: ${shorten(name)} is ignored: ${reason}`);
   }
 }
 

@@ -20,6 +20,12 @@ export interface Route {
   readonly quiet?: string;
   /** What it may refuse beside mistakes and what failed. */
   readonly refuses: readonly Exclude<RequestError['kind'], 'invalid' | 'failed'>[];
-  /** @returns the answer's body; undefined: none @throws RequestError, or what failed */
-  call(body: unknown): unknown;
+  /** Whether it takes descriptors; others refuse them. */
+  readonly takesDescriptors?: boolean;
+  /**
+   * @param descriptors that came with the request; the machine's once the call has succeeded
+   * @returns the answer's body; undefined: none
+   * @throws RequestError, or what failed
+   */
+  call(body: unknown, descriptors: readonly number[]): unknown;
 }

@@ -20,7 +20,7 @@ const ask = (summary: string, answer: WireName, refuses: Refusals, call: () => u
 const DONE = 'Done';
 
 /** Tells something. */
-const tell = (summary: string, body: WireName, refuses: Refusals, call: (body: unknown) => unknown): Route => ({
+const tell = (summary: string, body: WireName, refuses: Refusals, call: Route['call']): Route => ({
   ...{ method: 'PUT', summary, body, quiet: DONE, refuses, call },
 });
 
@@ -37,9 +37,11 @@ const act = (summary: string, refuses: Refusals, call: () => unknown): Route => 
 export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMap<string, Route> {
   const reader = new BodyReader((line) => logger.warn(line));
   const add = (kind: Parameters<typeof readDevice>[1], what: string, body: WireName): Route => ({
-    ...tell(`Gives the machine one more ${what}`, body, ['unknown', 'conflict', 'busy'], (device) =>
-      vmm.addDevice(kind, readDevice(reader, kind, device)),
-    ),
+    ...tell(`Gives the machine one more ${what}`, body, ['unknown', 'conflict', 'busy'], (device, fds) => {
+      const read = readDevice(reader, kind, device);
+      return vmm.addDevice(kind, fds.length === 0 ? read : { ...read, fds });
+    }),
+    takesDescriptors: kind === 'net',
     answer: 'PciDeviceInfo',
     quiet: 'The machine does not run, and gets it when it does',
   });

@@ -3,12 +3,15 @@
  * 204 without one; an error is a JSON array of strings, from the outermost to the cause.
  */
 import http from 'node:http';
+import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { HostKernel } from '../sys/host-kernel.js';
-import { bindSocket } from '../vmm/host/unix-socket.js';
+import { adoptSocket, bindSocket } from '../vmm/host/unix-socket.js';
 import type { Logger } from '../vmm/log/logger.js';
 import { causeMessages, RequestError } from '../vmm/machine/machine-error.js';
 import { parseBody, refusal, shorten } from './bodies.js';
+import { Connection } from './connection.js';
+import type { Descriptors } from './descriptors.js';
 import { STATUS } from './route.js';
 import { type ApiVmm, routes } from './routes.js';
 
@@ -58,43 +61,59 @@ async function readBody(request: http.IncomingMessage): Promise<unknown> {
   return length === 0 ? undefined : parseBody(Buffer.concat(chunks).toString());
 }
 
-/** @throws MachineError when the socket cannot be made */
-export async function openApi(kernel: HostKernel, socket: string, vmm: ApiVmm, options: ApiOptions): Promise<Api> {
+/**
+ * @param socket the path where it is made, or the descriptor of one that listens already
+ * @throws MachineError when it cannot be made, or does not listen
+ */
+export async function openApi(
+  kernel: HostKernel,
+  socket: string | number,
+  vmm: ApiVmm,
+  options: ApiOptions,
+): Promise<Api> {
   const { version, logger, patienceMilliseconds: patience = 30_000 } = options;
   const table = routes(vmm, version, logger);
   /** Requests that are not answered yet. */
   const open = new Set<http.ServerResponse>();
   let onAnswered: () => void = () => undefined;
 
-  async function call(request: http.IncomingMessage): Promise<Answer> {
+  async function call(request: http.IncomingMessage, came: Descriptors): Promise<Answer> {
     const { method = '', url = '' } = request;
+    let descriptors: readonly number[] = [];
     try {
       const body = await readBody(request);
+      descriptors = came.take();
       if (method !== 'GET' && method !== 'PUT') throw refusal([], 'GET or PUT');
       const route = url.startsWith(BASE) ? table.get(url.slice(BASE.length)) : table.get(ELSEWHERE[url] ?? '');
       if (route === undefined) throw new RequestError(`${method} ${shorten(url)} is not served here`, 'unknown');
       if (route.method !== method) throw new RequestError(`${url}: accepted is ${route.method}`, 'invalid');
-      const result = await route.call(body);
+      if (descriptors.length > 0 && route.takesDescriptors !== true) throw refusal([], 'no descriptors');
+      const result = await route.call(body, descriptors);
       return result === undefined ? { status: 204, text: '' } : { status: 200, text: JSON.stringify(result) };
     } catch (error) {
+      for (const fd of descriptors) kernel.close(fd);
       logger.info(`API: ${method} ${shorten(url)}: ${causeMessages(error).join(': ')}`);
       return answerTo(error);
     }
   }
 
   async function serve(request: http.IncomingMessage, response: http.ServerResponse): Promise<void> {
+    // That it has been given.
+    const connection = request.socket as unknown as Connection;
+    const came = connection.begins(request);
     open.add(response);
     response.on('close', () => {
       open.delete(response);
+      connection.ends(request);
       if (open.size === 0) onAnswered();
     });
-    const { status, text } = await call(request);
+    const { status, text } = await call(request, came);
     if (text !== '') {
       response.setHeader('Content-Type', 'application/json');
       response.setHeader('Content-Length', Buffer.byteLength(text));
     }
     // Node.js takes this back once it has all been taken.
-    request.socket.setTimeout(patience);
+    connection.setTimeout(patience);
     // Cloud Hypervisor's client takes all behind "HTTP/1.1 " for a number, and no chunks: no reason phrase (RFC 9112, 4).
     response.writeHead(status, '');
     response.end(text);
@@ -124,13 +143,22 @@ export async function openApi(kernel: HostKernel, socket: string, vmm: ApiVmm, o
   server.on('clientError', (error: Error & { reason?: string }, stream) =>
     refuse(stream, error.reason ?? error.message),
   );
-  server.maxConnections = MAX_CONNECTIONS;
-  const bound = bindSocket(kernel, `--api-socket path=${socket}`, socket);
-  await new Promise<void>((resolve) => server.listen({ fd: bound.listener }, resolve));
+  // The server gets no other connections than those that it is given.
+  const acceptor = net.createServer({ allowHalfOpen: true, pauseOnConnect: true }, (accepted) => {
+    server.emit('connection', new Connection(kernel, accepted));
+  });
+  acceptor.maxConnections = MAX_CONNECTIONS;
+  const bound =
+    typeof socket === 'number'
+      ? adoptSocket(kernel, `--api-socket fd=${socket}`, socket)
+      : bindSocket(kernel, `--api-socket path=${socket}`, socket);
+  // It looks after their time from then on.
+  server.emit('listening');
+  await new Promise<void>((resolve) => acceptor.listen({ fd: bound.listener }, resolve));
   return {
     close: async () => {
       bound.remove();
-      const closed = new Promise((resolve) => server.close(resolve));
+      const closed = new Promise((resolve) => acceptor.close(resolve));
       const answered = new Promise<void>((resolve) => {
         onAnswered = resolve;
         if (open.size === 0) resolve();
@@ -138,6 +166,7 @@ export async function openApi(kernel: HostKernel, socket: string, vmm: ApiVmm, o
       });
       await answered;
       server.closeAllConnections();
+      server.close();
       await closed;
     },
   };

@@ -54,8 +54,9 @@ const UNBUILT: Unbuilt = new Map<string, (value: unknown) => boolean>([
 export function readVmConfig(reader: BodyReader, body: unknown): VmConfig {
   const input = withoutNulls(body);
   if (!isObject(input) || Array.isArray(input)) throw refusal([], 'a VmConfig, {"payload": {"kernel": PATH}, ...}');
-  const { disks } = input;
+  const { disks, net } = input;
   if (Array.isArray(disks)) input['disks'] = disks.map(diskFromWire);
+  if (Array.isArray(net)) input['net'] = net.map((device) => netFromWire(reader, device));
   input['console'] ??= consoleBeside(input['serial']);
   const checked = checkConfig(reader.known(vmConfigSchema, input, UNBUILT), readHostFacts());
   if ('config' in checked) return checked.config;
@@ -76,7 +77,7 @@ export function readDevice(reader: BodyReader, kind: keyof typeof DEVICES, body:
   const input = withoutNulls(body);
   if (!isObject(input) || Array.isArray(input)) throw refusal([], 'the configuration of a device');
   const { schema, place } = DEVICES[kind];
-  const device = kind === 'disk' ? diskFromWire(input) : input;
+  const device = kind === 'disk' ? diskFromWire(input) : kind === 'net' ? netFromWire(reader, input) : input;
   return reader.known(schema, device, UNBUILT, place) as object;
 }
 
@@ -92,6 +93,14 @@ function diskFromWire(disk: unknown): unknown {
       ? {}
       : { image_type: typeof type === 'string' ? type.toLowerCase() : type }),
   };
+}
+
+/** A client's own numbers of descriptors mean nothing here. */
+function netFromWire(reader: BodyReader, net: unknown): unknown {
+  if (!isObject(net)) return net;
+  const { fds, ...rest } = net;
+  if (fds !== undefined) reader.ignore('net[].fds', 'descriptors come beside the request (SCM_RIGHTS)');
+  return rest;
 }
 
 /** The configuration of vm.info. */

@@ -270,7 +270,7 @@ export const RUN_FLAGS: readonly Flag[] = [
     name: 'api-socket',
     group: 'Process:',
     takes: 'value',
-    help: 'path=PATH or PATH: a Unix socket for the REST API, which may also make the machine; default: none',
+    help: 'path=PATH or PATH, or fd=N that listens: a Unix socket for the REST API, which may also make the machine; default: none',
   },
   {
     name: 'event-monitor',

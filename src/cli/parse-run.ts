@@ -90,12 +90,18 @@ function nestLimits(fields: Record<string, unknown>): Record<string, unknown> {
   return { ...rest, rate_limiter_config: { ...(bandwidth && { bandwidth }), ...(ops && { ops }) } };
 }
 
-/** `path=PATH` or `PATH`. Descriptors, which Cloud Hypervisor also takes here, are refused. */
-function readApiSocket(text: string | undefined): string | undefined {
+/** Of a descriptor that the process was started with, and none of the standard ones. */
+const DESCRIPTOR = /^fd=([3-9]|[1-9]\d{1,8})$/;
+
+/** `path=PATH` or `PATH`, or `fd=N` for a socket that somebody else has made. */
+function readApiSocket(text: string | undefined): string | number | undefined {
   if (text === undefined) return undefined;
+  const fd = DESCRIPTOR.exec(text)?.[1];
+  if (fd !== undefined) return Number(fd);
   const checked = socketPath.safeParse(unquote(text.replace(/^path=/, '')));
   if (checked.success && !text.startsWith('fd=')) return checked.data;
-  throw new OptionError(withValue('api-socket', text), `path=PATH or PATH, up to ${MAX_SOCKET_PATH} bytes`);
+  const accepted = `path=PATH or PATH, up to ${MAX_SOCKET_PATH} bytes, or fd=N from 3 on`;
+  throw new OptionError(withValue('api-socket', text), accepted);
 }
 
 function readEventMonitor(text: string | undefined): ProcessOptions['eventMonitor'] {

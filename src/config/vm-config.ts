@@ -178,8 +178,8 @@ export interface ProcessOptions {
   readonly hypervisor?: (typeof HYPERVISORS)[number];
   /** Absent: standard error. */
   readonly logFile?: string;
-  /** Absent: no API. */
-  readonly apiSocket?: string;
+  /** A path, or the descriptor of a socket that listens. Absent: no API. */
+  readonly apiSocket?: string | number;
   /** Absent: nobody hears of events. */
   readonly eventMonitor?: { readonly path: string } | { readonly fd: number };
   /** The process stays when the guest powers itself off. */

@@ -117,6 +117,18 @@ export interface MemfdOptions {
 /** `populate`: puts a page everywhere now, as a write by the guest would. */
 export type MemoryAdvice = 'hugepage' | 'nohugepage' | 'mergeable' | 'populate';
 
+/** What one recvmsg brought. */
+export type Received =
+  | {
+      /** Empty: the sender has shut its side down. */
+      readonly bytes: Buffer;
+      /** Sent with the last of the bytes, close-on-exec; the caller's to close. */
+      readonly descriptors: readonly number[];
+      /** There were more, which this process could not take. */
+      readonly cut: boolean;
+    }
+  | { readonly bytes: undefined; readonly errno: number };
+
 export interface HostKernel {
   /** Opens close-on-exec, read-write unless the options say otherwise. */
   open(path: string, options?: OpenOptions): number;
@@ -200,6 +212,10 @@ export interface HostKernel {
   acceptUnix(listener: number): number;
   /** Connects to a path, non-blocking. @throws SystemError when nobody listens there */
   connectUnix(path: string): number;
+  /** Whether it is a stream socket of the Unix domain that listens. Never throws. */
+  listensUnix(fd: number): boolean;
+  /** What has come over a Unix socket, as far as one recvmsg takes it; never waits and never throws. */
+  receiveUnix(fd: number): Received;
   /** shutdown. @param how 0 reading, 1 writing, 2 both. A peer that is gone is no error. */
   shutdownSocket(fd: number, how: 0 | 1 | 2): void;
 

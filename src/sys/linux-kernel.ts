@@ -1,5 +1,6 @@
 /**
- * The real host kernel, through koffi (koffi.ts) and libc: the only file of the product that passes pointers to native code.
+ * The real host kernel, through koffi (koffi.ts) and libc: with receive.ts the only file of the product that passes pointers to native
+ * code.
  *
  * What makes the calls safe in general: every pointer argument is either a Uint8Array, whose memory koffi pins for the
  * length of the synchronous call and whose length the caller sized to the structure, or an address that `map` obtained and
@@ -19,9 +20,11 @@ import {
   type MemfdOptions,
   type MemoryAdvice,
   type OpenOptions,
+  type Received,
   SystemError,
 } from './host-kernel.js';
 import { koffi } from './koffi.js';
+import { MessageReceiver, RECEIVER_BYTES } from './receive.js';
 
 const libc = koffi.load('libc.so.6');
 
@@ -70,6 +73,7 @@ function defineOthers() {
     poll: libc.func('int poll(void *descriptors, unsigned long count, int timeout)'),
     accept4: libc.func('int accept4(int fd, void *address, void *length, int flags)'),
     connect: libc.func('int connect(int fd, const void *address, uint32_t length)'),
+    getsockopt: libc.func('int getsockopt(int fd, int level, int name, void *value, void *length)'),
     shutdown: libc.func('int shutdown(int fd, int how)'),
     read: libc.func('long read(int fd, void *data, size_t length)'),
     mmap: libc.func('uintptr_t mmap(uintptr_t address, size_t length, int prot, int flags, int fd, int64_t offset)'),
@@ -122,6 +126,10 @@ const SYS =
 const AF_UNIX = 1;
 const AF_INET = 2;
 const SOCK_STREAM = 1;
+const SOL_SOCKET = 1;
+const SO_TYPE = 3;
+const SO_ACCEPTCONN = 30;
+const SO_DOMAIN = 39;
 const SOCK_DGRAM = 2;
 const SOCK_NONBLOCK = 0o4000;
 const SOCK_CLOEXEC = 0o2000000;
@@ -265,6 +273,8 @@ export class LinuxKernel implements HostKernel {
   /** A zero timespec. */
   readonly #now = new Uint8Array(16);
   readonly #pid = c.getpid() as number;
+  /** For the process that reads sockets with descriptors. */
+  #receiver: MessageReceiver | undefined;
 
   open(path: string, options: OpenOptions = {}): number {
     let flags = (options.readonly === true ? 0 : O_RDWR) | O_CLOEXEC;
@@ -483,6 +493,27 @@ export class LinuxKernel implements HostKernel {
   acceptUnix(listener: number): number {
     // SAFETY: no address is asked for.
     return raw(io().accept4(listener, null, null, SOCK_NONBLOCK | SOCK_CLOEXEC) as number);
+  }
+
+  listensUnix(fd: number): boolean {
+    const option = (name: number) => {
+      const value = new Int32Array(1);
+      // SAFETY: an int, and its length beside it.
+      const result = io().getsockopt(
+        fd,
+        SOL_SOCKET,
+        name,
+        new Uint8Array(value.buffer),
+        Uint8Array.of(4, 0, 0, 0),
+      ) as number;
+      return result < 0 ? undefined : value[0];
+    };
+    return option(SO_DOMAIN) === AF_UNIX && option(SO_TYPE) === SOCK_STREAM && option(SO_ACCEPTCONN) === 1;
+  }
+
+  receiveUnix(fd: number): Received {
+    this.#receiver ??= new MessageReceiver(this.map({ length: RECEIVER_BYTES, shared: false }));
+    return this.#receiver.receive(fd, (unasked) => this.close(unasked));
   }
 
   shutdownSocket(fd: number, how: 0 | 1 | 2): void {

@@ -47,6 +47,18 @@ export function bindSocket(kernel: HostKernel, option: string, path: string): Bo
   }
 }
 
+/**
+ * A socket that another program has made, and removes.
+ *
+ * @throws MachineError when nothing can be accepted there
+ */
+export function adoptSocket(kernel: HostKernel, option: string, fd: number): BoundSocket {
+  if (!kernel.listensUnix(fd)) {
+    throw new MachineError(`${option}: accepted is the descriptor of a Unix stream socket that listens`);
+  }
+  return { listener: fd, remove: () => undefined };
+}
+
 /** @throws Error when another process has it, or there can be none */
 function takeLock(kernel: HostKernel, path: string): Lock {
   const { O_RDWR, O_CREAT, O_NOFOLLOW, O_NONBLOCK } = fs.constants;

@@ -33,6 +33,8 @@ export interface HotplugEvents {
   onRemoved(id: string, bdf: string | undefined): void;
   /** What the guest wrote to it last may be lost. */
   onCloseFailed(id: string, reason: string): void;
+  /** A descriptor that was given with a device is to be closed. */
+  onGivenBack(fd: number): void;
 }
 
 type AnyDevice = DiskConfig | NetConfig | PmemConfig | VsockConfig;
@@ -45,6 +47,8 @@ export class Hotplug {
   /** Those that the guest has been asked to let go. */
   readonly #leaving = new Set<string>();
   readonly #leavingVcpus = new Set<number>();
+  /** Descriptors that were given with a device, by its name: they are kept for further boots. */
+  readonly #given = new Map<string, readonly number[]>();
   #last: Promise<unknown> = Promise.resolve();
 
   /** @param config whose devices get their names; it is changed as they come and go */
@@ -64,7 +68,7 @@ export class Hotplug {
   }
 
   /**
-   * @param device as a client gave it
+   * @param device as a client gave it; descriptors in it are the machine's once it has succeeded
    * @param running undefined: the machine does not run, and gets it when it does
    * @throws RequestError or MachineError; nothing has changed then
    */
@@ -76,6 +80,7 @@ export class Hotplug {
       const now = running();
       const bdf = now === undefined ? undefined : await plug(now, kind, checked);
       this.#insert(kind, checked);
+      if ('fds' in checked && checked.fds !== undefined) this.#given.set(id, checked.fds);
       this.logger.info(`${id}: plugged in${bdf === undefined ? '' : ` at ${bdf}`}`);
       return bdf === undefined ? undefined : { id, bdf };
     });
@@ -228,10 +233,21 @@ export class Hotplug {
   #forget(id: string): void {
     const { config } = this;
     this.#leaving.delete(id);
+    this.#closeGiven(id);
     config.disks = config.disks.filter((device) => device.id !== id);
     config.net = config.net.filter((device) => device.id !== id);
     config.pmem = config.pmem.filter((device) => device.id !== id);
     if (config.vsock?.id === id) config.vsock = undefined;
+  }
+
+  #closeGiven(id: string): void {
+    for (const fd of this.#given.get(id) ?? []) this.events.onGivenBack(fd);
+    this.#given.delete(id);
+  }
+
+  /** There is no machine any more. */
+  close(): void {
+    for (const id of [...this.#given.keys()]) this.#closeGiven(id);
   }
 }
 

@@ -75,10 +75,11 @@ export class Vmm {
       }
       const own = structuredClone(config);
       for (const net of own.net) net.mac ??= randomMac();
-      const { logger, tell } = this.parts;
+      const { kernel, logger, tell } = this.parts;
       const hotplug = new Hotplug(own, logger, {
         onRemoved: (id, bdf) => tell('vm', 'device-removed', bdf === undefined ? { id } : { id, bdf }),
         onCloseFailed: (id, reason) => logger.warn(`${id}: It may lack what the guest wrote last: ${reason}`),
+        onGivenBack: (fd) => kernel.close(fd),
       });
       this.#owned = { config: own, hotplug, used: false, stopping: false };
     });
@@ -145,7 +146,7 @@ export class Vmm {
   /**
    * Gives the machine one more device; the guest hears of it if it runs.
    *
-   * @param device as a client gave it
+   * @param device as a client gave it; descriptors in it are the machine's once it has it
    * @returns where the guest finds it; undefined: at its next boot
    * @throws RequestError or MachineError; nothing has changed then
    */
@@ -271,6 +272,7 @@ export class Vmm {
   async #delete(reason: string): Promise<void> {
     if (this.#owned === undefined) return;
     await this.#stop(reason);
+    this.#owned.hotplug.close();
     this.#owned = undefined;
     this.parts.tell('vm', 'deleted');
   }

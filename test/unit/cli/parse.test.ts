@@ -95,6 +95,8 @@ describe('a process', () => {
   test('without a machine, which the API makes', () => {
     const none = { kind: 'run', process: { apiSocket: '/s', verbosity: 0 } };
     expect(waiting('--api-socket', '/s')).toEqual(none);
+    for (const fd of [3, 12]) expect(waiting('--api-socket', `fd=${fd}`).process.apiSocket).toBe(fd);
+    expect(waiting('--api-socket', 'path=fd=3').process.apiSocket).toBe('fd=3');
     expect(waiting('--api-socket', 'path=/s', '-v', '--log-file', 'l', '--hypervisor', 'kvm').config).toBeUndefined();
     for (const some of [['--cpus', 'boot=2'], ['--watchdog'], ['--disk', 'path=d'], ['--initramfs', 'i']]) {
       expect(() => parse('--api-socket', '/s', ...some)).toThrow(/^--kernel: accepted is the path of a kernel/);
@@ -289,8 +291,11 @@ describe('refuses options', () => {
     ['--kernel k --hypervisor xen', '--hypervisor xen: accepted is kvm or mshv'],
     ['--kernel k --log-file=', '--log-file=: accepted is the path of a file'],
     ['--kernel k --log-file=a\0b', '--log-file a\\u{0}b: accepted is the path of a file'],
-    ['--kernel k --api-socket=', '--api-socket=: accepted is path=PATH or PATH, up to 107 bytes'],
-    ['--kernel k --api-socket fd=3', '--api-socket fd=3: accepted is path=PATH or PATH, up to 107 bytes'],
+    ['--kernel k --api-socket=', '--api-socket=: accepted is path=PATH or PATH, up to 107 bytes, or fd=N from 3 on'],
+    ...['fd=', 'fd=2', 'fd=03', 'fd=x', 'fd=3,path=x', 'fd=9999999999'].map((value) => [
+      `--kernel k --api-socket ${value}`,
+      `--api-socket ${value}: accepted is path=PATH or PATH, up to 107 bytes, or fd=N from 3 on`,
+    ]),
     [
       `--kernel k --serial socket=${'s'.repeat(108)}`,
       `--serial socket=${'s'.repeat(108)}: accepted is a path of up to 107 bytes`,

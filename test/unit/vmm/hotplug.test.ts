@@ -115,6 +115,7 @@ function machine(devices: object = {}) {
   const hotplug = new Hotplug(config, silent, {
     onRemoved: (id, bdf) => void events.push(`${id} removed from ${bdf}`),
     onCloseFailed: (id, reason) => void events.push(`${id}: ${reason}`),
+    onGivenBack: (fd) => void events.push(`${fd} given back`),
   });
   const held = (): Held[] => {
     const { disks, net, pmem, vsock } = config;
@@ -510,4 +511,18 @@ describe('in any order', () => {
       { numRuns: 600 },
     );
   });
+});
+
+test('descriptors that come with a network are kept while it is in the configuration', async () => {
+  const m = machine({ cpus: { boot_vcpus: 2, max_vcpus: 2 } });
+  expect(await refusal(m.add('net', { fds: [10, 11] }))).toMatch(/^invalid: fds: accepted is 1 descriptors/);
+  await m.add('net', { fds: [10], id: 'a' });
+  await m.add('net', { fds: [11, 12], num_queues: 4, id: 'b' });
+  await m.add('net', { id: 'c' });
+  expect(m.events).toEqual([]);
+  await m.remove('a');
+  expect(m.events).toEqual(['10 given back', 'a removed from undefined']);
+  m.hotplug.close();
+  m.hotplug.close();
+  expect(m.events.slice(2)).toEqual(['11 given back', '12 given back']);
 });

@@ -7,7 +7,7 @@ import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from '@jest/globals';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
-import { type BoundSocket, bindSocket } from '../../../src/vmm/host/unix-socket.js';
+import { adoptSocket, type BoundSocket, bindSocket } from '../../../src/vmm/host/unix-socket.js';
 
 const kernel = new LinuxKernel();
 let folder: string;
@@ -150,5 +150,25 @@ test('a lock that its former holder removes meanwhile does not count', () => {
   });
   const bound = bindSocket(racing, '--x socket=s', socket);
   expect(refusal()).toBe('another process listens on it');
+  close(bound);
+});
+
+test('a socket of somebody else is taken if it listens, and left where it is', async () => {
+  const adopt = (fd: number) => adoptSocket(kernel, '--x fd=N', fd);
+  const accepted = '--x fd=N: accepted is the descriptor of a Unix stream socket that listens';
+  const bound = bind();
+  const taken = adopt(bound.listener);
+  expect(taken.listener).toBe(bound.listener);
+  taken.remove();
+  expect(fs.statSync(socket).isSocket()).toBe(true);
+  const connected = kernel.connectUnix(socket);
+  const file = fs.openSync(path.join(folder, 'file'), 'w');
+  const tcp = net.createServer().listen(0, '127.0.0.1');
+  await once(tcp, 'listening');
+  const { fd } = (tcp as unknown as { _handle: { fd: number } })._handle;
+  for (const wrong of [connected, file, fd, 99_999]) expect(() => adopt(wrong)).toThrow(accepted);
+  tcp.close();
+  fs.closeSync(file);
+  kernel.close(connected);
   close(bound);
 });
