@@ -64,7 +64,7 @@ export function runIoThread(kernel: HostKernel): void {
   const pages = new HostPages(kernel, memory);
   const command = new Int32Array(data.command);
 
-  const guestLog = new GuestLog((level, line) => post({ kind: 'log', level, line }));
+  const guestLog = new GuestLog((level, line, leftOut) => post({ kind: 'log', level, line, leftOut }));
   const outbox = new Outbox(data.mail, post);
 
   function limiter(options: LimiterOptions | undefined): RateLimiter | undefined {

@@ -4,6 +4,7 @@ import type { HypervisorName, VmHandle } from '../../hypervisor/hypervisor.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import type { LimiterOptions } from '../../virtio/rate-limiter.js';
+import type { LeftOut } from '../log/guest-log.js';
 import type { MemoryHandle, MemoryPart } from '../memory/memory-part.js';
 
 export type BackendSpec =
@@ -84,7 +85,12 @@ export const IoOrder = { stop: 1, hold: 2, count: 4 } as const;
 
 /** From a worker to main. */
 export type IoMessage =
-  | { readonly kind: 'log'; readonly level: 'info' | 'warn'; readonly line: string }
+  | {
+      readonly kind: 'log';
+      readonly level: 'info' | 'warn';
+      readonly line: string;
+      readonly leftOut?: LeftOut | undefined;
+    }
   | { readonly kind: 'device'; readonly device: string; readonly message: unknown }
   /** The oldest command that has none has been carried out, or why not. */
   | { readonly kind: 'answer'; readonly failure: string | undefined }

@@ -1,6 +1,7 @@
 /** The I/O workers: which thread serves which queues; started, told things, and ended from main. */
 import { Worker } from 'node:worker_threads';
 import type { HostKernel } from '../../sys/host-kernel.js';
+import type { LeftOut } from '../log/guest-log.js';
 import type { MemoryPart } from '../memory/memory-part.js';
 import { QUIET } from '../thread-streams.js';
 import {
@@ -15,7 +16,7 @@ import {
 } from './device-specs.js';
 
 export interface IoEvents {
-  onLog(level: 'info' | 'warn', line: string): void;
+  onLog(level: 'info' | 'warn', line: string, leftOut: LeftOut | undefined): void;
   /** Something that a device has to tell. */
   onDevice(device: string, message: unknown): void;
   /** A device could not be closed as the machine ended, or began anew. */
@@ -84,7 +85,7 @@ export class IoManager {
   #onMessage(thread: Thread, message: IoMessage): void {
     switch (message.kind) {
       case 'log':
-        this.events.onLog(message.level, message.line);
+        this.events.onLog(message.level, message.line, message.leftOut);
         break;
       case 'close-failed':
         this.events.onCloseFailed(message.device, message.reason);

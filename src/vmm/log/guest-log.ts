@@ -6,6 +6,12 @@ import { budgetLayout, MessageBudget } from '../../state/message-budget.js';
 import { StateBlock } from '../../state/state-block.js';
 
 type Level = 'info' | 'warn';
+
+/** How much a device would have said, and was not let. Structured-cloneable. */
+export interface LeftOut {
+  readonly device: string;
+  readonly count: number;
+}
 /** What has a budget: lines of a level, and events for programs. */
 type Kind = Level | 'event';
 
@@ -13,7 +19,7 @@ export class GuestLog {
   readonly #budgets = new Map<string, { device: string; kind: Kind; budget: MessageBudget }>();
 
   constructor(
-    private readonly write: (level: Level, line: string) => void,
+    private readonly write: (level: Level, line: string, leftOut?: LeftOut) => void,
     private readonly milliseconds: () => number = () => performance.now(),
   ) {}
 
@@ -41,7 +47,7 @@ export class GuestLog {
   leftOut(device: string, kind: Kind, count: number): void {
     if (count === 0) return;
     const what = kind === 'event' ? 'events' : 'lines like the last';
-    this.write(kind === 'event' ? 'warn' : kind, `${device}: ${count} ${what} were left out`);
+    this.write(kind === 'event' ? 'warn' : kind, `${device}: ${count} ${what} were left out`, { device, count });
   }
 
   /** Tells what was left out and not told yet. */

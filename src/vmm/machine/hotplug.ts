@@ -29,6 +29,8 @@ export interface Running {
 }
 
 export interface HotplugEvents {
+  /** The guest has been asked to let it go. */
+  onLeaving(id: string): void;
   /** @param bdf undefined: the machine did not run */
   onRemoved(id: string, bdf: string | undefined): void;
   /** What the guest wrote to it last may be lost. */
@@ -136,6 +138,7 @@ export class Hotplug {
         throw new RequestError(`The guest has been asked to let ${id} go, and has not answered yet`, 'busy');
       }
       this.#leaving.add(id);
+      this.events.onLeaving(id);
       this.logger.info(`${id}: the guest is asked to let it go`);
     });
   }

@@ -10,7 +10,7 @@ import type { VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FIXED_NAMES } from '../devices/device-names.js';
 import { FalseStarts } from './false-starts.js';
-import { GuestLog } from '../log/guest-log.js';
+import { GuestLog, type LeftOut } from '../log/guest-log.js';
 import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
 import { isTerminal } from '../host/host-output.js';
 import { resizeRefusal as memoryRefusal } from '../memory/hotplug.js';
@@ -74,6 +74,14 @@ interface Life {
 /** Bits of the pvpanic event (QEMU's docs/specs/pvpanic.rst). */
 const PANICKED = 1;
 
+/** Where lines go that a guest can cause, and what it was not let say. */
+function logOf({ logger, tell }: MachineParts) {
+  return (level: 'info' | 'warn', line: string, leftOut?: LeftOut) => {
+    logger[level](line);
+    if (leftOut !== undefined) tell('guest', 'throttled', { id: leftOut.device, count: String(leftOut.count) });
+  };
+}
+
 export class Machine {
   /** Resolves when the machine has ended and nothing of it is left on the host; `boot` sets it. */
   ended!: Promise<MachineEnd>;
@@ -113,7 +121,7 @@ export class Machine {
    * @throws MachineError, BootError, HypervisorError or SystemError; nothing is left behind then
    */
   static async boot(parts: MachineParts, makeLife: LifeMaker, hotplug: Hotplug, quit: () => void): Promise<Machine> {
-    const guestLog = new GuestLog((level, line) => parts.logger[level](line));
+    const guestLog = new GuestLog(logOf(parts));
     const host = await openHostEnds(parts, guestLog, quit);
     const machine = new Machine(parts, makeLife, hotplug, host, guestLog);
     try {
@@ -305,7 +313,7 @@ export class Machine {
     const { resources, backends } = this.host;
     this.hotplug.restart(resources);
     const incarnation = this.makeLife(this.parts, resources, backends, cpuEvents, {
-      onLog: (level, line) => logger[level](line),
+      onLog: logOf(this.parts),
       onDevice: (device, message) => this.#onDevice(device, message as DeviceMessage),
       onCloseFailed: (device, reason) => {
         const line = `${device}: It could not be closed, and may lack what the guest wrote last: ${reason}`;

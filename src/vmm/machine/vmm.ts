@@ -78,6 +78,7 @@ export class Vmm {
       const { kernel, logger, tell } = this.parts;
       const hotplug = new Hotplug(own, logger, {
         onRemoved: (id, bdf) => tell('vm', 'device-removed', bdf === undefined ? { id } : { id, bdf }),
+        onLeaving: (id) => tell('vm', 'device-removing', { id }),
         onCloseFailed: (id, reason) => logger.warn(`${id}: It may lack what the guest wrote last: ${reason}`),
         onGivenBack: (fd) => kernel.close(fd),
       });

@@ -42,6 +42,20 @@ test('events have a budget too, and the log tells how many are left out', () => 
   expect(lines).toEqual(['warn a: 10 events were left out', 'warn a: 58 events were left out']);
 });
 
+test('how much was left out is told as a number besides', () => {
+  let now = 0;
+  const told: unknown[] = [];
+  const log = new GuestLog(
+    (_level, _line, leftOut) => told.push(leftOut),
+    () => now,
+  );
+  for (let index = 0; index < BURST + 7; index++) log.log('a', 'warn', 'a: broken');
+  expect(told.splice(0)).toEqual(Array(BURST).fill(undefined));
+  now += 1000;
+  log.log('a', 'warn', 'a: again');
+  expect(told).toEqual([{ device: 'a', count: 7 }, undefined]);
+});
+
 test('for ever a line a second, never silence', () => {
   let now = 0;
   let lines = 0;

@@ -112,8 +112,10 @@ class Life {
 function machine(devices: object = {}) {
   const config = vmConfigSchema.parse({ payload: { kernel: 'k' }, ...devices });
   const events: string[] = [];
+  const asked: string[] = [];
   const hotplug = new Hotplug(config, silent, {
     onRemoved: (id, bdf) => void events.push(`${id} removed from ${bdf}`),
+    onLeaving: (id) => void asked.push(id),
     onCloseFailed: (id, reason) => void events.push(`${id}: ${reason}`),
     onGivenBack: (fd) => void events.push(`${fd} given back`),
   });
@@ -144,7 +146,7 @@ function machine(devices: object = {}) {
   const add = (kind: DeviceKind, device: object = DEVICE[kind]) => hotplug.add(kind, device, running);
   const remove = (id: string) => hotplug.remove(id, running);
   const eject = (slot: number) => hotplug.ejected(0, slot, running);
-  return { config, events, hotplug, held, state, switchOn, begin, end, add, remove, eject };
+  return { config, events, asked, hotplug, held, state, switchOn, begin, end, add, remove, eject };
 }
 type Machine = ReturnType<typeof machine>;
 
@@ -273,6 +275,8 @@ describe('a device that cannot be removed', () => {
     ]);
     await m.eject(0);
     expect([m.held(), m.events, [...m.hotplug.leaving]]).toEqual([[], ['_disk0 removed from slot 0'], []]);
+    // Programs are told once.
+    expect(m.asked).toEqual(['_disk0']);
     expect(await refusal(m.remove('_disk0'))).toMatch(/^unknown: /);
   });
 });
