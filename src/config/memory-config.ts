@@ -7,7 +7,7 @@ export const MAX_PHYS_BITS = 52;
 const PAGE_SIZE = 4096;
 /** Bytes; also keeps every guest address exact in a plain number. */
 const MAX_MEMORY = 2 ** MAX_PHYS_BITS;
-/** Linux adds memory in blocks of this size (x86, and aarch64 with pages of 4 KiB), and leaves out what is no whole one. Bytes. */
+/** Linux adds memory in blocks of this size (x86, and aarch64 with pages of 4 KiB), and no part of one. Bytes. */
 export const HOTPLUG_ALIGNMENT = 128 * 2 ** 20;
 /** Memory is plugged by multiples of this, so that the host can have a huge page for each (bigger where its huge pages are). */
 export const HOTPLUG_BLOCK = 2 * 2 ** 20;
@@ -39,7 +39,7 @@ export const memorySchema = z
       'Acpi',
     ),
     hotplug_size: optional(
-      'RAM that can be plugged beyond size, with hotplug_method=virtio-mem',
+      'RAM that can be plugged beyond size',
       z
         .int({ error: hotplugError })
         .check(
@@ -72,11 +72,11 @@ export const memorySchema = z
     if (value.hugepage_size !== undefined && !value.hugepages) refuse('hugepage_size', 'a size only with hugepages=on');
     if (value.shared && value.mergeable) refuse('mergeable', 'off when shared=on');
     const { hotplug_size: most, hotplugged_size: plugged, hotplug_method: method } = value;
-    // Slots that ACPI plugs memory into are not there yet.
-    if (most !== undefined && method !== 'VirtioMem') {
-      refuse('hotplug_size', 'a size only with hotplug_method=virtio-mem');
-    }
     if (plugged !== undefined && most === undefined) refuse('hotplugged_size', 'a size only with hotplug_size=');
+    // By ACPI memory comes to a guest that runs; what it is to have at first is its size.
+    if (plugged !== undefined && method !== 'VirtioMem') {
+      refuse('hotplugged_size', 'a size only with hotplug_method=virtio-mem');
+    }
     if (plugged !== undefined && most !== undefined && plugged > most) refuse('hotplugged_size', hotpluggedError);
   });
 

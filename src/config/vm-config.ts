@@ -104,9 +104,10 @@ export function pciDevices(config: z.infer<typeof vmFields>): { path: PropertyKe
   const { disks, net, rng, balloon, pmem, vsock, memory } = config;
   const several = (name: string, list: readonly PciPlacement[]) =>
     list.map((device, index) => ({ path: [name, index], device }));
+  const plugsByDevice = memory.hotplug_size !== undefined && memory.hotplug_method === 'VirtioMem';
   return [
     // First, so that it is another one whose name is refused.
-    ...(memory.hotplug_size === undefined ? [] : [{ path: ['memory'], device: { id: MEM_ID, pci_segment: 0 } }]),
+    ...(plugsByDevice ? [{ path: ['memory'], device: { id: MEM_ID, pci_segment: 0 } }] : []),
     ...several('disks', disks),
     ...several('net', net),
     { path: ['rng'], device: rng },

@@ -114,8 +114,7 @@ export interface MemfdOptions {
   readonly hugepageSize?: number;
 }
 
-/** `populate`: puts a page everywhere now, as a write by the guest would. */
-export type MemoryAdvice = 'hugepage' | 'nohugepage' | 'mergeable' | 'populate';
+export type MemoryAdvice = 'hugepage' | 'nohugepage' | 'mergeable';
 
 /** What one recvmsg brought. */
 export type Received =

@@ -152,7 +152,8 @@ const MFD_CLOEXEC = 0x1;
 const MFD_HUGETLB = 0x4;
 /** log2 of the page size sits from this bit on, in mmap's and memfd_create's flags alike. */
 const HUGE_SHIFT = 26;
-const ADVICE: Record<MemoryAdvice, number> = { mergeable: 12, hugepage: 14, nohugepage: 15, populate: 23 };
+const ADVICE: Record<MemoryAdvice, number> = { mergeable: 12, hugepage: 14, nohugepage: 15 };
+const MADV_POPULATE_WRITE = 23;
 const MADV_DONTNEED = 4;
 const MADV_REMOVE = 9;
 const SIG_BLOCK = 0;
@@ -390,7 +391,7 @@ export class LinuxKernel implements HostKernel {
   }
 
   populateRaw(address: number, length: number): number {
-    return raw(io().madvise(address, length, ADVICE.populate) as number);
+    return raw(io().madvise(address, length, MADV_POPULATE_WRITE) as number);
   }
 
   epollWaitRaw(epoll: number, events: number, most: number, timeout: number): number {

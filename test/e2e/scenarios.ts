@@ -39,6 +39,17 @@ function networkLoad(addresses: readonly string[], count = Infinity): string {
   ].join(' ');
 }
 
+/** What the guest's kernel has: KiB. */
+async function memoryTotal(shell: Conversation): Promise<number> {
+  return Number(await shell.run("awk '/MemTotal/ { print $2 }' /proc/meminfo"));
+}
+
+/** Waits until it has so many, with 2 MiB more or less. */
+async function memoryIs(shell: Conversation, kib: number): Promise<void> {
+  const near = `d = $2 - ${kib}; exit !(d * d < 2048 * 2048)`;
+  await shell.run(`until awk '/MemTotal/ { ${near} }' /proc/meminfo; do usleep 10000; done`);
+}
+
 /** A way of booting that the architecture has. */
 interface Boot {
   /** Behind the scenario's name. */
@@ -77,6 +88,9 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     options: Omit<GuestOptions, 'backend' | 'kernel' | 'task'> & Pick<Parameters<typeof runInGuest>[2], 'task'>,
     flavour: Flavour = 'cloud',
   ) => runInGuest(host, folder, { kernel: kernels[flavour], ...options, backend });
+  /** What the host has given a process: MiB. */
+  const resident = async (pid: number) =>
+    Number(await host.check(`awk '/^Rss/ { print $2 }' /proc/${pid}/smaps_rollup`)) / 1024;
   const modules = (...names: string[]) => ({ kernel: kernels.cloud, names });
 
   beforeAll(async () => {
@@ -188,7 +202,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect({ status, output }).toEqual({ status: 0, output: wanted.join('') });
   });
 
-  test('hotplug: devices and vCPUs come and go, also while the machine is paused, and leave nothing', async () => {
+  test('hotplug: devices, vCPUs and memory come and go, also while the machine is paused, and leave nothing', async () => {
     const socket = `${scratch}/hotplug`;
     const path = (name: string) => `${scratch}/hotplug-${name}`;
     await host.check(
@@ -196,9 +210,9 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     );
     const guest = await start({
       // On aarch64 a guest of the devicetree would not hear of it.
-      cmdline: backend.architecture === 'aarch64' ? 'acpi=force' : '',
+      cmdline: `memhp_default_state=online_movable ${backend.architecture === 'aarch64' ? 'acpi=force' : ''}`,
       task: {
-        command: LISTEN,
+        command: `mount -o remount,size=1G /tmp\n${LISTEN}`,
         modules: modules(
           'virtio_pci',
           'virtio_blk',
@@ -208,7 +222,10 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
           'vmw_vsock_virtio_transport',
         ),
       },
-      vmm: ['--cpus', 'boot=1,max=3', '--platform', 'num_pci_segments=2', '--api-socket', socket],
+      vmm: [
+        ...['--cpus', 'boot=1,max=3', '--memory', `size=${MEMORY}M,hotplug_size=1G`],
+        ...['--platform', 'num_pci_segments=2', '--api-socket', socket],
+      ],
     });
     const shell = new Conversation(guest);
     await shell.listens();
@@ -284,16 +301,49 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
       await vcpus(3);
       await vcpus(1);
     };
+    const resizeMemory = async (mib: number) => {
+      expect(await api.put('vm.resize', { desired_ram: mib * MIB })).toEqual(DONE);
+      await memoryIs(shell, first + (mib - MEMORY) * 1024);
+    };
+    const memoryRound = async () => {
+      await resizeMemory(1024);
+      await resizeMemory(1536);
+      expect(await api.put('vm.resize', { desired_ram: 640 * MIB })).toMatchObject({ status: 400 });
+      // What a program has is in memory that can be unplugged again, where there is some.
+      const { id } = await come('disk', { path: path('raw'), readonly: true });
+      await shell.run('until [ -b /dev/vda ]; do sleep 0.1; done');
+      const read = 'dd if=/dev/vda bs=8M iflag=direct 2>/dev/null | md5sum';
+      expect(await shell.run(read)).toContain(sum);
+      expect(await api.put('vm.remove-device', { id })).toEqual(DONE);
+      await guest.waitForLog(new RegExp(`${id}: removed`));
+      const few = await resident(pid);
+      await shell.run('head -c 64m /dev/zero >/tmp/much');
+      const many = await resident(pid);
+      expect(many - few).toBeGreaterThan(48);
+      await shell.run('rm /tmp/much');
+      const from = guest.log.length;
+      await resizeMemory(MEMORY);
+      for (const slot of [0, 1]) await guest.waitForLog(new RegExp(`Memory slot ${slot}: removed`), from);
+      expect(many - (await resident(pid))).toBeGreaterThan(48);
+      expect((await api.get('vm.info')).body).toMatchObject({
+        config: { memory: { size: MEMORY * MIB } },
+        memory_actual_size: MEMORY * MIB,
+      });
+    };
+    const sum = (await host.check(`md5sum <${path('raw')}`)).slice(0, 32);
+    const first = await memoryTotal(shell);
     // What Node.js opens when something is done for the first time, it keeps.
     await round();
     await vcpuRound();
+    await memoryRound();
     const before = await held();
     await round();
     await vcpuRound();
+    await memoryRound();
     expect(await held()).toBe(before);
 
     const uptime = async () => Number(/[\d.]+/.exec(await shell.run('cat /proc/uptime'))![0]);
-    const [began, first] = [performance.now(), await uptime()];
+    const [began, up] = [performance.now(), await uptime()];
     expect(await api.put('vm.pause')).toEqual(DONE);
     const paused = performance.now();
     const { id } = await come('disk', { path: path('raw'), readonly: true });
@@ -303,7 +353,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect(await api.put('vm.resume')).toEqual(DONE);
     expect(await shell.listens()).toContain('hello-raw');
     // The time of the pause did not pass in the guest, whose clock has steps of 10 ms.
-    const passed = (await uptime()) - first;
+    const passed = (await uptime()) - up;
     expect(passed).toBeLessThanOrEqual((performance.now() - began - (resumed - paused)) / 1000 + 0.02);
     expect(await api.put('vm.remove-device', { id })).toEqual(DONE);
     await guest.waitForLog(new RegExp(`${id}: removed`));
@@ -551,30 +601,27 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
 
     const shell = new Conversation(guest);
     const pid = await guest.process.pid;
-    /** What the host has given the process: MiB. */
-    const resident = async () => Number(await host.check(`awk '/^Rss/ { print $2 }' /proc/${pid}/smaps_rollup`)) / 1024;
     const resize = async (mib: number) => {
       const logged = guest.log.length;
       expect(await askApi(host, api, 'PUT', 'vm.resize', { desired_ram: mib * MIB })).toMatchObject({ status: 204 });
       await guest.waitForLog(new RegExp(`mem0: The guest has plugged ${(mib - MEMORY) * MIB} bytes`), logged);
       // A block is plugged before Linux has it.
-      const near = `d = $2 - ${first + (mib - MEMORY) * 1024}; exit !(d * d < 2048 * 2048)`;
-      await shell.run(`until awk '/MemTotal/ { ${near} }' /proc/meminfo; do usleep 10000; done`);
+      await memoryIs(shell, first + (mib - MEMORY) * 1024);
     };
     await shell.listens();
-    const first = Number(await shell.run(`awk '/MemTotal/ { print $2 }' /proc/meminfo`));
+    const first = await memoryTotal(shell);
     await shell.run('head -c 8m /dev/urandom >/tmp/kept; md5sum </tmp/kept >/tmp/sum');
     for (let round = 0; round < 3; round++) {
       await resize(1536);
-      const before = await resident();
+      const before = await resident(pid);
       // There is room for more than there was. Files can be moved: Linux has them in what was plugged, and later finds room elsewhere.
       await shell.run('fallocate -l 600m /tmp/much && rm /tmp/much');
       await shell.run('cp /tmp/kept /tmp/moved; mv /tmp/moved /tmp/kept; head -c 64m /dev/zero >/tmp/much');
-      const full = await resident();
+      const full = await resident(pid);
       expect(full - before).toBeGreaterThan(48);
       await shell.run('rm /tmp/much');
       await resize(MEMORY);
-      expect(full - (await resident())).toBeGreaterThan(48);
+      expect(full - (await resident(pid))).toBeGreaterThan(48);
       await shell.run('md5sum </tmp/kept | cmp - /tmp/sum');
     }
     guest.process.kill('SIGTERM');

@@ -1,5 +1,7 @@
 /** Lives of machines without a hypervisor: what happens to them is the test's to say. */
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
+import { MEMORY_SLOTS } from '../../src/arch/acpi/config.js';
+import type { Dimm, Dimms } from '../../src/vmm/memory/dimms.js';
 import type { MachineLife } from '../../src/vmm/machine/incarnation.js';
 import type { LifeMaker } from '../../src/vmm/machine/machine.js';
 import type { VmmParts } from '../../src/vmm/machine/vmm.js';
@@ -20,13 +22,66 @@ export interface FakeLife {
   readonly slots: Map<string, number>;
   /** Those that are to go. */
   readonly leaving: Set<string>;
+  readonly dimms: FakeDimms;
+}
+
+/** Memory that comes and goes in a room of so many bytes, wherever in it that is. */
+export class FakeDimms {
+  readonly plugged: Dimm[] = [];
+  /** Slots that the guest was asked for. */
+  readonly asked: number[] = [];
+  #next = 0;
+
+  constructor(
+    private readonly room: number,
+    /** Called before anything comes or goes. */
+    private readonly before: () => Promise<void> | void,
+  ) {}
+
+  get size(): number {
+    return this.plugged.reduce((sum, { part }) => sum + part.range.size, 0);
+  }
+
+  get largest(): number {
+    return this.plugged.length === MEMORY_SLOTS ? 0 : this.room - this.size;
+  }
+
+  async plug(size: number): Promise<void> {
+    await this.before();
+    let slot = 0;
+    while (this.plugged.some((dimm) => dimm.slot === slot)) slot++;
+    const range = { address: 2 ** 40 + this.#next++, size };
+    this.plugged.push({ slot, part: { range, mapping: { address: 0n, length: size }, kind: 'private' } });
+  }
+
+  askToUnplug(slot: number): void {
+    this.asked.push(slot);
+  }
+
+  /** The guest is never quicker. */
+  keep(): boolean {
+    return true;
+  }
+
+  async unplug(slot: number): Promise<void> {
+    await this.before();
+    this.plugged.splice(
+      this.plugged.findIndex((dimm) => dimm.slot === slot),
+      1,
+    );
+  }
+
+  get real(): Dimms {
+    return this as unknown as Dimms;
+  }
 }
 
 export class FakeLives {
   /** Those that are not closed. */
   readonly open: FakeLife[] = [];
   /** What the next one is not made for, or ends with. */
-  failure: { readonly at: 'make' | 'start' | 'plug' | 'pause' | 'close'; readonly error: Error } | undefined;
+  failure:
+    { readonly at: 'make' | 'start' | 'plug' | 'plug memory' | 'pause' | 'close'; readonly error: Error } | undefined;
   /** How long each takes to pause. */
   pausing: Promise<void> = Promise.resolve();
   /** How long each takes to close. */
@@ -60,7 +115,12 @@ export class FakeLives {
   #make({ config }: Parts, resources: Resources, cpus: CpuEvents, io: IoEvents): MachineLife {
     this.#fail('make');
     const slots = new Map([...resources.disks, ...resources.net].map(({ id }, index) => [id, index + 1]));
-    const life: FakeLife = { cpus, io, told: [], pressed: 0, paused: false, slots, leaving: new Set() };
+    const { size, hotplug_size: room } = config.memory;
+    const dimms = new FakeDimms(room ?? 0, async () => {
+      await Promise.resolve();
+      this.#fail('plug memory');
+    });
+    const life: FakeLife = { cpus, io, told: [], pressed: 0, paused: false, slots, leaving: new Set(), dimms };
     const vcpus = new Set(Array(config.cpus.boot_vcpus).keys());
     this.open.push(life);
     return {
@@ -100,6 +160,11 @@ export class FakeLives {
       },
       askToUnplugVcpu: () => undefined,
       unplugVcpu: () => Promise.resolve(),
+      dimms: dimms.real,
+      get memorySize() {
+        return size + dimms.size;
+      },
+      fits: (memory) => memory.size < 2 ** 40,
       deviceCounters: () => [{ id: '_disk0', queues: [], device: { read_ops: 1 } }],
       deviceAddresses: () => new Map([['_disk0', '0000:00:01.0']]),
       exits: () => ({ PortRead: 0, PortWrite: 0, MmioRead: 0, MmioWrite: 0 }),

@@ -34,7 +34,7 @@ export interface Arm64AcpiConfig {
   readonly segments: readonly PciSegmentWindows[];
   /** Guest physical addresses of the hotplug controllers' registers. */
   readonly pciHotplug: number;
-  readonly memoryHotplug?: number;
+  readonly memoryHotplug?: number | undefined;
 }
 
 /** Interrupts by their identifiers in the GIC: private ones from 16, shared ones from 32. */

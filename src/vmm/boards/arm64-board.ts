@@ -4,18 +4,18 @@ import { buildArm64Acpi } from '../../arch/aarch64/acpi.js';
 import { buildDevicetree, type EfiPlace, SEED_SIZE } from '../../arch/aarch64/devicetree.js';
 import { buildEfi } from '../../arch/aarch64/efi.js';
 import * as layout from '../../arch/aarch64/layout.js';
-import { zonesOf } from '../../config/memory-config.js';
+import { type MemoryConfig, zonesOf } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { Arm64Hypervisor, Arm64Vcpu, Arm64Vm } from '../../hypervisor/hypervisor.js';
 import type { GuestMemory } from '../../memory/guest-memory.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
-import { divideSegments, type SegmentWindows } from '../../pci/segments.js';
+import { type AddressWindow, divideSegments, type SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
 import { type Board, configuredTopology } from './board.js';
 import { MachineError } from '../machine/machine-error.js';
-import { sizeOptions } from '../memory/hotplug.js';
+import { plugsDimms, sizeOptions } from '../memory/hotplug.js';
 import { layoutMemory, type MemoryLayout } from '../memory/memory-layout.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
@@ -31,6 +31,7 @@ export class Arm64Board implements Board {
   readonly memory: MemoryLayout;
   readonly segments: readonly SegmentWindows[];
   readonly intx: IntxHandle;
+  readonly #ipaBits: number;
   #vcpus: Arm64Vcpu[] = [];
 
   /** @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError */
@@ -40,6 +41,7 @@ export class Arm64Board implements Board {
   ) {
     const { cpus, memory, platform } = config;
     const ipaBits = Math.min(hypervisor.ipaBits, cpus.max_phys_bits);
+    this.#ipaBits = ipaBits;
     if (cpus.max_vcpus > layout.MAX_VCPUS) {
       throw new MachineError(
         `--cpus max=${cpus.max_vcpus}: accepted are at most ${layout.MAX_VCPUS}, which the GIC has room for`,
@@ -48,18 +50,32 @@ export class Arm64Board implements Board {
     if (memory.size < layout.KERNEL - layout.RAM_START + layout.KERNEL_ALIGNMENT) {
       throw new MachineError(`--memory size=${memory.size}: accepted is a size that holds the kernel, 6M at the least`);
     }
-    this.memory = layoutMemory(zonesOf(memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START);
-    const mmio64 = { start: Math.ceil(this.memory.end / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end: 2 ** ipaBits };
-    // Each segment's part is a multiple of 4 GiB.
-    if (mmio64.end - mmio64.start < platform.num_pci_segments * 2 ** 32) {
+    this.memory = place(memory);
+    if (!this.fits(memory)) {
       throw new MachineError(`${sizeOptions(memory)}: more than a guest of ${ipaBits} physical address bits can have`);
     }
+    const mmio64 = this.#mmio64(this.memory);
     const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
     const { num_pci_segments: count } = platform;
     this.segments = divideSegments(count, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, mmio64);
     const { distributor, redistributors, its } = layout.gicLayout(cpus.boot_vcpus);
     this.vm = hypervisor.createVm({ ipaBits, gic: { distributor, redistributors, its, spis: layout.SPIS } });
     this.intx = IntxLines.powerOn(layout.SPI_INTX, this.vm.signals);
+  }
+
+  fits(memory: MemoryConfig): boolean {
+    const { start, end } = this.#mmio64(place(memory));
+    // Each segment's part is a multiple of 4 GiB.
+    return end - start >= this.config.platform.num_pci_segments * 2 ** 32;
+  }
+
+  #mmio64({ end }: MemoryLayout): AddressWindow {
+    return { start: Math.ceil(end / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end: 2 ** this.#ipaBits };
+  }
+
+  /** Whether the guest is told of memory by ACPI. */
+  get #plugsDimms(): boolean {
+    return plugsDimms(this.config.memory) && ACPI_WANTED.test(this.config.payload.cmdline ?? '');
   }
 
   createVcpus(): Arm64Vcpu[] {
@@ -81,6 +97,7 @@ export class Arm64Board implements Board {
       segments: this.segments,
       serial: serial.mode !== 'Off',
       pvpanic,
+      memoryHotplug: this.#plugsDimms,
     });
   }
 
@@ -112,8 +129,14 @@ export class Arm64Board implements Board {
     const { serial, pvpanic } = this.config;
     const end = layout.ACPI + layout.ACPI_MAX;
     const mpidrs = this.#vcpus.map((vcpu) => vcpu.mpidr());
-    const { segments } = this;
-    const config = { mpidrs, serial: serial.mode !== 'Off', pvpanic, segments, pciHotplug: layout.PCI_HOTPLUG };
+    const config = {
+      mpidrs,
+      serial: serial.mode !== 'Off',
+      pvpanic,
+      segments: this.segments,
+      pciHotplug: layout.PCI_HOTPLUG,
+      memoryHotplug: this.#plugsDimms ? layout.MEMORY_HOTPLUG : undefined,
+    };
     const { rsdp, tables } = buildArm64Acpi(config, layout.ACPI + EFI_MAX, end);
     for (const { address, bytes } of tables) memory.write(address, bytes);
     const { place, bytes } = buildEfi(layout.ACPI, rsdp, this.memory.ram, {
@@ -123,4 +146,8 @@ export class Arm64Board implements Board {
     memory.write(layout.ACPI, bytes);
     return place;
   }
+}
+
+function place(memory: MemoryConfig): MemoryLayout {
+  return layoutMemory(zonesOf(memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START);
 }

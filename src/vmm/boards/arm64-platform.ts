@@ -2,7 +2,7 @@
  * The platform devices of an aarch64 machine: made once by main, then built again over the same state by every thread that
  * touches them.
  */
-import { PCI_HOTPLUG_SIZE } from '../../arch/acpi/config.js';
+import { MEMORY_HOTPLUG_SIZE, PCI_HOTPLUG_SIZE } from '../../arch/acpi/config.js';
 import * as layout from '../../arch/aarch64/layout.js';
 import { Bus } from '../../devices/bus.js';
 import { Ged, GedEvent, gedLayout } from '../../devices/ged.js';
@@ -13,13 +13,16 @@ import { PRIMECELL_SIZE } from '../../devices/primecell.js';
 import type { InterruptHandle, Vm, VmSignals } from '../../hypervisor/hypervisor.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
+import { memoryHotplugLayout } from '../../devices/memory-hotplug.js';
 import { pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { budgetLayout } from '../../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import {
+  dimmEvents,
   interruptLine,
+  memoryHotplug,
   type PciHandle,
   PciSegments,
   type Platform,
@@ -32,6 +35,8 @@ import {
 export interface Arm64PlatformOptions {
   readonly serial: boolean;
   readonly pvpanic: boolean;
+  /** Whether memory can be plugged by ACPI. */
+  readonly memoryHotplug: boolean;
   readonly segments: readonly SegmentWindows[];
 }
 
@@ -47,6 +52,7 @@ export interface Arm64PlatformHandle extends PciHandle {
   readonly ged: SharedArrayBuffer;
   readonly gedInterrupt: InterruptHandle;
   readonly pciHotplug: SharedArrayBuffer;
+  readonly memoryHotplug: SharedArrayBuffer;
   readonly panics: SharedArrayBuffer;
 }
 
@@ -73,6 +79,7 @@ export function createArm64Platform(
     ged: blank(gedLayout),
     gedInterrupt: vm.createInterrupt(layout.SPI_GED),
     pciHotplug: blank(pciHotplugLayout),
+    memoryHotplug: blank(memoryHotplugLayout),
     panics: blank(budgetLayout),
     vm: vm.handle,
     virtio,
@@ -104,6 +111,8 @@ export function attachArm64Platform(
   memory.insert(layout.GED, 1, ged);
   const hotplug = pciHotplug(handle.pciHotplug, emit);
   memory.insert(layout.PCI_HOTPLUG, PCI_HOTPLUG_SIZE, hotplug);
+  const dimms = options.memoryHotplug ? memoryHotplug(handle.memoryHotplug, emit) : undefined;
+  if (dimms !== undefined) memory.insert(layout.MEMORY_HOTPLUG, MEMORY_HOTPLUG_SIZE, dimms);
   if (options.pvpanic) memory.insert(layout.PVPANIC, 1, pvpanic(handle.panics, emit));
   const pci = new PciSegments(handle, kernel, signals, memory);
   // A guest of the devicetree hears of it by the GPIO, one of ACPI by the GED; neither knows the other's device.
@@ -119,6 +128,7 @@ export function attachArm64Platform(
     powerButton,
     endOfInterrupt: () => undefined,
     slots: slotEvents(hotplug, ged),
+    dimms: dimms && dimmEvents(dimms, ged),
     remind: () => ged.remind(),
     apply: pci.apply,
     setBack: () => undefined,

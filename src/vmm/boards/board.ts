@@ -1,5 +1,6 @@
 /** What machines of all architectures have in common, seen from the one that puts a machine together. */
 import { defaultTopology, type Topology } from '../../arch/topology.js';
+import type { MemoryConfig } from '../../config/memory-config.js';
 import type { CpusConfig } from '../../config/vm-config.js';
 import type { Vcpu, Vm } from '../../hypervisor/hypervisor.js';
 import type { GuestMemory } from '../../memory/guest-memory.js';
@@ -14,6 +15,8 @@ export interface Board {
   readonly vm: Vm;
   /** Where memory lies, as the configuration wants it. */
   readonly memory: MemoryLayout;
+  /** Whether the machine could be made with this memory as well. */
+  fits(memory: MemoryConfig): boolean;
   /** By segment number. */
   readonly segments: readonly SegmentWindows[];
   /** The lines of PCI functions without MSI-X, at power-on. */

@@ -1,6 +1,7 @@
 /** What the platforms of all architectures share: the events that devices tell main, and the PCI segments. */
 import type { Bus, InterruptLine } from '../../devices/bus.js';
 import { type Ged, GedEvent } from '../../devices/ged.js';
+import { MemoryHotplug, memoryHotplugLayout } from '../../devices/memory-hotplug.js';
 import { PciHotplug, pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { Pvpanic } from '../../devices/pvpanic.js';
 import type { InterruptHandle, VmHandle, VmSignals } from '../../hypervisor/hypervisor.js';
@@ -14,6 +15,7 @@ import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { VirtioPciDevice } from '../../virtio/transport/pci-transport.js';
 import type { BytePort } from '../host/serial-pump.js';
+import type { DimmEvents } from '../memory/dimms.js';
 import type { MemoryPart } from '../memory/memory-part.js';
 
 /** Something that a device has to tell main. */
@@ -26,6 +28,7 @@ export type PlatformEvent =
   /** The guest has let a slot go that it was asked for. */
   | { readonly kind: 'ejected'; readonly segment: number; readonly slot: number }
   | { readonly kind: 'vcpu-ejected'; readonly vcpu: number }
+  | { readonly kind: 'memory-ejected'; readonly slot: number }
   | { readonly kind: 'boot-mark'; readonly value: number; readonly microseconds: number };
 
 /** A guest's panic as told from one thread's view of its device. @param block of the device's budget */
@@ -54,6 +57,8 @@ export interface Platform {
   readonly slots: SlotEvents;
   /** Tells the guest of vCPUs; undefined where it can be given none. */
   readonly vcpus?: VcpuEvents | undefined;
+  /** Of memory; undefined where none can be plugged. */
+  readonly dimms?: DimmEvents | undefined;
   /** Tells it again if it has not heard. @returns false: it has */
   remind(): boolean;
   /** Follows what has changed of the machine. */
@@ -91,6 +96,26 @@ export function slotEvents(controller: PciHotplug, ged: Ged): SlotEvents {
       controller.unplug(segment, slot);
       ged.notify(GedEvent.Pci);
     },
+  };
+}
+
+/** @param block of the controller */
+export function memoryHotplug(block: SharedArrayBuffer, emit: (event: PlatformEvent) => void): MemoryHotplug {
+  const state = new StateBlock(memoryHotplugLayout, block);
+  return new MemoryHotplug(state, (slot) => emit({ kind: 'memory-ejected', slot }));
+}
+
+export function dimmEvents(controller: MemoryHotplug, ged: Ged): DimmEvents {
+  return {
+    came: (slot, { address, size }) => {
+      controller.plug(slot, address, size, 0);
+      ged.notify(GedEvent.Memory);
+    },
+    shallGo: (slot) => {
+      controller.unplug(slot);
+      ged.notify(GedEvent.Memory);
+    },
+    stays: (slot) => controller.withdraw(slot),
   };
 }
 

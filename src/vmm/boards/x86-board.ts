@@ -10,7 +10,7 @@ import { RESET_CODE } from '../../arch/x86_64/reset-vector.js';
 import { buildSmbios } from '../../arch/x86_64/smbios.js';
 import type { Topology } from '../../arch/topology.js';
 import { apicId, MAX_APIC_ID } from '../../arch/x86_64/topology.js';
-import { zonesOf } from '../../config/memory-config.js';
+import { type MemoryConfig, zonesOf } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { X86Hypervisor, X86Vcpu, X86Vm } from '../../hypervisor/hypervisor.js';
 import type { CpuidEntry } from '../../hypervisor/x86-state.js';
@@ -21,7 +21,7 @@ import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Board, configuredTopology } from './board.js';
 import { MachineError } from '../machine/machine-error.js';
-import { sizeOptions } from '../memory/hotplug.js';
+import { plugsDimms, sizeOptions } from '../memory/hotplug.js';
 import { layoutMemory, type MemoryLayout } from '../memory/memory-layout.js';
 import { createX86Platform, type X86PlatformHandle } from './x86-platform.js';
 
@@ -34,6 +34,7 @@ export class X86Board implements Board {
   readonly segments: readonly SegmentWindows[];
   readonly intx: IntxHandle;
   readonly #physicalBits: number;
+  readonly #area: layout.PlatformArea;
   readonly #supported: readonly CpuidEntry[];
   readonly #topology: Topology;
   readonly #vcpus: X86Vcpu[] = [];
@@ -52,7 +53,8 @@ export class X86Board implements Board {
     try {
       this.#supported = this.vm.supportedCpuid();
       this.#physicalBits = Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits);
-      this.memory = layoutMemory(zonesOf(config.memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START);
+      this.#area = layout.platformArea(this.#physicalBits, plugsDimms(config.memory));
+      this.memory = place(config.memory);
       this.#checkMemory();
       this.segments = this.#segments();
       this.intx = IntxLines.powerOn(layout.IRQ_INTX, this.vm.signals);
@@ -68,15 +70,19 @@ export class X86Board implements Board {
     if (memory.size < layout.HIGH_MEMORY) {
       throw new MachineError(`--memory size=${memory.size}: accepted is a size that holds the kernel, 1M at the least`);
     }
-    if (this.memory.end > 2 ** this.#physicalBits - layout.PLATFORM_AREA_SIZE) {
+    if (!this.fits(memory)) {
       throw new MachineError(
         `${sizeOptions(memory)}: more than a guest of ${this.#physicalBits} physical address bits can have`,
       );
     }
   }
 
+  fits(memory: MemoryConfig): boolean {
+    return place(memory).end <= 2 ** this.#physicalBits - layout.PLATFORM_AREA_SIZE;
+  }
+
   #segments(): SegmentWindows[] {
-    const { start: end } = layout.platformArea(this.#physicalBits);
+    const { start: end } = this.#area;
     const mmio64 = { start: Math.ceil(this.memory.end / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end };
     const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
     const { num_pci_segments: count } = this.config.platform;
@@ -115,7 +121,7 @@ export class X86Board implements Board {
 
   createPlatform(virtio: readonly VirtioPciHandle[]): X86PlatformHandle {
     const { serial, pvpanic, cpus } = this.config;
-    const area = layout.platformArea(this.#physicalBits);
+    const area = this.#area;
     return createX86Platform(this.vm, virtio, this.intx, {
       segments: this.segments,
       serial: serial.mode !== 'Off',
@@ -124,6 +130,7 @@ export class X86Board implements Board {
       gedAddress: area.ged,
       pciHotplugAddress: area.pciHotplug,
       cpuHotplugAddress: cpus.max_vcpus > cpus.boot_vcpus ? area.cpuHotplug : undefined,
+      memoryHotplugAddress: area.memoryHotplug,
       vcpus: cpus.max_vcpus,
       bootVcpus: cpus.boot_vcpus,
       lowRam: this.memory.ram[0].size,
@@ -146,7 +153,7 @@ export class X86Board implements Board {
   #writeTables(memory: GuestMemory): number {
     const { cpus, serial, pvpanic, memory: ram } = this.config;
     const apicIds = Array.from({ length: cpus.max_vcpus }, (_, id) => apicId(id, this.#topology));
-    const area = layout.platformArea(this.#physicalBits);
+    const area = this.#area;
     const acpi = buildAcpiTables({
       apicIds,
       bootVcpus: cpus.boot_vcpus,
@@ -154,6 +161,7 @@ export class X86Board implements Board {
       gedAddress: area.ged,
       pciHotplug: area.pciHotplug,
       cpuHotplug: area.cpuHotplug,
+      memoryHotplug: area.memoryHotplug,
       serial: serial.mode !== 'Off',
       pvpanic,
     });
@@ -165,6 +173,10 @@ export class X86Board implements Board {
     memory.write(layout.RESET_VECTOR, RESET_CODE);
     return acpi.rsdp;
   }
+}
+
+function place(memory: MemoryConfig): MemoryLayout {
+  return layoutMemory(zonesOf(memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START);
 }
 
 /** CPUID 0x8000_0008 EAX bits 7 to 0: physical address bits. */

@@ -2,7 +2,7 @@
  * The platform devices of an x86_64 machine: made once by main, then built again over the same state by every thread that
  * touches them.
  */
-import { CPU_HOTPLUG_SIZE, PCI_HOTPLUG_SIZE } from '../../arch/acpi/config.js';
+import { CPU_HOTPLUG_SIZE, MEMORY_HOTPLUG_SIZE, PCI_HOTPLUG_SIZE } from '../../arch/acpi/config.js';
 import * as layout from '../../arch/x86_64/layout.js';
 import { ACPI_SLEEP_PORTS, AcpiPmTimer, AcpiSleep, pmTimerLayout } from '../../devices/acpi-pm.js';
 import { Bus } from '../../devices/bus.js';
@@ -17,13 +17,16 @@ import type { InterruptHandle, Vm, VmSignals } from '../../hypervisor/hypervisor
 import { PCI_CONFIG_PORTS, PciConfigPorts, pciPortsLayout } from '../../pci/config-space.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
+import { memoryHotplugLayout } from '../../devices/memory-hotplug.js';
 import { pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { budgetLayout } from '../../state/message-budget.js';
 import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import {
+  dimmEvents,
   interruptLine,
+  memoryHotplug,
   monotonicClock,
   type PciHandle,
   PciSegments,
@@ -45,6 +48,8 @@ export interface X86PlatformOptions {
   readonly pciHotplugAddress: number;
   /** Of the CPU hotplug controller; undefined: all vCPUs are there that can be. */
   readonly cpuHotplugAddress: number | undefined;
+  /** Of the memory hotplug controller; undefined: none can be plugged that way. */
+  readonly memoryHotplugAddress: number | undefined;
   /** That can be there. */
   readonly vcpus: number;
   readonly bootVcpus: number;
@@ -66,6 +71,7 @@ export interface X86PlatformHandle extends PciHandle {
   readonly gedInterrupt: InterruptHandle;
   readonly pciHotplug: SharedArrayBuffer;
   readonly cpuHotplug: SharedArrayBuffer;
+  readonly memoryHotplug: SharedArrayBuffer;
   readonly panics: SharedArrayBuffer;
   readonly pciPorts: SharedArrayBuffer;
   readonly pmTimer: SharedArrayBuffer;
@@ -98,6 +104,7 @@ export function createX86Platform(
     gedInterrupt: vm.createInterrupt(layout.IRQ_GED),
     pciHotplug: blank(pciHotplugLayout),
     cpuHotplug: vcpus.buffer,
+    memoryHotplug: blank(memoryHotplugLayout),
     panics: blank(budgetLayout),
     pciPorts: blank(pciPortsLayout),
     pmTimer: blank(pmTimerLayout),
@@ -146,6 +153,9 @@ export function attachX86Platform(
     emit({ kind: 'vcpu-ejected', vcpu }),
   );
   if (options.cpuHotplugAddress !== undefined) memory.insert(options.cpuHotplugAddress, CPU_HOTPLUG_SIZE, vcpuHotplug);
+  const { memoryHotplugAddress: memoryAddress } = options;
+  const dimms = memoryAddress === undefined ? undefined : memoryHotplug(handle.memoryHotplug, emit);
+  if (dimms !== undefined) memory.insert(memoryAddress!, MEMORY_HOTPLUG_SIZE, dimms);
   const ioapic = options.ioapic ? new Ioapic(new StateBlock(ioapicLayout, handle.intx.ioapic), signals) : undefined;
   if (ioapic !== undefined) memory.insert(layout.IOAPIC, IOAPIC_SIZE, ioapic);
 
@@ -173,6 +183,7 @@ export function attachX86Platform(
         ged.notify(GedEvent.Cpu);
       },
     },
+    dimms: dimms && dimmEvents(dimms, ged),
     apply: pci.apply,
     setBack: (nanoseconds) => pmTimer.setBack(nanoseconds),
   };

@@ -37,7 +37,8 @@ import { IoPlanner, type PlannedDevice, type PlannedWorker } from './io-planner.
 import type { Logger } from '../log/logger.js';
 import { MachineError } from '../machine/machine-error.js';
 import type { ZoneLayout } from '../memory/memory-layout.js';
-import type { MemoryHandle, MemoryPart } from '../memory/memory-part.js';
+import type { MemoryPart } from '../memory/memory-part.js';
+import type { MemorySlots } from '../memory/memory-slots.js';
 
 /** What a device has done since the machine was switched on. */
 export interface DeviceCounters {
@@ -58,12 +59,10 @@ export interface DeviceManagerOptions {
   readonly resources: HostResources;
   readonly segments: readonly SegmentWindows[];
   readonly intx: IntxHandle;
-  /** RAM, and what the guest plugs. */
-  readonly memory: MemoryHandle;
-  /** The zones that it is in. */
+  /** RAM, what is plugged, and what devices bring. */
+  readonly memory: MemorySlots;
+  /** The zones that it is in, with what the guest plugs by devices. */
   readonly zones: readonly ZoneLayout[];
-  /** First memory slot that is free. */
-  readonly memorySlot: number;
   readonly logger: Logger;
 }
 
@@ -109,8 +108,6 @@ interface Placed extends PlacedDevice {
 }
 
 export class DeviceManager {
-  /** All that the guest can use as memory: RAM, and what devices bring. */
-  memory: MemoryPart[];
   /** The virtio console's end for main. */
   readonly console?: { readonly pipe: BytePipe; readonly wake: number };
   /** One for each device, and one for what is of none. */
@@ -125,9 +122,6 @@ export class DeviceManager {
   #workersMade = 0;
   /** By name, in the order of their slots. */
   readonly #placed = new Map<string, Placed>();
-  /** Numbers of memory slots that devices had and have no longer. */
-  readonly #freeMemorySlots: number[] = [];
-  #nextMemorySlot: number;
 
   /** @throws MachineError when the devices do not fit */
   constructor(
@@ -136,8 +130,6 @@ export class DeviceManager {
     private readonly options: DeviceManagerOptions,
   ) {
     const { config, segments, resources } = options;
-    this.memory = [...options.memory];
-    this.#nextMemorySlot = options.memorySlot;
     this.#low = segments.map(({ mmio32 }) => new WindowAllocator(mmio32));
     this.#high = segments.map(({ mmio64 }) => new WindowAllocator(mmio64));
     this.#slots = segments.map(() => new SlotAllocator());
@@ -225,13 +217,10 @@ export class DeviceManager {
     const start = this.#high[segment].take(mapping.length, PMEM_ALIGNMENT);
     if (start === undefined) throw new MachineError(`--pmem file=${file}: no room for it in the address space`);
     undo.host.push(() => this.#high[segment].free(start));
-    const slot = this.#freeMemorySlots.pop() ?? this.#nextMemorySlot++;
-    undo.host.push(() => this.#freeMemorySlots.push(slot));
-    this.vm.addMemory({ slot, guestAddress: start, mapping });
-    undo.vm.push(() => this.vm.removeMemory(slot));
+    const { memory } = this.options;
     const part = { range: { address: start, size: mapping.length }, mapping, kind: 'device' } as const;
-    this.memory.push(part);
-    undo.host.push(() => (this.memory = this.memory.filter((other) => other !== part)));
+    memory.add(part);
+    undo.vm.push(() => memory.remove(part));
     return part;
   }
 
@@ -323,7 +312,7 @@ export class DeviceManager {
       name,
       hypervisor,
       vm: this.vm.handle,
-      memory: this.memory,
+      memory: this.options.memory.parts,
       intx,
       wake,
       command: new SharedArrayBuffer(4),

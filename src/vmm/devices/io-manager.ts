@@ -160,10 +160,10 @@ export class IoManager {
     return failures.find((failure) => failure !== undefined);
   }
 
-  /** Guest memory comes or goes. @returns why not everywhere */
+  /** Guest memory comes or goes. @returns why not everywhere: a worker that is no more has let go of it */
   async changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<string | undefined> {
     const failures = await Promise.all(this.#threads.map((thread) => this.#ask(thread, { kind, part })));
-    return failures.find((failure) => failure !== undefined);
+    return failures.find((failure) => failure !== undefined && (failure !== GONE || kind === 'add-memory'));
   }
 
   /** Resolves when no device touches guest memory any more. */

@@ -1,5 +1,5 @@
 /**
- * Devices that come and go while there is a machine: in its configuration, on the host and, while it runs, in the guest.
+ * Devices, vCPUs and memory that come and go while there is a machine: in its configuration, on the host and, while it runs, in the guest.
  *
  * To come is main's decision; to go is the guest's. What it has been asked for and has not let go of is still there, and goes at the
  * latest when the machine is reset. One change is made after the other.
@@ -14,6 +14,8 @@ import type { HostResources } from '../host/host-resources.js';
 import type { Logger } from '../log/logger.js';
 import type { MachineLife } from './incarnation.js';
 import { RequestError } from './machine-error.js';
+import { type Resize, resized } from './resize.js';
+import { Sizes } from './sizes.js';
 
 /** Where a device has been put: Cloud Hypervisor's PciDeviceInfo. */
 export interface PciDeviceInfo {
@@ -48,7 +50,7 @@ export class Hotplug {
   readonly #names = new DeviceNames();
   /** Those that the guest has been asked to let go. */
   readonly #leaving = new Set<string>();
-  readonly #leavingVcpus = new Set<number>();
+  readonly #sizes: Sizes;
   /** Descriptors that were given with a device, by its name: they are kept for further boots. */
   readonly #given = new Map<string, readonly number[]>();
   #last: Promise<unknown> = Promise.resolve();
@@ -60,6 +62,7 @@ export class Hotplug {
     private readonly events: HotplugEvents,
   ) {
     this.#names.nameAll(config);
+    this.#sizes = new Sizes(config, logger);
   }
 
   /** One after the other, whether or not the one before could be made. */
@@ -158,54 +161,32 @@ export class Hotplug {
   }
 
   /**
-   * Gives the guest more vCPUs, or asks it to let the last ones go.
+   * Changes how much of something the machine has.
    *
-   * @throws RequestError; HypervisorError or SystemError, after as many as could be had
+   * @throws RequestError when one of the sizes is not accepted, and nothing has changed then; MachineError, HypervisorError or
+   * SystemError, after as much as could be had
    */
-  resizeVcpus(desired: number, running: () => Running | undefined): Promise<void> {
+  resize(wanted: Resize, running: () => Running | undefined): Promise<void> {
     return this.#next(async () => {
-      const { cpus } = this.config;
-      const { max_vcpus: max, boot_vcpus: present } = cpus;
-      if (desired > max) throw new RequestError(`desired_vcpus: accepted is a number from 1 to ${max}`, 'invalid');
-      if (desired === present) return;
-      const incarnation = running()?.incarnation;
-      if (incarnation === undefined) {
-        cpus.boot_vcpus = desired;
-        return;
-      }
-      if (!incarnation.plugsVcpus) {
-        const line = `desired_vcpus: accepted is ${present}: a guest of this architecture can be given no others while it runs`;
-        throw new RequestError(line, 'invalid');
-      }
-      if (this.#leavingVcpus.size > 0) {
-        for (const vcpu of this.#leavingVcpus) incarnation.askToUnplugVcpu(vcpu);
-        throw new RequestError('The guest has been asked to let vCPUs go, and has not answered yet', 'busy');
-      }
-      for (; cpus.boot_vcpus < desired; cpus.boot_vcpus++) await incarnation.plugVcpu();
-      const leaving = [...incarnation.vcpus].sort((a, b) => b - a).slice(0, Math.max(present - desired, 0));
-      for (const vcpu of leaving) {
-        this.#leavingVcpus.add(vcpu);
-        incarnation.askToUnplugVcpu(vcpu);
-      }
-      cpus.boot_vcpus = desired;
-      this.logger.info(`${desired} vCPUs, of ${present} before`);
+      const now = running();
+      if (now === undefined) Object.assign(this.config, resized(this.config, wanted));
+      else await this.#sizes.change(wanted, now.incarnation);
     });
   }
 
   /** The guest has let a vCPU go. */
   vcpuEjected(vcpu: number, running: () => Running | undefined): Promise<void> {
-    return this.#next(async () => {
-      const incarnation = running()?.incarnation;
-      // Of an earlier life, if it is not asked for.
-      if (incarnation === undefined || !this.#leavingVcpus.delete(vcpu)) return;
-      await incarnation.unplugVcpu(vcpu);
-      this.logger.info(`vCPU ${vcpu}: removed`);
-    });
+    return this.#next(() => this.#sizes.vcpuEjected(vcpu, running()?.incarnation));
+  }
+
+  /** The guest has let memory go. */
+  memoryEjected(slot: number, running: () => Running | undefined): Promise<void> {
+    return this.#next(() => this.#sizes.memoryEjected(slot, running()?.incarnation));
   }
 
   /** The machine is to run again: what the guest had been asked for does not come back. */
   restart(resources: HostResources): void {
-    this.#leavingVcpus.clear();
+    this.#sizes.restart();
     for (const id of [...this.#leaving]) {
       this.#gone(id, resources);
       this.events.onRemoved(id, undefined);

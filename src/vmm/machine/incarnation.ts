@@ -1,5 +1,6 @@
 /** One life of a machine, from power-on to its next reset or its end: everything that a guest can touch. */
 import type { Vcpu } from '../../hypervisor/hypervisor.js';
+import type { MemoryConfig } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
@@ -16,8 +17,12 @@ import {
 import { CpuManager, type CpuManagerEvents, type CpuStart } from '../cpus/cpu-manager.js';
 import { MachineError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
+import { Dimms } from '../memory/dimms.js';
+import { plugsDimms } from '../memory/hotplug.js';
+import type { ZoneLayout } from '../memory/memory-layout.js';
 import { MemoryManager } from '../memory/memory-manager.js';
 import type { MemoryPart } from '../memory/memory-part.js';
+import type { MemorySlots } from '../memory/memory-slots.js';
 import { attachPlatform, type PlatformHandle } from '../boards/platform.js';
 import { monotonicClock, type Platform, type PlatformChange } from '../boards/platform-parts.js';
 import type { HostResources } from '../host/host-resources.js';
@@ -30,7 +35,10 @@ const REMINDER_MILLISECONDS = 1000;
 export class Incarnation {
   readonly serial?: SerialPump;
   readonly console?: SerialPump;
+  /** Memory that the guest is given and lets go by ACPI; undefined: it can be given none. */
+  readonly dimms: Dimms | undefined;
   readonly #memory: MemoryManager;
+  readonly #slots: MemorySlots;
   readonly #board: Board;
   readonly #devices: DeviceManager;
   readonly #io: IoManager;
@@ -60,9 +68,12 @@ export class Incarnation {
       this.#board = createBoard(hypervisor, config);
       const { vm, segments, intx } = this.#board;
       undo.push(() => vm.close());
-      this.#memory = new MemoryManager(kernel, config.memory, this.#board.memory.zones);
+      const laid = this.#board.memory.zones;
+      // DIMMs are mapped when they come.
+      const zones = plugsDimms(config.memory) ? laid.map((zone) => ({ ...zone, hotplug: undefined })) : laid;
+      this.#memory = new MemoryManager(kernel, config.memory, zones);
       undo.push(() => this.#memory.close());
-      this.#memory.attach(vm);
+      this.#slots = this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
       this.#vcpus = new Set(vcpus.keys());
       undo.push(() => closeAll(vcpus.map((vcpu) => () => vcpu.close())));
@@ -73,15 +84,15 @@ export class Incarnation {
         resources,
         segments,
         intx,
-        memory: this.#memory.handle(),
-        zones: this.#board.memory.zones,
-        memorySlot: this.#memory.slots,
+        memory: this.#slots,
+        zones,
         logger: parts.logger,
       });
       undo.push(() => this.#devices.close());
       this.#io = new IoManager(kernel, parts.ioWorker, io);
       this.#handle = this.#board.createPlatform(this.#devices.devices.map(({ handle }) => handle));
       this.#platform = attachPlatform(this.#handle, kernel, vm.signals, events.onEvent.bind(events));
+      this.dimms = this.#dimms(laid[0]);
       if (this.#platform.serial !== undefined) this.serial = new SerialPump(this.#platform.serial, backends.serial);
       const port = this.#devices.console;
       if (port !== undefined) this.console = new SerialPump(consolePort(port, kernel), backends.console);
@@ -92,6 +103,29 @@ export class Incarnation {
     } catch (error) {
       undoAll(error, undo.reverse());
     }
+  }
+
+  /** @param zone with the place for them */
+  #dimms({ zone, hotplug: room }: ZoneLayout): Dimms | undefined {
+    const { dimms } = this.#platform;
+    if (room === undefined || dimms === undefined) return undefined;
+    return new Dimms(room, {
+      memory: this.#memory,
+      zone,
+      slots: this.#slots,
+      change: (kind, part) => this.#changeMemory(kind, part),
+      events: {
+        came: (slot, range) => {
+          dimms.came(slot, range);
+          this.#remind();
+        },
+        shallGo: (slot) => {
+          dimms.shallGo(slot);
+          this.#remind();
+        },
+        stays: (slot) => dimms.stays(slot),
+      },
+    });
   }
 
   start(): void {
@@ -105,7 +139,7 @@ export class Incarnation {
   /** The machine as a vCPU thread that starts now finds it. */
   #present(): CpuStart {
     const virtio = this.#devices.devices.map(({ handle }) => handle);
-    return { platform: { ...this.#handle, virtio }, memory: this.#devices.memory };
+    return { platform: { ...this.#handle, virtio }, memory: this.#slots.parts };
   }
 
   /**
@@ -163,6 +197,17 @@ export class Incarnation {
     return failure;
   }
 
+  /** Bytes of RAM, with what has been plugged by ACPI. */
+  get memorySize(): number {
+    const plugged = this.dimms?.plugged ?? [];
+    return plugged.reduce((sum, { part }) => sum + part.range.size, this.#memory.memory.size);
+  }
+
+  /** Whether the machine could be made anew with this memory. */
+  fits(memory: MemoryConfig): boolean {
+    return this.#board.fits(memory);
+  }
+
   /** The vCPUs that the guest has been given. */
   get vcpus(): ReadonlySet<number> {
     return this.#vcpus;
@@ -205,9 +250,10 @@ export class Incarnation {
     }, REMINDER_MILLISECONDS).unref();
   }
 
+  /** @throws MachineError when a worker could not */
   async #changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<void> {
     const [failure] = await Promise.all([this.#io.changeMemory(kind, part), this.#cpus.change({ kind, part })]);
-    if (failure !== undefined && kind === 'add-memory') throw new MachineError(failure);
+    if (failure !== undefined) throw new MachineError(failure);
   }
 
   async #changePlatform(change: PlatformChange): Promise<void> {

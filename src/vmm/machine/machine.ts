@@ -5,7 +5,6 @@
  * configuration; what the devices hold on the host stays, and so do terminals and sockets.
  */
 import type { PlatformEvent } from '../boards/platform-parts.js';
-import { MEM_ID } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FIXED_NAMES } from '../devices/device-names.js';
@@ -13,7 +12,6 @@ import { FalseStarts } from './false-starts.js';
 import { GuestLog, type LeftOut } from '../log/guest-log.js';
 import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
 import { isTerminal } from '../host/host-output.js';
-import { resizeRefusal as memoryRefusal } from '../memory/hotplug.js';
 import { type HostEnds, namedByHost, openHostEnds } from './host-ends.js';
 import { MachineError, RequestError } from './machine-error.js';
 import type { Hotplug, Running } from './hotplug.js';
@@ -102,7 +100,7 @@ export class Machine {
   readonly #falseStarts = new FalseStarts();
   /** Bytes that the guest has put in its balloon. */
   #ballooned = 0;
-  /** Bytes that the guest has plugged. */
+  /** Bytes that the guest has plugged by its device. */
   #plugged = 0;
 
   private constructor(
@@ -215,11 +213,11 @@ export class Machine {
       nodes[function_] = { id: function_, resources: [], children: [id], pci_bdf: address };
       nodes[id] = { id, resources: [], children: [] };
     }
-    const { memory } = this.parts.config;
+    const memory = this.#current?.memorySize ?? this.parts.config.memory.size;
     return {
       config: namedByHost(this.parts, this.host),
       // A guest can tell of a balloon larger than its memory.
-      memory_actual_size: Math.max(memory.size + this.#plugged - this.#ballooned, 0),
+      memory_actual_size: Math.max(memory + this.#plugged - this.#ballooned, 0),
       device_tree: nodes,
     };
   }
@@ -227,39 +225,6 @@ export class Machine {
   /** What the devices have done so far, by name: Cloud Hypervisor's VmCounters, and more of them. */
   counters(): Record<string, Readonly<Record<string, number>>> {
     return Object.fromEntries(this.#current?.deviceCounters().map(({ id, device }) => [id, device]) ?? []);
-  }
-
-  /**
-   * Asks the guest for memory, or gives some back. It takes its time; `info` tells how far it is.
-   *
-   * @param size bytes that the balloon is to hold
-   * @throws RequestError
-   */
-  resizeBalloon(size: number): void {
-    const { balloon, memory } = this.parts.config;
-    if (balloon === undefined) throw new RequestError('The machine has no balloon', 'unknown');
-    if (size >= memory.size) throw new RequestError(`desired_balloon: accepted is less than ${memory.size}`, 'invalid');
-    // A reset finds it there.
-    balloon.size = size;
-    this.#current?.control(balloon.id ?? FIXED_NAMES.balloon, { kind: 'resize', size });
-  }
-
-  /**
-   * Asks the guest to plug memory, or to unplug some. It takes its time; `info` tells how far it is.
-   *
-   * @param size bytes that it is to have in all
-   * @throws RequestError
-   */
-  resizeMemory(size: number): void {
-    const { memory } = this.parts.config;
-    const refusal = memoryRefusal(memory, size);
-    if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
-    // What changes nothing is accepted of a machine that can plug none, too.
-    if (memory.hotplug_size === undefined) return;
-    const wanted = size - memory.size;
-    // A reset asks for as much.
-    memory.hotplugged_size = wanted === 0 ? undefined : wanted;
-    this.#current?.control(MEM_ID, { kind: 'resize', size: wanted });
   }
 
   /**
@@ -442,6 +407,9 @@ export class Machine {
         break;
       case 'vcpu-ejected':
         this.#removed(this.hotplug.vcpuEjected(event.vcpu, () => this.running()));
+        break;
+      case 'memory-ejected':
+        this.#removed(this.hotplug.memoryEjected(event.slot, () => this.running()));
         break;
       case 'guest-panic':
         this.parts.tell('guest', 'panic', { event: (event.event & PANICKED) !== 0 ? 'panic' : 'crash_loaded' });

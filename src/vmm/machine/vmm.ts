@@ -11,7 +11,7 @@ import { Hotplug, type PciDeviceInfo } from './hotplug.js';
 import { type LifeMaker, Machine, type MachineEnd, type RunningInfo } from './machine.js';
 import { RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
-import { type Resize, resized } from './resize.js';
+import type { Resize } from './resize.js';
 
 /** What every machine of a process is made with. */
 export interface VmmParts extends Omit<MachineParts, 'config'> {
@@ -196,16 +196,13 @@ export class Vmm {
   /** What changes nothing is accepted. The guest takes its time with its balloon; `info` tells how far it is. @throws RequestError */
   resize(wanted: Resize): Promise<void> {
     return this.#next(async () => {
-      const { config, hotplug, machine } = this.#configured();
+      const { hotplug, machine } = this.#configured();
       if (machine === undefined) {
-        Object.assign(config, resized(config, wanted));
+        await hotplug.resize(wanted, () => undefined);
         return;
       }
-      const { desired_vcpus: vcpus, desired_ram: ram, desired_balloon: balloon } = wanted;
       this.parts.tell('vm', 'resizing');
-      if (vcpus !== undefined) await hotplug.resizeVcpus(vcpus, () => machine.running());
-      if (ram !== undefined) machine.resizeMemory(ram);
-      if (balloon !== undefined) machine.resizeBalloon(balloon);
+      await hotplug.resize(wanted, () => machine.running());
       this.parts.tell('vm', 'resized');
     });
   }

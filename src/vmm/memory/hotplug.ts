@@ -1,4 +1,4 @@
-/** Memory that the guest plugs while it runs (virtio-mem): in which blocks it comes, and how much of it there may be. */
+/** Memory that is plugged while the guest runs, by devices (virtio-mem) or by ACPI: in which sizes it comes, and how much of it there may be. */
 import { readHostFacts } from '../../config/host-facts.js';
 import { HOTPLUG_BLOCK, type MemoryConfig, type MemoryZone } from '../../config/memory-config.js';
 
@@ -7,7 +7,12 @@ export function hugepageSize({ hugepages, hugepage_size: size }: Omit<MemoryZone
   return hugepages ? (size ?? readHostFacts().hugepageSizes[0]) : undefined;
 }
 
-/** Bytes. Huge pages come and go as a whole. @param memory a zone or all of it */
+/** Whether memory is plugged by ACPI, as DIMMs are. */
+export function plugsDimms({ hotplug_size: size, hotplug_method: method }: MemoryConfig): boolean {
+  return size !== undefined && method === 'Acpi';
+}
+
+/** A block's of virtio-mem. Bytes. Huge pages come and go as a whole. @param memory a zone or all of it */
 export function blockSize(memory: Omit<MemoryZone, 'id'>): number {
   return Math.max(HOTPLUG_BLOCK, hugepageSize(memory) ?? 0);
 }
@@ -17,7 +22,7 @@ export function sizeOptions({ size, hotplug_size: more }: MemoryConfig): string 
   return `--memory size=${size}${more === undefined ? '' : `,hotplug_size=${more}`}`;
 }
 
-/** Why a guest cannot have so much memory in all, if that is so. @param desired bytes */
+/** Why a guest with virtio-mem, or with none, cannot have so much memory in all, if that is so. @param desired bytes */
 export function resizeRefusal(memory: MemoryConfig, desired: number): string | undefined {
   const { size, hotplug_size: most = 0 } = memory;
   const block = blockSize(memory);

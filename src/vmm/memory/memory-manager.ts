@@ -4,18 +4,21 @@
  */
 import type { MemoryConfig, MemoryZone } from '../../config/memory-config.js';
 import type { Vm } from '../../hypervisor/hypervisor.js';
-import { GuestMemory, type MemoryKind, type MemoryRange, WINDOW_SIZE } from '../../memory/guest-memory.js';
+import { GuestMemory, type MemoryRange, WINDOW_SIZE } from '../../memory/guest-memory.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
-import { type HostKernel, type HostMapping, SystemError } from '../../sys/host-kernel.js';
+import { errnoName, errnoText, type HostKernel, type HostMapping, SystemError } from '../../sys/host-kernel.js';
 import { MachineError } from '../machine/machine-error.js';
 import { hugepageSize as sizeOfHugepages, sizeOptions } from './hotplug.js';
 import type { ZoneLayout } from './memory-layout.js';
-import { type MemoryHandle, source } from './memory-part.js';
+import { type MemoryPart, source } from './memory-part.js';
+import { MemorySlots } from './memory-slots.js';
 
-interface Mapped {
-  readonly range: MemoryRange;
+/** Memory with what it takes of the host. */
+interface Stretch {
+  readonly part: MemoryPart;
   readonly mapping: HostMapping;
-  readonly kind: MemoryKind;
+  /** Of shared memory. */
+  readonly fd: number | undefined;
   /** The guest has it from the start. */
   readonly present: boolean;
 }
@@ -23,8 +26,7 @@ interface Mapped {
 export class MemoryManager {
   /** RAM that is there from the start. */
   readonly memory: GuestMemory;
-  readonly #mappings: Mapped[] = [];
-  readonly #fds: number[] = [];
+  readonly #stretches: Stretch[] = [];
 
   /**
    * @param zones with their places. What the guest plugs is mapped and known to every thread from the start, too; only its pages
@@ -37,53 +39,84 @@ export class MemoryManager {
     zones: readonly ZoneLayout[],
   ) {
     try {
-      for (const { zone, ram } of zones) for (const range of ram) this.#allocate(zone, range, true);
+      for (const { zone, ram } of zones) {
+        for (const range of ram) {
+          const { mapping } = this.#allocate(zone, range, true);
+          if (zone.prefault) this.#populate(mapping, 0, range.size);
+        }
+      }
       for (const { zone, hotplug } of zones) if (hotplug !== undefined) this.#allocate(zone, hotplug, false);
     } catch (error) {
-      const cause =
-        error instanceof SystemError
-          ? new MachineError(`${sizeOptions(config)}: the host cannot map that much`, { cause: error })
-          : error;
-      undoAll(cause, [() => this.close()]);
+      undoAll(tooMuch(sizeOptions(config), error), [() => this.close()]);
     }
-    const ram = this.#mappings.filter(({ present }) => present);
-    this.memory = new GuestMemory(ram.map(({ range, mapping, kind }) => source(range, mapping, kind)));
+    const ram = this.#stretches.filter(({ present }) => present);
+    this.memory = new GuestMemory(ram.map(({ part: { range, kind }, mapping }) => source(range, mapping, kind)));
   }
 
-  /** @param present the guest has it from the start */
-  #allocate(zone: MemoryZone, range: MemoryRange, present: boolean): void {
+  /**
+   * Allocates more while the machine runs.
+   *
+   * @param range of as many bytes as whole pages have
+   * @throws MachineError when the host cannot map it; nothing has changed then
+   */
+  async add(zone: MemoryZone, range: MemoryRange): Promise<MemoryPart> {
+    const before = this.#stretches.length;
+    try {
+      const { part, mapping } = this.#allocate(zone, range, true);
+      const piece = Math.max(POPULATED_AT_ONCE, sizeOfHugepages(zone) ?? 0);
+      for (let start = 0; zone.prefault && start < range.size; start += piece) {
+        this.#populate(mapping, start, Math.min(piece, range.size - start));
+        // Main has other things to do meanwhile.
+        await new Promise(setImmediate);
+      }
+      return part;
+    } catch (error) {
+      const undo = this.#stretches.splice(before).map((stretch) => () => this.#release(stretch));
+      return undoAll(tooMuch(`${range.size} bytes more`, error), undo);
+    }
+  }
+
+  /** Unmaps what `add` has allocated; no thread and no VM uses it any more. */
+  remove(part: MemoryPart): void {
+    const index = this.#stretches.findIndex((stretch) => stretch.part === part);
+    this.#release(this.#stretches.splice(index, 1)[0]);
+  }
+
+  /** @param present the guest has all of it at once */
+  #allocate(zone: MemoryZone, range: MemoryRange, present: boolean): Stretch {
     const { address, size } = range;
-    const { shared, hugepages, prefault, mergeable } = zone;
+    const { shared, hugepages, mergeable } = zone;
     const hugepageSize = sizeOfHugepages(zone);
     // An empty pool of huge pages is an error now, or a fault while the guest runs, which ends the process. What is plugged later is
     // had from the pool then, or not plugged.
     const reserve = present && (zone.reserve ?? hugepages);
-    let fd: number | undefined;
-    if (shared) {
-      fd = this.kernel.memfd('guest-ram', { size, hugepageSize });
-      this.#fds.push(fd);
-    }
+    const fd = shared ? this.kernel.memfd('guest-ram', { size, hugepageSize }) : undefined;
     const modulo = Math.max(size >= HUGEST_PAGE ? HUGEST_PAGE : HUGE_PAGE, hugepageSize ?? 0);
     const placement = { like: address, modulo };
-    const mapping = this.kernel.map({ length: size, fd, shared, hugepageSize, placement, reserve });
-    this.#mappings.push({ range, mapping, kind: shared ? 'shared' : 'private', present });
+    let mapping: HostMapping;
+    try {
+      mapping = this.kernel.map({ length: size, fd, shared, hugepageSize, placement, reserve });
+    } catch (error) {
+      return undoAll(error, fd === undefined ? [] : [() => this.kernel.close(fd)]);
+    }
+    const part = { range, mapping: mapping.handle, kind: shared ? 'shared' : 'private' } as const;
+    const stretch = { part, mapping, fd, present };
+    this.#stretches.push(stretch);
     if (!hugepages) this.#advise(mapping, this.config.thp ? 'hugepage' : 'nohugepage');
     if (mergeable) this.#advise(mapping, 'mergeable');
-    // After the advice on huge pages, or there would be small ones already.
-    if (prefault && present) this.#prefault(mapping);
+    return stretch;
   }
 
-  #prefault(mapping: HostMapping): void {
-    try {
-      this.kernel.advise(mapping, 'populate');
-    } catch (error) {
-      // Linux before 5.14 does not know that advice. Fresh memory is zero: a zero in each page changes nothing else.
-      if (!(error instanceof SystemError) || error.code !== 'EINVAL') throw error;
-      const { length } = mapping.handle;
-      for (let start = 0; start < length; start += WINDOW_SIZE) {
-        const bytes = new Uint8Array(mapping.view(start, Math.min(WINDOW_SIZE, length - start)));
-        for (let at = 0; at < bytes.length; at += PAGE_SIZE) bytes[at] = 0;
-      }
+  /** Puts pages everywhere: after the advice on huge pages, or there would be small ones already. @throws SystemError */
+  #populate(mapping: HostMapping, start: number, length: number): void {
+    const errno = -this.kernel.populateRaw(Number(mapping.handle.address) + start, length);
+    if (errno <= 0) return;
+    const code = errnoName(errno);
+    // Linux before 5.14 does not know that advice. Fresh memory is zero: a zero in each page changes nothing else.
+    if (code !== 'EINVAL') throw new SystemError(code, errno, 'madvise', errnoText(errno));
+    for (let at = start, end = start + length; at < end; at += WINDOW_SIZE) {
+      const bytes = new Uint8Array(mapping.view(at, Math.min(WINDOW_SIZE, end - at)));
+      for (let page = 0; page < bytes.length; page += PAGE_SIZE) bytes[page] = 0;
     }
   }
 
@@ -100,15 +133,16 @@ export class MemoryManager {
   }
 
   /**
-   * Gives all of it to the VM, slots from 0 on.
+   * Gives all of it to the VM.
    *
+   * @returns the VM's memory, to which more may be added
    * @throws MachineError when the hypervisor refuses it: a slot of KVM's holds less than 8 TiB
    */
-  attach(vm: Vm): void {
+  attach(vm: Vm): MemorySlots {
+    const slots = new MemorySlots(vm);
     try {
-      this.#mappings.forEach(({ range, mapping }, slot) => {
-        vm.addMemory({ slot, guestAddress: range.address, mapping: mapping.handle });
-      });
+      for (const { part } of this.#stretches) slots.add(part);
+      return slots;
     } catch (error) {
       if (!(error instanceof SystemError)) throw error;
       throw new MachineError(`${sizeOptions(this.config)}: the hypervisor does not take that much`, {
@@ -117,27 +151,20 @@ export class MemoryManager {
     }
   }
 
-  /** Slots that it takes. */
-  get slots(): number {
-    return this.#mappings.length;
-  }
-
-  /** What another thread needs to see the same memory. */
-  handle(): MemoryHandle {
-    return this.#mappings.map(({ range, mapping, kind }) => ({ range, mapping: mapping.handle, kind }));
-  }
-
   /** Unmaps it; no thread and no VM uses it any more. */
   close(): void {
-    closeAll([
-      ...this.#mappings.map(
-        ({ mapping }) =>
-          () =>
-            mapping.unmap(),
-      ),
-      ...this.#fds.map((fd) => () => this.kernel.close(fd)),
-    ]);
+    closeAll(this.#stretches.splice(0).map((stretch) => () => this.#release(stretch)));
   }
+
+  #release({ mapping, fd }: Stretch): void {
+    closeAll([() => mapping.unmap(), () => fd !== undefined && this.kernel.close(fd)]);
+  }
+}
+
+function tooMuch(what: string, error: unknown): unknown {
+  return error instanceof SystemError
+    ? new MachineError(`${what}: the host cannot map that much`, { cause: error })
+    : error;
 }
 
 /**
@@ -147,3 +174,5 @@ export class MemoryManager {
 const PAGE_SIZE = 2 ** 12;
 const HUGE_PAGE = 2 ** 21;
 const HUGEST_PAGE = 2 ** 30;
+/** Some 20 ms of a processor's time. Bytes. */
+const POPULATED_AT_ONCE = 2 ** 26;

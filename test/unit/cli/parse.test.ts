@@ -439,10 +439,9 @@ describe('refuses --memory', () => {
     ['hugepage_size=2M', '--memory hugepage_size=2M: accepted is a size only with hugepages=on'],
     ['hugepages=on,hugepage_size=4M', '--memory hugepage_size=4M: accepted is a huge page size of the host: 2M, 1G'],
     ['hotplug_method=dimm', '--memory hotplug_method=dimm: accepted is acpi or virtio-mem'],
-    ['hotplug_size=1G', '--memory hotplug_size=1G: accepted is a size only with hotplug_method=virtio-mem'],
     [
-      'hotplug_size=1G,hotplug_method=acpi',
-      '--memory hotplug_size=1G: accepted is a size only with hotplug_method=virtio-mem',
+      'hotplug_size=1G,hotplug_method=acpi,hotplugged_size=1G',
+      '--memory hotplugged_size=1G: accepted is a size only with hotplug_method=virtio-mem',
     ],
     ['hotplug_method=virtio-mem,hotplug_size=0', '--memory hotplug_size=0: accepted is a multiple of 128M up to 2^52'],
     ['hotplugged_size=1G', '--memory hotplugged_size=1G: accepted is a size only with hotplug_size='],

@@ -53,7 +53,10 @@ describe('refused, whichever front end it came from', () => {
     [{ payload, memory: { ...PLUGS, hotplug_size: 2 ** 52 + 2 ** 27 } }, HOTPLUG],
     [{ payload, memory: { ...PLUGS, hotplug_size: 2 ** 27 + 2 ** 26 } }, HOTPLUG],
     [{ payload, memory: { ...PLUGS, hotplug_size: 0 } }, HOTPLUG],
-    [{ payload, memory: { hotplug_size: 2 ** 27 } }, 'memory.hotplug_size: a size only with hotplug_method=virtio-mem'],
+    [
+      { payload, memory: { hotplug_size: 2 ** 27, hotplugged_size: 0 } },
+      'memory.hotplugged_size: a size only with hotplug_method=virtio-mem',
+    ],
     [{ payload, memory: { hotplugged_size: 0 } }, 'memory.hotplugged_size: a size only with hotplug_size='],
     [{ payload, memory: { ...PLUGS, hotplugged_size: 2 ** 27 + 2 ** 21 } }, HOTPLUGGED],
     [{ payload, memory: { ...PLUGS, hotplugged_size: 2 ** 20 } }, HOTPLUGGED],
@@ -72,6 +75,14 @@ describe('refused, whichever front end it came from', () => {
 test('memory may be plugged, all of it, part of it or none', () => {
   for (const hotplugged_size of [undefined, 0, 2 ** 21, 2 ** 27]) {
     expect(refusal({ payload, memory: { ...PLUGS, hotplugged_size } })).toBe('valid');
+  }
+  // The name that the device of one method has is free with the other.
+  for (const [hotplug_method, found] of [
+    ['Acpi', 'valid'],
+    ['VirtioMem', 'disks.0.id: a name that no other device has'],
+  ]) {
+    const disks = [{ path: 'd', id: 'mem0' }];
+    expect(refusal({ payload, memory: { hotplug_size: 2 ** 27, hotplug_method }, disks })).toBe(found);
   }
   expect(refusal({ payload, disks: [{ path: 'a', id: 'mem0' }] })).toBe('valid');
 });

@@ -13,9 +13,10 @@ import { type PlannedDevice, IoPlanner } from '../../../src/vmm/devices/io-plann
 import type { HostResources } from '../../../src/vmm/host/host-resources.js';
 import type { Logger } from '../../../src/vmm/log/logger.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
+import { MemorySlots } from '../../../src/vmm/memory/memory-slots.js';
 
 const MIB = 2 ** 20;
-const FIRST_SLOT = 2;
+const FIRST_SLOT = 0;
 const FIRST_ROUTE = 24;
 const source = fs.openSync('/dev/null', 'r');
 const logger = { info: () => undefined } as unknown as Logger;
@@ -155,14 +156,14 @@ function machine(outside = new Outside(), first: readonly DeviceResource[] = [],
     vhostFeatures: [0xffff_ffff, 1],
   } as unknown as HostResources;
   const intx = IntxLines.powerOn([16, 17, 18, 19], outside.signals);
+  const memory = new MemorySlots(outside.vm);
   const manager = new DeviceManager(outside.kernel, outside.vm, {
     hypervisor: 'kvm',
     ...{ config: config({ ...WIDE, ...devices }), resources, segments: SEGMENTS, intx, logger },
-    memory: [],
+    memory,
     zones: [],
-    memorySlot: FIRST_SLOT,
   });
-  return { outside, manager, intx };
+  return { outside, manager, memory, intx };
 }
 type Machine = ReturnType<typeof machine>;
 
@@ -181,13 +182,13 @@ function place({ outside, intx }: Machine, { handle, memory, served }: PlacedDev
 }
 
 /** What is taken. A worker of the pool stays, and so does its event. */
-function taken({ outside, manager }: Machine) {
+function taken({ outside, manager, memory }: Machine) {
   const pool = new Set(manager.workers.filter(({ own }) => !own).map(({ wake }) => wake));
   return {
     fds: [...outside.fds].filter((fd) => !pool.has(fd)),
     slots: [...outside.slots],
     routes: [...outside.routes],
-    memory: [...manager.memory],
+    memory: memory.parts,
     devices: manager.devices.map(({ handle }) => handle.id),
     workers: manager.workers.filter(({ own }) => own).map(({ name }) => name),
     planned: planned.size,
@@ -310,12 +311,12 @@ describe('persistent memory', () => {
       [FIRST_SLOT, a.address],
       [FIRST_SLOT + 1, b.address],
     ]);
-    expect(m.manager.memory.map(({ range, kind }) => [range, kind])).toEqual([
+    expect(m.memory.parts.map(({ range, kind }) => [range, kind])).toEqual([
       [a, 'device'],
       [b, 'device'],
     ]);
     m.manager.remove('a');
-    expect(m.manager.memory.map(({ range }) => range)).toEqual([b]);
+    expect(m.memory.parts.map(({ range }) => range)).toEqual([b]);
     expect(place(m, m.manager.add(pmem(4 * MIB)('c'))).memory).toEqual(a);
     expect([...m.outside.slots.keys()].sort()).toEqual([FIRST_SLOT, FIRST_SLOT + 1]);
     // A worker that starts now has all that there is.

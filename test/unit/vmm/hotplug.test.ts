@@ -1,4 +1,4 @@
-/** Devices that come and go: what is asked for in any order, over a host and a guest that answer as told. */
+/** Devices and memory that come and go: what is asked for in any order, over a host and a guest that answer as told. */
 import { describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
@@ -6,11 +6,16 @@ import type { DeviceResource } from '../../../src/vmm/devices/device-manager.js'
 import type { DeviceKind } from '../../../src/vmm/devices/device-names.js';
 import type { HostResources } from '../../../src/vmm/host/host-resources.js';
 import type { Logger } from '../../../src/vmm/log/logger.js';
+import { FakeDimms } from '../../support/fake-life.js';
 import { Hotplug, type Running } from '../../../src/vmm/machine/hotplug.js';
 import type { Incarnation } from '../../../src/vmm/machine/incarnation.js';
 import { MachineError, RequestError } from '../../../src/vmm/machine/machine-error.js';
 
 const KINDS = ['disk', 'net', 'pmem', 'vsock'] as const;
+const UNIT = 128 * 2 ** 20;
+const RAM = 4 * UNIT;
+/** What may be plugged. */
+const ROOM = 4 * UNIT;
 /** What a client may give of each kind. */
 const DEVICE = { disk: { path: '/d' }, net: {}, pmem: { file: '/p' }, vsock: { cid: 3, socket: '/s' } };
 const silent = Object.fromEntries(
@@ -56,8 +61,18 @@ class Life {
   refuses = false;
   closeFailure: string | undefined;
   #changing = false;
+  readonly dimms = new FakeDimms(ROOM, () =>
+    this.#change(() => {
+      if (this.refuses) throw new MachineError('The guest has no room');
+    }),
+  );
+  readonly fits = () => true;
 
-  constructor(devices: readonly Held[]) {
+  /** @param ram bytes that it has from the start */
+  constructor(
+    devices: readonly Held[],
+    readonly ram: number,
+  ) {
     for (const { id } of devices) this.#put(id);
   }
 
@@ -104,6 +119,10 @@ class Life {
     return this.slots.filter((id) => id !== undefined);
   }
 
+  get memorySize(): number {
+    return this.ram + this.dimms.size;
+  }
+
   get incarnation(): Incarnation {
     return this as unknown as Incarnation;
   }
@@ -136,7 +155,7 @@ function machine(devices: object = {}) {
   };
   const begin = () => {
     hotplug.restart(state.host!.resources);
-    state.life = new Life(state.host!.open);
+    state.life = new Life(state.host!.open, config.memory.size);
   };
   const end = () =>
     hotplug.alone(() => {
@@ -146,7 +165,9 @@ function machine(devices: object = {}) {
   const add = (kind: DeviceKind, device: object = DEVICE[kind]) => hotplug.add(kind, device, running);
   const remove = (id: string) => hotplug.remove(id, running);
   const eject = (slot: number) => hotplug.ejected(0, slot, running);
-  return { config, events, asked, hotplug, held, state, switchOn, begin, end, add, remove, eject };
+  const resize = (size: number) => hotplug.resize({ desired_ram: size }, running);
+  const ejectMemory = (slot: number) => hotplug.memoryEjected(slot, running);
+  return { config, events, asked, hotplug, held, state, switchOn, begin, end, add, remove, eject, resize, ejectMemory };
 }
 type Machine = ReturnType<typeof machine>;
 
@@ -375,6 +396,11 @@ describe('in any order', () => {
       arbitrary: fc.record({ do: fc.constant('remove' as const), id: fc.oneof(fc.constantFrom(...NAMES), fc.nat(5)) }),
     },
     { weight: 4, arbitrary: fc.record({ do: fc.constant('eject' as const), slot: fc.nat(5) }) },
+    {
+      weight: 4,
+      arbitrary: fc.record({ do: fc.constant('resize' as const), units: fc.integer({ min: -1, max: 5 }) }),
+    },
+    { weight: 2, arbitrary: fc.record({ do: fc.constant('eject memory' as const), slot: fc.nat(3) }) },
     { weight: 1, arbitrary: fc.record({ do: fc.constantFrom('end' as const, 'begin' as const) }) },
   );
 
@@ -382,6 +408,9 @@ describe('in any order', () => {
   class Model {
     readonly devices = new Map<string, { readonly kind: DeviceKind; leaving: boolean }>();
     readonly events: string[] = [];
+    /** Bytes that it is to have; what came in this life, and which of it was asked for. */
+    ram = RAM;
+    dimms: { readonly slot: number; readonly size: number; leaving: boolean }[] = [];
     slots: (string | undefined)[] = [];
     /** Before it is switched on, in a life, or between two. */
     phase: 'off' | 'life' | 'between' = 'off';
@@ -419,6 +448,33 @@ describe('in any order', () => {
       return 'done';
     }
 
+    resize(size: number): string {
+      if (this.phase === 'off') this.ram = size;
+      if (size === this.ram) return 'done';
+      const sum = (dimms: Model['dimms']) => dimms.reduce((all, dimm) => all + dimm.size, 0);
+      const leaving = this.dimms.filter((dimm) => dimm.leaving);
+      if (this.phase === 'between') return 'busy';
+      if (leaving.length > 0) {
+        if (size !== this.ram + sum(leaving)) return 'busy';
+        for (const dimm of leaving) dimm.leaving = false;
+        this.ram = size;
+        return 'done';
+      }
+      const last = this.dimms.findIndex((_, index) => sum(this.dimms.slice(index)) === this.ram - size);
+      if (size > this.ram) {
+        if (sum(this.dimms) + size - this.ram > ROOM) return 'invalid';
+        const slot = [0, 1, 2, 3].find((free) => !this.dimms.some((dimm) => dimm.slot === free))!;
+        this.dimms.push({ slot, size: size - this.ram, leaving: false });
+      } else if (last < 0) return 'invalid';
+      else for (const dimm of this.dimms.slice(last)) dimm.leaving = true;
+      this.ram = size;
+      return 'done';
+    }
+
+    ejectMemory(slot: number): void {
+      if (this.phase === 'life') this.dimms = this.dimms.filter((dimm) => dimm.slot !== slot || !dimm.leaving);
+    }
+
     eject(slot: number): void {
       const id = this.slots[slot];
       if (this.phase !== 'life' || id === undefined || this.devices.get(id)?.leaving !== true) return;
@@ -440,7 +496,7 @@ describe('in any order', () => {
   test('configuration, host and guest have the same devices', async () => {
     await fc.assert(
       fc.asyncProperty(fc.array(command, { maxLength: 30 }), fc.nat(4), async (commands, most) => {
-        const m = machine({ rng: { id: 'dice' } });
+        const m = machine({ rng: { id: 'dice' }, memory: { size: RAM, hotplug_size: ROOM } });
         const model = new Model();
         let pending: [Promise<string>, string][] = [];
         const settle = async () => {
@@ -462,6 +518,12 @@ describe('in any order', () => {
           const leaving = [...model.devices].filter(([, device]) => device.leaving).map(([id]) => id);
           expect([...m.hotplug.leaving].sort()).toEqual(leaving.sort());
           expect(m.events).toEqual(model.events);
+          expect(m.config.memory.size).toBe(model.ram);
+          if (model.phase !== 'life') return;
+          const { dimms } = m.state.life!;
+          expect(dimms.plugged.map(({ slot, part }) => [slot, part.range.size])).toEqual(
+            model.dimms.map(({ slot, size }) => [slot, size]),
+          );
         };
         for (const next of commands) {
           switch (next.do) {
@@ -489,6 +551,15 @@ describe('in any order', () => {
               model.eject(next.slot);
               pending.push([outcome(m.eject(next.slot)), 'done']);
               break;
+            case 'resize': {
+              const size = RAM + next.units * UNIT;
+              pending.push([outcome(m.resize(size)), model.resize(size)]);
+              break;
+            }
+            case 'eject memory':
+              model.ejectMemory(next.slot);
+              pending.push([outcome(m.ejectMemory(next.slot)), 'done']);
+              break;
             case 'end':
               await settle();
               if (model.phase !== 'life') break;
@@ -503,6 +574,7 @@ describe('in any order', () => {
                 for (const id of m.hotplug.leaving) model.gone(id, undefined);
                 m.begin();
               }
+              model.dimms = [];
               model.slots = m.state.host!.open.map(({ id }) => id);
               model.phase = 'life';
               break;

@@ -161,10 +161,17 @@ describe('what a worker is asked for', () => {
     expect(await Promise.all(asked)).toEqual([undefined, 'The machine ends', 'The machine ends']);
     expect(await manager.serve('io0', device('c'))).toBe('The machine ends');
     // What concerns all is done by the others.
-    await manager.changeMemory('add-memory', { range: { address: 5, size: 1 } } as unknown as MemoryPart);
+    const part = { range: { address: 5, size: 1 } } as unknown as MemoryPart;
+    // The one that is gone has let go of what goes, and has not got what comes.
+    expect(await manager.changeMemory('add-memory', part)).toBe('The machine ends');
+    expect(await manager.changeMemory('remove-memory', part)).toBeUndefined();
     await manager.pause();
     manager.resume();
-    expect([of('io0'), of('io1')]).toEqual([[['serve', 'a']], [['add-memory', 5]]]);
+    const changes = [
+      ['add-memory', 5],
+      ['remove-memory', 5],
+    ];
+    expect([of('io0'), of('io1')]).toEqual([[['serve', 'a']], changes]);
     await stop();
   });
 

@@ -13,6 +13,10 @@ import { FakeLives } from '../../support/fake-life.js';
 const SEQUENCES = 2000;
 const MAX_VCPUS = 4;
 const MIB = 2 ** 20;
+const UNIT = 128 * MIB;
+const RAM = 512 * MIB;
+/** What may be plugged. */
+const ROOM = 5 * UNIT;
 
 let folder: string;
 let disk: string;
@@ -32,6 +36,9 @@ interface Model {
   balloon?: number | undefined;
   /** Whether a guest has been asked to let vCPUs go, and has not. */
   vcpusLeave: boolean;
+  /** Bytes that it is to have, and what came while it ran, in this order: whether the guest has been asked to let it go. */
+  ram: number;
+  dimms: { readonly slot: number; readonly size: number; leaves: boolean }[];
   /** By name, whether the guest has been asked to let it go. */
   readonly networks: Map<string, boolean>;
   /** Lives that began. */
@@ -66,7 +73,13 @@ function begin(model: Model): void {
 function end(model: Model): void {
   model.state = 'Shutdown';
   model.vcpusLeave = false;
+  model.dimms = [];
   for (const [name, leaves] of model.networks) if (leaves) model.networks.delete(name);
+}
+
+/** A machine's sizes as it is made. */
+function fresh(): Pick<Model, 'vcpus' | 'vcpusLeave' | 'ram' | 'dimms'> {
+  return { vcpus: 1, vcpusLeave: false, ram: RAM, dimms: [] };
 }
 
 /** A step that changes the state: refused when the process is ending. */
@@ -79,7 +92,7 @@ const create = (balloon: boolean) =>
     `create${balloon ? ' with a balloon' : ''}`,
     (model) => {
       if (model.state !== undefined) return 'failed';
-      Object.assign(model, { state: 'Created', vcpus: 1, vcpusLeave: false, balloon: balloon ? 0 : undefined });
+      Object.assign(model, { state: 'Created', ...fresh(), balloon: balloon ? 0 : undefined });
       model.networks.clear();
       return 'done';
     },
@@ -88,6 +101,7 @@ const create = (balloon: boolean) =>
         vmConfigSchema.parse({
           payload: { kernel: 'k' },
           cpus: { boot_vcpus: 1, max_vcpus: MAX_VCPUS },
+          memory: { size: RAM, hotplug_size: ROOM },
           disks: [{ path: disk }],
           ...(balloon ? { balloon: {} } : {}),
         }),
@@ -165,12 +179,94 @@ const resizeBalloon = (size: number) =>
     `resize the balloon to ${size}`,
     (model) => {
       if (model.balloon === undefined || model.state === undefined) return 'unknown';
-      if (size >= 512 * MIB) return 'invalid';
+      if (size >= model.ram) return 'invalid';
       model.balloon = size;
       return 'done';
     },
     ({ vmm }) => vmm.resize({ desired_balloon: size }),
   );
+
+const sum = (dimms: Model['dimms']) => dimms.reduce((all, { size }) => all + size, 0);
+
+/** What becomes of another size while the machine runs. @param broken where the host has no more */
+function resizeDimms(model: Model, size: number, broken: boolean): Answer {
+  const { dimms, ram } = model;
+  if (size === ram) return 'done';
+  const leaving = dimms.filter(({ leaves }) => leaves);
+  if (leaving.length > 0) {
+    if (size !== ram + sum(leaving)) return 'busy';
+    for (const dimm of leaving) dimm.leaves = false;
+    model.ram = size;
+    return 'done';
+  }
+  const more = size - ram;
+  if (more > 0) {
+    const slot = [0, 1, 2, 3, 4, 5, 6, 7].find((free) => !dimms.some((dimm) => dimm.slot === free));
+    if (more % UNIT !== 0 || sum(dimms) + more > ROOM || slot === undefined) return 'invalid';
+    if (broken) return 'broken';
+    dimms.push({ slot, size: more, leaves: false });
+  } else {
+    const first = dimms.findIndex((_, index) => sum(dimms.slice(index)) === -more);
+    if (first < 0 || (model.balloon ?? 0) >= size) return 'invalid';
+    for (const dimm of dimms.slice(first)) dimm.leaves = true;
+  }
+  model.ram = size;
+  return 'done';
+}
+
+const resizeMemory = (size: number, broken: boolean) =>
+  action(
+    `resize to ${size} bytes${broken ? ', which fails' : ''}`,
+    (model) => {
+      if (model.state === undefined) return 'unknown';
+      if (runs(model)) return resizeDimms(model, size, broken);
+      if ((model.balloon ?? 0) >= size) return 'invalid';
+      model.ram = size;
+      return 'done';
+    },
+    async ({ vmm, lives }) => {
+      if (broken) lives.failure = { at: 'plug memory', error: new Error('The host fails') };
+      try {
+        await vmm.resize({ desired_ram: size });
+      } finally {
+        lives.failure = undefined;
+      }
+    },
+  );
+
+/** Several at once: all of it, or nothing where one is refused. */
+const resizeAll = (vcpus: number, size: number, balloon: number) =>
+  action(
+    `resize to ${vcpus} vCPUs, ${size} bytes and a balloon of ${balloon}`,
+    (model) => {
+      if (model.state === undefined) return 'unknown';
+      if (!runs(model) && model.balloon === undefined) return 'unknown';
+      const next = structuredClone(model);
+      // What it holds is looked at with what it is to hold.
+      if (next.balloon !== undefined) next.balloon = 0;
+      const answers = [resizeCpus(vcpus).predict(next), resizeMemory(size, false).predict(next)];
+      answers.push(model.balloon === undefined ? 'unknown' : balloon >= size ? 'invalid' : 'done');
+      const refused = answers.find((answer) => answer !== 'done');
+      if (refused !== undefined) return refused;
+      Object.assign(model, next, { balloon, networks: model.networks });
+      return 'done';
+    },
+    ({ vmm }) => vmm.resize({ desired_vcpus: vcpus, desired_ram: size, desired_balloon: balloon }),
+  );
+
+/** The guest lets go of memory that it was asked for; of other memory, it cannot. */
+const ejectMemory = (slot: number): Action => ({
+  name: `the guest lets memory slot ${slot} go`,
+  predict: (model) => {
+    if (model.state === 'Running') model.dimms = model.dimms.filter((dimm) => dimm.slot !== slot || !dimm.leaves);
+    return 'done';
+  },
+  call: async ({ lives }) => {
+    const life = lives.open.find(({ paused }) => !paused);
+    life?.cpus.onEvent({ kind: 'memory-ejected', slot });
+    await new Promise(setImmediate);
+  },
+});
 
 /** It leaves the state alone, and so waits for nothing. */
 const resizeDisk: Action = {
@@ -301,6 +397,13 @@ const shutdownVmm: Action = {
   call: ({ vmm }) => vmm.shutdownVmm('the model'),
 };
 
+const someRam = fc.oneof(
+  { weight: 6, arbitrary: fc.constantFrom(0, 0, 1, 2, 5).map((units) => RAM + units * UNIT) },
+  { weight: 1, arbitrary: fc.constantFrom(RAM - UNIT, RAM + MIB, RAM + 6 * UNIT) },
+);
+
+const rarely = fc.nat(5).map((times) => times === 0);
+
 const anyAction = fc.oneof(
   { weight: 4, arbitrary: fc.constantFrom(create(true), create(false), boot()) },
   { weight: 5, arbitrary: fc.constantFrom(shutdown, remove, reboot, resizeDisk, powerButton) },
@@ -314,6 +417,14 @@ const anyAction = fc.oneof(
   },
   { weight: 1, arbitrary: fc.integer({ min: 1, max: MAX_VCPUS + 1 }).map(resizeCpus) },
   { weight: 1, arbitrary: fc.constantFrom(0, MIB, 512 * MIB).map(resizeBalloon) },
+  { weight: 8, arbitrary: fc.tuple(someRam, rarely).map((all) => resizeMemory(...all)) },
+  { weight: 3, arbitrary: fc.nat(2).map(ejectMemory) },
+  {
+    weight: 1,
+    arbitrary: fc
+      .tuple(fc.integer({ min: 1, max: MAX_VCPUS + 1 }), someRam, fc.constantFrom(0, RAM))
+      .map((all) => resizeAll(...all)),
+  },
   { weight: 1, arbitrary: fc.constant(shutdownVmm) },
 );
 
@@ -333,9 +444,10 @@ async function answerOf(called: () => Promise<void> | void): Promise<Answer> {
 
 function stateOf(vmm: Vmm): unknown {
   try {
-    const { state, config } = vmm.info();
+    const { state, config, memory_actual_size: actual } = vmm.info();
     const networks = config.net.map(({ id }) => id);
-    return { state, vcpus: config.cpus.boot_vcpus, balloon: config.balloon?.size, networks };
+    const sizes = { vcpus: config.cpus.boot_vcpus, ram: config.memory.size, balloon: config.balloon?.size };
+    return { state, ...sizes, actual, networks };
   } catch {
     return undefined;
   }
@@ -348,16 +460,18 @@ test('2,000 sequences of calls', async () => {
     fc.asyncProperty(sequence, async (actions) => {
       const lives = new FakeLives();
       const vmm = new Vmm(lives.parts, { noShutdown: true });
-      const model: Model = { vcpus: 1, vcpusLeave: false, networks: new Map(), lives: 0, ended: false };
+      const model: Model = { ...fresh(), networks: new Map(), lives: 0, ended: false };
       try {
         for (const { name, predict, call } of actions) {
           const from = String(model.state);
           const wanted = predict(model);
           seen.add(`${name} when ${from}: ${wanted}`);
           const got = await answerOf(() => call({ vmm, lives }));
-          const { state, vcpus, balloon } = model;
+          const { state, vcpus, ram, balloon, dimms } = model;
           const networks = [...model.networks.keys()];
-          expect([name, got, stateOf(vmm)]).toEqual([name, wanted, state && { state, vcpus, balloon, networks }]);
+          const actual = ram + sum(dimms.filter(({ leaves }) => leaves));
+          const now = state && { state, vcpus, ram, balloon, actual, networks };
+          expect([name, got, stateOf(vmm)]).toEqual([name, wanted, now]);
           expect(lives.open.length).toBe(runs(model) ? 1 : 0);
         }
       } finally {
@@ -379,14 +493,24 @@ test('2,000 sequences of calls', async () => {
 
 test('calls all at once are answered as if they came one after the other', async () => {
   const steps = fc.constantFrom(
-    ...[create(true), boot(), shutdown, remove, reboot, resizeCpus(2), pause(false), resume],
+    ...[
+      create(true),
+      boot(),
+      shutdown,
+      remove,
+      reboot,
+      resizeCpus(2),
+      pause(false),
+      resume,
+      resizeMemory(RAM + UNIT, false),
+    ],
     ...[add('a', false), removeDevice('a')],
   );
   await fc.assert(
     fc.asyncProperty(fc.array(steps, { maxLength: 12 }), async (actions) => {
       const lives = new FakeLives();
       const vmm = new Vmm(lives.parts, {});
-      const model: Model = { vcpus: 1, vcpusLeave: false, networks: new Map(), lives: 0, ended: false };
+      const model: Model = { ...fresh(), networks: new Map(), lives: 0, ended: false };
       const wanted = actions.map(({ predict }) => predict(model));
       const got = await Promise.all(actions.map(({ call }) => answerOf(() => call({ vmm, lives }))));
       expect(got).toEqual(wanted);

@@ -314,3 +314,66 @@ test('devices that come and go', async () => {
   );
   await expect(vmm.addDevice('disk', { path: path.join(folder, 'none') })).rejects.toThrow(/--disk path=.*none/);
 });
+
+test('memory by ACPI: one change after the other, each as a whole, and a reset has what was asked for', async () => {
+  const [MIB, size] = [2 ** 20, 512 * 2 ** 20];
+  await vmm.create(config({ memory: { hotplug_size: 1024 * MIB }, balloon: { size: 256 * MIB } }));
+  await vmm.boot();
+  const info = () => {
+    const { config: found, memory_actual_size: actual } = vmm.info();
+    return [found.memory.size, actual].map((bytes) => bytes / MIB);
+  };
+  await vmm.resize({ desired_ram: size + 256 * MIB });
+  await vmm.resize({ desired_ram: size + 1024 * MIB });
+  expect(info()).toEqual([1536, 1536]);
+  expect(lives.events.slice(-2)).toEqual(['vm resizing', 'vm resized']);
+  const { dimms, cpus, told } = lives.last;
+  // All is looked at before anything is changed.
+  for (const [wrong, line] of [
+    [{ desired_ram: size + 128 * MIB }, /^desired_ram: accepted is 536870912 or 805306368 or 1610612736$/],
+    [{ desired_ram: size + 1024 * MIB, desired_vcpus: 2 }, /^desired_vcpus: accepted is a number from 1 to 1$/],
+    [{ desired_ram: size, desired_balloon: size }, /^desired_balloon: accepted is less than 536870912$/],
+  ] as const) {
+    await expect(vmm.resize({ desired_balloon: 0, ...wrong })).rejects.toEqual(refusal(line, 'invalid'));
+  }
+  expect([info(), dimms.asked, told]).toEqual([[1536, 1536], [], []]);
+  await vmm.resize({ desired_ram: size });
+  expect([info(), dimms.asked]).toEqual([
+    [512, 1536],
+    [1, 0],
+  ]);
+  // It is asked again, also by who wants something else.
+  await vmm.resize({ desired_ram: size });
+  const busy = refusal(/^The guest has been asked to let memory go, and has not answered yet$/, 'busy');
+  await expect(vmm.resize({ desired_ram: size + 256 * MIB })).rejects.toEqual(busy);
+  expect(dimms.asked).toEqual([1, 0, 1, 0, 1, 0]);
+  // All of it may stay, if none has been let go.
+  await vmm.resize({ desired_ram: size + 1024 * MIB });
+  cpus.onEvent({ kind: 'memory-ejected', slot: 0 });
+  await ticks();
+  expect(info()).toEqual([1536, 1536]);
+  await vmm.resize({ desired_ram: size });
+  // One that was asked for, one that was not, and the first once more.
+  for (const slot of [0, 5, 0]) cpus.onEvent({ kind: 'memory-ejected', slot });
+  await ticks();
+  expect([info(), dimms.plugged.map(({ slot }) => slot)]).toEqual([[512, 1280], [1]]);
+  dimms.keep = () => false;
+  await expect(vmm.resize({ desired_ram: size + 768 * MIB })).rejects.toEqual(
+    refusal(/^The guest has let memory go meanwhile$/, 'busy'),
+  );
+  expect(info()).toEqual([512, 1280]);
+  cpus.onEvent({ kind: 'reset' });
+  await ticks();
+  expect(info()).toEqual([512, 512]);
+  await vmm.resize({ desired_ram: size + 128 * MIB });
+  await vmm.reboot();
+  // It was there from the start, and nobody can take it.
+  expect(info()).toEqual([640, 640]);
+  await expect(vmm.resize({ desired_ram: size })).rejects.toEqual(
+    refusal(/^desired_ram: accepted is 671088640 /, 'invalid'),
+  );
+  lives.failure = { at: 'plug memory', error: new Error('No room') };
+  await expect(vmm.resize({ desired_ram: size + 256 * MIB })).rejects.toThrow('No room');
+  expect(info()).toEqual([640, 640]);
+  await expect(vmm.resize({ desired_ram: 256 * MIB })).rejects.toEqual(refusal(/^desired_ram: /, 'invalid'));
+});

@@ -8,7 +8,11 @@ import { X86Board } from '../../../src/vmm/boards/x86-board.js';
 function hypervisorOf(physicalBits: number) {
   const closed: string[] = [];
   const leaf = { function: 0x8000_0008, index: 0, significantIndex: false, eax: physicalBits, ebx: 0, ecx: 0, edx: 0 };
-  const vm = { supportedCpuid: () => [leaf], close: () => void closed.push('vm') };
+  const vm = {
+    supportedCpuid: () => [leaf],
+    createInterrupt: () => ({ eventfd: -1 }),
+    close: () => void closed.push('vm'),
+  };
   return { hypervisor: { createVm: () => vm } as unknown as X86Hypervisor, closed };
 }
 
@@ -44,6 +48,26 @@ describe('the board of an x86_64 machine', () => {
     expect(memory.ram.reduce((sum, one) => sum + one.size, 0)).toBe(size);
     expect(segments[0].mmio64.start).toBe(address + hotplug);
     expect(new X86Board(hypervisor, configOf(size)).memory.zones[0].hotplug).toBeUndefined();
+  });
+
+  test('has the controller of memory that ACPI plugs before those of all else', () => {
+    const { hypervisor } = hypervisorOf(40);
+    const config = (memory: object) =>
+      vmConfigSchema.parse({ payload: { kernel: 'k' }, memory: { size: 2 ** 29, ...memory } });
+    const end = 2 ** 40 - 0x1_0000;
+    for (const [memory, memoryHotplugAddress, gedAddress] of [
+      [{ hotplug_size: 2 ** 30 }, end - 0x1000, end - 0x4000],
+      [{ hotplug_size: 2 ** 30, hotplug_method: 'VirtioMem' }, undefined, end - 0x3000],
+      [{}, undefined, end - 0x3000],
+    ] as const) {
+      const board = new X86Board(hypervisor, config(memory));
+      expect(board.createPlatform([]).options).toMatchObject({ memoryHotplugAddress, gedAddress });
+    }
+    const board = new X86Board(hypervisor, config({ hotplug_size: 2 ** 30 }));
+    // With as much room behind it as now.
+    const fits = (size: number) => board.fits({ ...config({}).memory, size, hotplug_size: 2 ** 30 });
+    const most = 2 ** 40 - 2 ** 30 - 2 ** 30 - 2 ** 27;
+    expect([2 ** 29, most, most + 2 ** 27].map(fits)).toEqual([true, true, false]);
   });
 
   test('refuses memory to plug that does not fit', () => {

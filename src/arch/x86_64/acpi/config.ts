@@ -12,7 +12,7 @@ export interface AcpiConfig {
   /** Guest physical addresses of the hotplug controllers' registers; the CPU's is there if there are more possible vCPUs than boot. */
   readonly pciHotplug: number;
   readonly cpuHotplug: number;
-  readonly memoryHotplug?: number;
+  readonly memoryHotplug?: number | undefined;
   readonly serial: boolean;
   readonly pvpanic: boolean;
 }
