@@ -8,6 +8,7 @@ import { TestHost } from '../support/host.js';
 import { guestTools } from '../support/rootfs.js';
 
 const { folder, remove } = testFolder();
+const MIB = 2 ** 20;
 const scratch = `/tmp/hotplug-${process.pid}`;
 const socket = `${scratch}/api`;
 let host: TestHost;
@@ -85,7 +86,7 @@ test('a plug while the guest boots, one that the guest never answers, two client
   const guest = await Guest.start(host, folder, {
     kernel: cloud,
     task: { command: LISTEN, modules: modules() },
-    vmm: ['--cpus', 'boot=1,max=2', '--api-socket', socket],
+    vmm: ['--cpus', 'boot=1,max=2', '--memory', 'size=512M,hotplug_size=256M', '--api-socket', socket],
   });
   const shell = new Conversation(guest);
   await guest.waitForLog(/served by/);
@@ -148,10 +149,28 @@ test('a plug while the guest boots, one that the guest never answers, two client
   const { body } = await api.get('vm.info');
   expect((body as { device_tree: object }).device_tree).toHaveProperty('same');
   expect(await api.put('vm.remove-device', { id: 'early' })).toEqual(DONE);
-  // The next life begins without them, and with the vCPU.
+  const total = "awk '/MemTotal/ { print $2 }' /proc/meminfo";
+  const first = Number(await shell.run(total));
+  for (const [mib, status] of [
+    [768, 204],
+    [512, 204],
+    // It has not let go of what it was asked for.
+    [640, 429],
+    [512, 204],
+    // And shall not any more.
+    [768, 204],
+    [640, 400],
+  ]) {
+    expect(await api.put('vm.resize', { desired_ram: mib * MIB })).toMatchObject({ status });
+  }
+  expect((await api.get('vm.info')).body).toMatchObject({ memory_actual_size: 768 * MIB });
+  // The next life begins without them, and with the vCPU and the memory.
   expect(await api.put('vm.resize', { desired_vcpus: 2 })).toEqual(DONE);
   expect(await api.put('vm.reboot')).toEqual(DONE);
   await shell.listens();
+  expect(Number(await shell.run(total)) - first).toBeGreaterThan(240 * 1024);
+  const below = { status: 400, body: [expect.stringContaining(`desired_ram: accepted is ${768 * MIB} and up to `)] };
+  expect(await api.put('vm.resize', { desired_ram: 512 * MIB })).toMatchObject(below);
   expect(await shell.run('ls /sys/block; nproc')).not.toContain('vd');
   await shell.run('[ $(nproc) = 2 ]');
   expect(await api.put('vm.add-disk', disk)).toMatchObject({ status: 200, body: { id: 'same' } });

@@ -569,6 +569,34 @@ describe('vhost-net', () => {
       return { net, context, taps, queues, guest, close, error };
     }
 
+    test('tells the kernel of memory that has come, and no more of what has gone', () => {
+      const kernel = new RecordingKernel();
+      const { net, guest, queues, close } = device(kernel, [0, 1]);
+      const more = { address: 2 ** 40, buffer: new SharedArrayBuffer(2 ** 16), hostAddress: 0x7f00_0000_0000 };
+      const driver = testDriver(guest, queues, MQ);
+      // As the worker has it: nothing is under way while memory comes and goes.
+      const change = (what: () => void) => {
+        net.deactivate();
+        what();
+        net.activate(driver);
+      };
+      change(() => guest.memory.add(more));
+      change(() => guest.memory.remove(more.address));
+      // struct vhost_memory: a count, then regions of 32 bytes that begin with the guest's address.
+      const known = kernel.of(VHOST.SET_MEM_TABLE).map((table) => {
+        const addresses = Array.from({ length: table.readUInt32LE(0) }, (_, index) =>
+          Number(table.readBigUInt64LE(8 + index * 32)),
+        );
+        return [addresses.includes(0), addresses.includes(more.address)];
+      });
+      expect(known).toEqual([
+        [true, false],
+        [true, true],
+        [true, false],
+      ]);
+      close();
+    });
+
     test('serves the pairs whose queues are there, until it is reset', () => {
       const kernel = new RecordingKernel();
       const { net, taps, context, close } = device(kernel, [2, 3, 4]);

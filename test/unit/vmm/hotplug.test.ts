@@ -378,6 +378,24 @@ test('nothing is given back while a life that uses it still ends', async () => {
   expect(m.state.host!.open.map(({ id }) => id)).toEqual(['_disk0', '_net2']);
 });
 
+test('memory that the guest would not hear of, that the next life could not have, and none between two lives', async () => {
+  const m = machine({ memory: { size: RAM, hotplug_size: ROOM } });
+  m.switchOn();
+  const life = m.state.life!;
+  const { dimms } = life;
+  Object.assign(life, { dimms: undefined });
+  expect(await refusal(m.resize(RAM + UNIT))).toMatch(
+    new RegExp(`^invalid: desired_ram: accepted is ${RAM}: a guest of the devicetree .*acpi=force$`),
+  );
+  await m.resize(RAM);
+  Object.assign(life, { dimms, fits: ({ size }: { size: number }) => size < RAM + UNIT });
+  expect(await refusal(m.resize(RAM + UNIT))).toMatch(/^invalid: desired_ram: accepted is a size that the guest can /);
+  await m.end();
+  expect(await refusal(m.resize(RAM + UNIT))).toBe('busy: The machine is being reset');
+  await m.resize(RAM);
+  expect([m.config.memory.size, dimms.plugged]).toEqual([RAM, []]);
+});
+
 describe('in any order', () => {
   const NAMES = ['a', 'b', '_disk1', '_net2', '_pmem0', '_vsock3', 'dice'];
   const command = fc.oneof(
