@@ -27,8 +27,8 @@ export class Sizes {
    * Changes a machine that runs. What the guest is asked for takes its time.
    *
    * @param life undefined: between a reset and the life after it
-   * @throws RequestError when one of the sizes is not accepted, and nothing has changed then; MachineError, HypervisorError or
-   * SystemError, after as much as could be had
+   * @throws RequestError when one of the sizes is not accepted, and nothing has changed then, or when what is to stay after all has
+   * just been let go; MachineError, HypervisorError or SystemError, after as much as could be had
    */
   async change(wanted: Resize, life: MachineLife | undefined): Promise<void> {
     const { desired_vcpus: vcpus, desired_ram: ram, desired_balloon: balloon } = wanted;
