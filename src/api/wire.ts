@@ -10,6 +10,7 @@ import {
   netSchema,
   platformSchema,
   pmemSchema,
+  rateLimitGroupSchema,
   rngSchema,
   vsockSchema,
 } from '../config/device-config.js';
@@ -29,6 +30,7 @@ const diskConfig = z.strictObject({
 const vmConfig = z.strictObject({
   ...vmConfigSchema.shape,
   console: optional('Paravirtual console, default the terminal, unless the serial port has it', characterSchema),
+  rate_limit_groups: defaulted('Limits that disks share', z.array(rateLimitGroupSchema), []),
   disks: defaulted('Disks', z.array(diskConfig), []),
   net: defaulted('Network interfaces', z.array(netSchema), []),
   pmem: defaulted('Persistent memory', z.array(pmemSchema), []),
@@ -55,6 +57,7 @@ export const WIRE = {
   MemoryConfig: memorySchema,
   ConsoleConfig: characterSchema,
   PlatformConfig: platformSchema,
+  RateLimitGroupConfig: rateLimitGroupSchema,
   DiskConfig: diskConfig,
   NetConfig: netSchema,
   RngConfig: rngSchema,

@@ -9,7 +9,7 @@
  */
 import type { DeviceContext, DeviceQueue, Driver, Timer, VirtioDevice } from '../virtio/device.js';
 import { type Chain, Pop } from '../virtio/queue/queue.js';
-import type { RateLimiter } from '../virtio/rate-limiter.js';
+import type { Limiter } from '../virtio/rate-limiter.js';
 import {
   BlockCounter,
   BlockFeature,
@@ -37,7 +37,7 @@ export interface BlockOptions extends TransferOptions {
   readonly readonly: boolean;
   /** At most 20 bytes are shown. */
   readonly serial: string;
-  readonly limiter?: RateLimiter | undefined;
+  readonly limiter?: Limiter | undefined;
 }
 
 /** A request under way. Made once, used over and over. */
@@ -141,6 +141,7 @@ export class BlockDevice implements VirtioDevice {
       left = this.#advance(left);
     } while (this.#transfers.submit() && left > 0);
     this.#signal();
+    if (!this.#limited) this.options.limiter?.rest?.();
     if (left === 0) this.#again.start(0);
   }
 
@@ -357,6 +358,7 @@ export class BlockDevice implements VirtioDevice {
     this.#again.stop();
     this.#refill.stop();
     this.#limited = false;
+    this.options.limiter?.rest?.();
     this.#ready.length = 0;
     do {
       this.#transfers.drain();
@@ -390,7 +392,8 @@ export class BlockDevice implements VirtioDevice {
   }
 
   close(): void {
-    const { engine, image } = this.options;
+    const { engine, image, limiter } = this.options;
+    limiter?.close?.();
     if (engine.eventFd >= 0) this.context.loop.unwatch(engine.eventFd);
     engine.close();
     image.close();

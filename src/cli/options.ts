@@ -12,6 +12,7 @@ import {
   netSchema,
   platformSchema,
   pmemSchema,
+  rateLimitGroupSchema,
   rngSchema,
   vsockSchema,
 } from '../config/device-config.js';
@@ -65,6 +66,7 @@ const text = (name: string, field = name): SubOption => ({ name, field, kind: KI
 const DISK_SUB_OPTIONS: readonly SubOption[] = [
   ...[text('path'), toggle('readonly'), toggle('direct'), number('num_queues'), number('queue_size'), text('serial')],
   ...LIMIT_SUB_OPTIONS,
+  text('rate_limit_group'),
   { name: 'queue_affinity', field: 'queue_affinity', kind: KINDS.queueAffinity },
   ...[toggle('backing_files'), toggle('sparse'), { name: 'image_type', field: 'image_type', kind: KINDS.word }],
   ...[toggle('_disable_io_uring'), toggle('_disable_aio')],
@@ -101,6 +103,13 @@ export const DEVICE_OPTIONS: readonly DeviceOption[] = [
     several: false,
     subOptions: [number('num_pci_segments')],
     shape: platformSchema.shape,
+  },
+  {
+    name: 'rate-limit-group',
+    field: 'rate_limit_groups',
+    several: true,
+    subOptions: [text('id'), ...LIMIT_SUB_OPTIONS],
+    shape: rateLimitGroupSchema.shape,
   },
   { name: 'disk', field: 'disks', several: true, subOptions: DISK_SUB_OPTIONS, shape: diskSchema.shape },
   { name: 'net', field: 'net', several: true, subOptions: NET_SUB_OPTIONS, shape: netSchema.shape },
@@ -189,6 +198,7 @@ const REQUIRED = new Set(['path', 'file', 'cid', 'socket']);
 function deviceDefaults({ field }: DeviceOption): Readonly<Record<string, unknown>> {
   const examples: Readonly<Record<string, () => Readonly<Record<string, unknown>>>> = {
     platform: () => platformSchema.parse({}),
+    rate_limit_groups: () => ({}),
     disks: () => diskSchema.parse({ path: 'any' }),
     net: () => netSchema.parse({}),
     rng: () => rngSchema.parse({}),

@@ -146,7 +146,8 @@ function refuseDevice(
   const device = found[several ? Number(path[1]) : 0] as FoundDevice | undefined;
   const field = String(path[several ? 2 : 1] ?? '');
   const typed = device?.list.typed.get(field) ?? device?.text ?? '';
-  const missing = device !== undefined && !device.list.typed.has(field) && device.list.fields[field] === undefined;
+  const missing =
+    field !== '' && device !== undefined && !device.list.typed.has(field) && device.list.fields[field] === undefined;
   return new OptionError(`--${name} ${typed}`.trimEnd(), missing ? `${field}=, ${accepted}` : accepted);
 }
 

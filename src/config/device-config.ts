@@ -53,6 +53,21 @@ const bucket = z.strictObject({ size: count, one_time_burst: z.optional(count), 
 
 const rateLimiter = z.optional(z.strictObject({ bandwidth: z.optional(bucket), ops: z.optional(bucket) }));
 
+type RateLimiter = z.infer<typeof rateLimiter>;
+
+/** Whether it limits something: a bucket without a size or a time does not. */
+function limits(config: RateLimiter): boolean {
+  return [config?.bandwidth, config?.ops].some((one) => one !== undefined && one.size > 0 && one.refill_time > 0);
+}
+
+export const rateLimitGroupSchema = z
+  .strictObject({ id: required('Name, by which disks find it', id), rate_limiter_config: rateLimiter })
+  .check(({ value, issues }) => {
+    if (limits(value.rate_limiter_config)) return;
+    const message = 'a group with a limit of bytes or of operations: a size and a refill time, neither of them 0';
+    issues.push({ code: 'custom', input: value, path: [], message });
+  });
+
 const cpuList = z
   .array(wholeNumber(0, 8191, 'host CPUs'))
   .check(z.minLength(1, { error: 'at least one host CPU for each queue' }));
@@ -90,6 +105,7 @@ export const diskSchema = z
         ),
     ),
     rate_limiter_config: rateLimiter,
+    rate_limit_group: optional('Limit that it shares with other disks', id),
     queue_affinity: queueAffinity,
     backing_files: defaulted('Allow an image that names another one behind it', flag, false),
     sparse: defaulted('Give discarded space back to the host', flag, true),
@@ -102,8 +118,14 @@ export const diskSchema = z
     ...pciFields,
   })
   .check(({ value, issues }) => {
-    const message = affinityProblem(value.queue_affinity, value.num_queues);
-    if (message !== undefined) issues.push({ code: 'custom', input: value, path: ['queue_affinity'], message });
+    const refuse = (field: string, message: string): void => {
+      issues.push({ code: 'custom', input: value, path: [field], message });
+    };
+    const affinity = affinityProblem(value.queue_affinity, value.num_queues);
+    if (affinity !== undefined) refuse('queue_affinity', affinity);
+    if (value.rate_limit_group !== undefined && value.rate_limiter_config !== undefined) {
+      refuse('rate_limit_group', 'a group only for a disk without a limit of its own');
+    }
   });
 
 const mac = text(

@@ -14,9 +14,11 @@ import {
   type PciPlacement,
   platformSchema,
   pmemSchema,
+  rateLimitGroupSchema,
   rngSchema,
   vsockSchema,
 } from './device-config.js';
+import { MAX_MEMBERS } from '../virtio/limiter-group.js';
 import { defaulted, flag, optional, required, section, text, wholeNumber } from './fields.js';
 import { MAX_PHYS_BITS, MEM_ID, memorySchema } from './memory-config.js';
 
@@ -89,6 +91,7 @@ const vmFields = z.strictObject({
   serial: section('Serial port (16550A)', characterSchema, { mode: 'Null' }),
   console: section('Paravirtual console', characterSchema, { mode: 'Off' }),
   platform: section('Platform', platformSchema, {}),
+  rate_limit_groups: defaulted('Limit that disks share; may be repeated', z.array(rateLimitGroupSchema), []),
   disks: defaulted('Disk; may be repeated', z.array(diskSchema), []),
   net: defaulted('Network interface; may be repeated', z.array(netSchema), []),
   rng: section('Entropy source, which every machine has', rngSchema, {}),
@@ -124,6 +127,10 @@ export const vmConfigSchema = vmFields.check(({ value, issues }) => {
   const refuse = (at: PropertyKey[], message: string): void => {
     issues.push({ code: 'custom', input: value, path: at, message });
   };
+  const taken = (at: PropertyKey[]): void => {
+    const message = 'a name that nothing else has';
+    issues.push({ code: 'custom', input: value, path: at, message, params: TAKEN });
+  };
   const { serial, console, cpus, platform, balloon, memory } = value;
   if (serial.mode === 'Tty' && console.mode === 'Tty')
     refuse(['console', 'mode'], 'another place than --serial tty has');
@@ -138,13 +145,24 @@ export const vmConfigSchema = vmFields.check(({ value, issues }) => {
     if (slot !== undefined && slots.has(`${segment}:${slot}`)) refuse([...at, 'pci_device_id'], 'a slot that is free');
     if (slot !== undefined) slots.add(`${segment}:${slot}`);
     if (id !== undefined && ids.has(id)) {
-      const message = 'a name that no other device has';
-      issues.push({ code: 'custom', input: value, path: [...at, 'id'], message, params: TAKEN });
+      taken([...at, 'id']);
     }
     if (id !== undefined) ids.add(id);
   }
-  value.disks.forEach(({ num_queues: queues }, index) => {
+  value.rate_limit_groups.forEach(({ id }, index) => {
+    if (ids.has(id)) taken(['rate_limit_groups', index, 'id']);
+    ids.add(id);
+  });
+  const groups = new Map(value.rate_limit_groups.map(({ id }) => [id, 0]));
+  value.disks.forEach(({ num_queues: queues, rate_limit_group: group }, index) => {
     if (queues > cpus.boot_vcpus) refuse(['disks', index, 'num_queues'], `up to ${cpus.boot_vcpus}, one for each vCPU`);
+    if (group === undefined) return;
+    const served = groups.get(group);
+    if (served === undefined)
+      refuse(['disks', index, 'rate_limit_group'], 'the name of a rate limit group of the machine');
+    else if (served + queues > MAX_MEMBERS) {
+      refuse(['disks', index, 'rate_limit_group'], `a group whose disks have up to ${MAX_MEMBERS} queues in all`);
+    } else groups.set(group, served + queues);
   });
   value.net.forEach(({ num_queues: queues }, index) => {
     if (queues / 2 > cpus.boot_vcpus) {

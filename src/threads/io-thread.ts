@@ -5,6 +5,7 @@ import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_thread
 import { BlockDevice } from '../block/block-device.js';
 import { openEngine } from '../block/engines/engine.js';
 import { openImage } from '../block/formats/open-image.js';
+import { monotonicClock } from '../state/monotonic-clock.js';
 import { undoAll } from '../sys/close-all.js';
 import { EPOLL, type HostKernel } from '../sys/host-kernel.js';
 import { tapControl } from '../net/tap.js';
@@ -16,6 +17,7 @@ import { ConsoleDevice } from '../virtio/devices/console.js';
 import type { DeviceContext, VirtioDevice } from '../virtio/device.js';
 import { EntropyDevice } from '../virtio/devices/entropy.js';
 import { EpollLoop } from '../virtio/transport/epoll-loop.js';
+import { GroupLimiter } from '../virtio/limiter-group.js';
 import { MemDevice } from '../virtio/devices/mem.js';
 import { NetDevice } from '../virtio/devices/net/net.js';
 import { PmemDevice } from '../virtio/devices/pmem.js';
@@ -29,6 +31,7 @@ import {
   type IoMessage,
   IoOrder,
   type IoWorkerStart,
+  type LimitGroup,
   type ServedDevice,
 } from '../vmm/devices/device-specs.js';
 import { GuestLog } from '../vmm/log/guest-log.js';
@@ -71,17 +74,22 @@ export function runIoThread(kernel: HostKernel): void {
     return options === undefined ? undefined : new RateLimiter(options, () => loop.now());
   }
 
+  /** It protects the host, so its time goes on while the machine is paused: the buckets fill, and no further. */
+  function groupLimiter({ limits, state }: LimitGroup): GroupLimiter {
+    return new GroupLimiter(limits, state, () => monotonicClock() / 1e6);
+  }
+
   function build(spec: BackendSpec, context: DeviceContext): VirtioDevice {
     switch (spec.kind) {
       case 'block': {
-        const { readonly, serial, format, buffered, sparse } = spec;
+        const { readonly, serial, format, buffered, sparse, group } = spec;
         const image = openImage(kernel, spec);
         const { engine } = orClose(image, () => openEngine(kernel, spec.direct, ENGINE_DEPTH, spec.engine));
         if (engine.name !== spec.engine) context.log('warn', `${spec.engine} failed here, so ${engine.name} it is`);
         return new BlockDevice(context, {
           ...{ readonly, serial, image, engine, buffered, sparse },
           raw: format === 'raw',
-          limiter: limiter(spec.limits),
+          limiter: group === undefined ? limiter(spec.limits) : groupLimiter(group),
         });
       }
       case 'net':

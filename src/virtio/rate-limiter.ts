@@ -15,58 +15,80 @@ export interface LimiterOptions {
   readonly operations?: BucketOptions;
 }
 
-class TokenBucket {
-  #tokens: number;
-  #burst: number;
-  #last: number;
-  /** Tokens a millisecond. */
-  readonly #rate: number;
+/** Whom a device asks before it does something. */
+export interface Limiter {
+  /** Takes one operation of that many bytes, or, when it must wait, nothing. @returns whether it may go now */
+  take(bytes: number): boolean;
+  /** Milliseconds until an operation of that many bytes may go. */
+  delay(bytes: number): number;
+  /** The device waits for nothing any more. Where others share the limit it is their turn. */
+  rest?(): void;
+  close?(): void;
+}
 
+/** Doubles that hold what a bucket lacks. */
+export const BUCKET_NUMBERS = 3;
+/** Tokens that are missing; those of the burst that are gone; when it was last filled, in milliseconds. A full bucket is all zeros. */
+const At = { missing: 0, burst: 1, filled: 2 } as const;
+
+export class TokenBucket {
+  /** Tokens a millisecond. */
+  readonly rate: number;
+
+  /** @param numbers BUCKET_NUMBERS doubles */
   constructor(
     private readonly options: BucketOptions,
-    private readonly now: () => number,
+    private readonly numbers: Float64Array,
   ) {
-    this.#tokens = options.size;
-    this.#burst = options.oneTimeBurst ?? 0;
-    this.#rate = options.size / options.refillTime;
-    this.#last = now();
+    this.rate = options.size / options.refillTime;
   }
 
-  refill(): void {
-    const now = this.now();
-    this.#tokens = Math.min(this.#tokens + (now - this.#last) * this.#rate, this.options.size);
-    this.#last = now;
+  /** @param now milliseconds of a clock that never goes back */
+  refill(now: number): void {
+    const { numbers } = this;
+    numbers[At.missing] = Math.max(numbers[At.missing] - (now - numbers[At.filled]) * this.rate, 0);
+    numbers[At.filled] = now;
+  }
+
+  get #tokens(): number {
+    const { options, numbers } = this;
+    return (options.oneTimeBurst ?? 0) - numbers[At.burst] + options.size - numbers[At.missing];
   }
 
   /** A request larger than the bucket waits for a full one, and leaves it in debt: it must go some day. */
   has(count: number): boolean {
-    return this.#burst + this.#tokens >= Math.min(count, this.options.size);
+    return this.#tokens >= Math.min(count, this.options.size);
   }
 
   take(count: number): void {
-    const fromBurst = Math.min(this.#burst, count);
-    this.#burst -= fromBurst;
-    this.#tokens -= count - fromBurst;
+    const { options, numbers } = this;
+    const fromBurst = Math.min((options.oneTimeBurst ?? 0) - numbers[At.burst], count);
+    numbers[At.burst] += fromBurst;
+    numbers[At.missing] += count - fromBurst;
   }
 
-  /** Milliseconds until `has`. */
-  delay(count: number): number {
-    const missing = Math.min(count, this.options.size) - this.#burst - this.#tokens;
-    return missing <= 0 ? 0 : Math.ceil(missing / this.#rate);
+  /** Milliseconds until `has`, when others take so many tokens first. */
+  delay(count: number, others = 0): number {
+    const lacking = others + Math.min(count, this.options.size) - this.#tokens;
+    return lacking <= 0 ? 0 : Math.ceil(lacking / this.rate);
   }
 }
 
-export class RateLimiter {
+export class RateLimiter implements Limiter {
   readonly #bandwidth?: TokenBucket;
   readonly #operations?: TokenBucket;
 
   /** @param now milliseconds of a clock that never goes back */
-  constructor(options: LimiterOptions, now: () => number) {
-    if (options.bandwidth !== undefined) this.#bandwidth = new TokenBucket(options.bandwidth, now);
-    if (options.operations !== undefined) this.#operations = new TokenBucket(options.operations, now);
+  constructor(
+    { bandwidth, operations }: LimiterOptions,
+    private readonly now: () => number,
+  ) {
+    const bucket = (options: BucketOptions) => new TokenBucket(options, new Float64Array(BUCKET_NUMBERS));
+    if (bandwidth !== undefined) this.#bandwidth = bucket(bandwidth);
+    if (operations !== undefined) this.#operations = bucket(operations);
+    this.#refill();
   }
 
-  /** Takes one operation of that many bytes, or, when it must wait, nothing. @returns whether it may go now */
   take(bytes: number): boolean {
     this.#refill();
     if (this.#bandwidth?.has(bytes) === false || this.#operations?.has(1) === false) return false;
@@ -81,11 +103,11 @@ export class RateLimiter {
   }
 
   #refill(): void {
-    this.#bandwidth?.refill();
-    this.#operations?.refill();
+    const now = this.now();
+    this.#bandwidth?.refill(now);
+    this.#operations?.refill(now);
   }
 
-  /** Milliseconds until an operation of that many bytes may go. */
   delay(bytes: number): number {
     this.#refill();
     return Math.max(this.#bandwidth?.delay(bytes) ?? 0, this.#operations?.delay(1) ?? 0);

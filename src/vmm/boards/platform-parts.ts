@@ -10,6 +10,7 @@ import { PciWindow } from '../../pci/function.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
 import { budgetLayout, MessageBudget } from '../../state/message-budget.js';
+import { monotonicClock } from '../../state/monotonic-clock.js';
 import { StateBlock } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
@@ -177,13 +178,4 @@ export class PciSegments {
 /** An interrupt input as a device raises it. */
 export function interruptLine(kernel: HostKernel, { eventfd }: InterruptHandle): InterruptLine {
   return { raise: () => kernel.signal(eventfd) };
-}
-
-/**
- * CLOCK_MONOTONIC in nanoseconds, the same on every thread. It is read as it is: an origin of each thread's own would have to be
- * made of two clocks, and a thread that is preempted between them would lag for good.
- */
-export function monotonicClock(): number {
-  const [seconds, nanoseconds] = process.hrtime();
-  return seconds * 1e9 + nanoseconds;
 }

@@ -20,6 +20,7 @@ import type { SegmentWindows } from '../../pci/segments.js';
 import { memoryHotplugLayout } from '../../devices/memory-hotplug.js';
 import { pciHotplugLayout } from '../../devices/pci-hotplug.js';
 import { budgetLayout } from '../../state/message-budget.js';
+import { monotonicClock } from '../../state/monotonic-clock.js';
 import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
@@ -27,7 +28,6 @@ import {
   dimmEvents,
   interruptLine,
   memoryHotplug,
-  monotonicClock,
   type PciHandle,
   PciSegments,
   type Platform,

@@ -24,13 +24,14 @@ import {
   type DevicePlan,
   diskPlan,
   entropyPlan,
+  limitGroups,
   memPlan,
   netPlan,
   pmemPlan,
   vsockPlan,
   watchdogPlan,
 } from './device-plans.js';
-import type { IoWorkerData, ServedDevice } from './device-specs.js';
+import type { IoWorkerData, LimitGroup, ServedDevice } from './device-specs.js';
 import type { DiskResource } from '../host/disk-resource.js';
 import type { HostResources, NetResource, PmemResource, VsockResource } from '../host/host-resources.js';
 import { IoPlanner, type PlannedDevice, type PlannedWorker } from './io-planner.js';
@@ -118,6 +119,7 @@ export class DeviceManager {
   readonly #slots: SlotAllocator[];
   readonly #lines: IntxLines;
   readonly #planner: IoPlanner;
+  readonly #groups: ReadonlyMap<string, LimitGroup>;
   readonly #workers = new Map<PlannedWorker, ManagedWorker>();
   #workersMade = 0;
   /** By name, in the order of their slots. */
@@ -130,6 +132,7 @@ export class DeviceManager {
     private readonly options: DeviceManagerOptions,
   ) {
     const { config, segments, resources } = options;
+    this.#groups = limitGroups(config);
     this.#low = segments.map(({ mmio32 }) => new WindowAllocator(mmio32));
     this.#high = segments.map(({ mmio64 }) => new WindowAllocator(mmio64));
     this.#slots = segments.map(() => new SlotAllocator());
@@ -190,7 +193,7 @@ export class DeviceManager {
     try {
       switch (kind) {
         case 'disk':
-          return { plan: diskPlan(this.kernel, resource), undo, memory: undefined };
+          return { plan: this.#diskPlan(resource), undo, memory: undefined };
         case 'net': {
           const { vhost, num_queues: queues } = resource.config;
           const calls = Array.from({ length: vhost ? queues : 0 }, () => this.#eventfd(undo));
@@ -207,6 +210,11 @@ export class DeviceManager {
     } catch (error) {
       return undoAll(error, this.#take(undo));
     }
+  }
+
+  #diskPlan(resource: DiskResource): DevicePlan {
+    const { rate_limit_group: group } = resource.config;
+    return diskPlan(this.kernel, resource, group === undefined ? undefined : this.#groups.get(group));
   }
 
   /** Gives the guest a device's memory. */

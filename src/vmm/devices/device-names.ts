@@ -47,9 +47,17 @@ export function fixedNames({ console, rng, balloon, watchdog }: VmConfig): Set<s
   ]);
 }
 
-/** The names that devices of a configuration have. */
-export function deviceNames({ disks, net, pmem, vsock, rng, balloon }: VmConfig): Set<string> {
-  const all = [...disks, ...net, ...pmem, vsock, rng, balloon];
+/** The names that devices of a configuration have, and what else no device may be named. */
+export function deviceNames({
+  disks,
+  net,
+  pmem,
+  vsock,
+  rng,
+  balloon,
+  rate_limit_groups: groups,
+}: VmConfig): Set<string> {
+  const all = [...disks, ...net, ...pmem, vsock, rng, balloon, ...groups];
   return new Set(all.map((device) => device?.id).filter((id) => id !== undefined));
 }
 

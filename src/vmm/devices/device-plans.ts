@@ -17,12 +17,13 @@ import { pmemDescription } from '../../virtio/devices/pmem.js';
 import { vsockDescription } from '../../virtio/devices/vsock/description.js';
 import { watchdogDescription } from '../../virtio/devices/watchdog.js';
 import type { VirtioDescription } from '../../virtio/device.js';
+import { groupState } from '../../virtio/limiter-group.js';
 import type { LimiterOptions } from '../../virtio/rate-limiter.js';
 import type { DiskResource } from '../host/disk-resource.js';
 import type { NetResource, PmemResource, RngResource, VsockResource } from '../host/host-resources.js';
 import { blockSize } from '../memory/hotplug.js';
 import { FIXED_NAMES } from './device-names.js';
-import type { BackendSpec } from './device-specs.js';
+import type { BackendSpec, LimitGroup } from './device-specs.js';
 import type { PlannedDevice, QueueAffinity } from './io-planner.js';
 
 const CONSOLE_QUEUE_SIZE = 256;
@@ -58,7 +59,8 @@ export function consolePlan(pipe: BytePipe, wake: number): DevicePlan {
   return { ...USUAL, id: FIXED_NAMES.console, placement: ON_SEGMENT_0, description, backend };
 }
 
-export function diskPlan(kernel: HostKernel, resource: DiskResource): DevicePlan {
+/** @param group the limit that it shares with others */
+export function diskPlan(kernel: HostKernel, resource: DiskResource, group: LimitGroup | undefined): DevicePlan {
   const { id, config: disk, format, files, buffered, size, alignment, logicalBlock, physicalBlock } = resource;
   const { num_queues: queues, queue_size: queueSize, readonly, direct } = disk;
   const limits = limiterOptions(disk.rate_limiter_config);
@@ -84,6 +86,7 @@ export function diskPlan(kernel: HostKernel, resource: DiskResource): DevicePlan
       serial: disk.serial ?? id,
       engine: engine.name,
       limits,
+      group,
     },
     affinity: disk.queue_affinity,
     division: format === 'raw' && limits === undefined && !shares ? 'single' : 'together',
@@ -177,6 +180,13 @@ export function watchdogPlan(): DevicePlan {
 }
 
 type Limits = NonNullable<VmConfig['disks'][number]['rate_limiter_config']>;
+
+/** By name, with full buckets. */
+export function limitGroups({ rate_limit_groups: groups }: VmConfig): ReadonlyMap<string, LimitGroup> {
+  return new Map(
+    groups.map(({ id, rate_limiter_config: config }) => [id, { limits: limiterOptions(config)!, state: groupState() }]),
+  );
+}
 
 function limiterOptions(config: Limits | undefined): LimiterOptions | undefined {
   if (config === undefined) return undefined;

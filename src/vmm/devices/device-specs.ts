@@ -7,6 +7,13 @@ import type { LimiterOptions } from '../../virtio/rate-limiter.js';
 import type { LeftOut } from '../log/guest-log.js';
 import type { MemoryHandle, MemoryPart } from '../memory/memory-part.js';
 
+/** A limit that devices share. */
+export interface LimitGroup {
+  readonly limits: LimiterOptions;
+  /** What its members share: `groupState`. */
+  readonly state: SharedArrayBuffer;
+}
+
 export type BackendSpec =
   | {
       readonly kind: 'block';
@@ -25,6 +32,7 @@ export type BackendSpec =
       /** The best that this host seems to have. */
       readonly engine: EngineName;
       readonly limits?: LimiterOptions | undefined;
+      readonly group?: LimitGroup | undefined;
     }
   | { readonly kind: 'net'; readonly taps: readonly number[]; readonly limits?: LimiterOptions | undefined }
   | { readonly kind: 'vhost-net'; readonly taps: readonly number[]; readonly calls: readonly number[] }

@@ -96,7 +96,7 @@ export class Hotplug {
     const { config } = this;
     const { id } = device as { id?: unknown };
     if (typeof id === 'string' && deviceNames(config).has(id)) {
-      throw new RequestError(`id: ${id} is the name of another device`, 'conflict');
+      throw new RequestError(`id: ${id} is the name of something else`, 'conflict');
     }
     if (kind === 'vsock' && config.vsock !== undefined) {
       throw new RequestError('The machine has a vsock device, and takes one', 'conflict');

@@ -2,6 +2,7 @@
 import type { Vcpu } from '../../hypervisor/hypervisor.js';
 import type { MemoryConfig } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
+import { monotonicClock } from '../../state/monotonic-clock.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { Board } from '../boards/board.js';
@@ -24,7 +25,7 @@ import { MemoryManager } from '../memory/memory-manager.js';
 import type { MemoryPart } from '../memory/memory-part.js';
 import type { MemorySlots } from '../memory/memory-slots.js';
 import { attachPlatform, type PlatformHandle } from '../boards/platform.js';
-import { monotonicClock, type Platform, type PlatformChange } from '../boards/platform-parts.js';
+import type { Platform, PlatformChange } from '../boards/platform-parts.js';
 import type { HostResources } from '../host/host-resources.js';
 import { type IoEvents, IoManager } from '../devices/io-manager.js';
 import type { SerialBackend } from '../host/serial-backend.js';

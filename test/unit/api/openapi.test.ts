@@ -78,7 +78,9 @@ const FULL = vmConfigSchema.parse({
   disks: [
     { path: '/d', image_type: 'qcow2', queue_affinity: [{ queue_index: 0, host_cpus: [1] }] },
     { path: '/e', rate_limiter_config: { bandwidth: { size: 2 ** 40, refill_time: 100 } } },
+    { path: '/f', rate_limit_group: 'g' },
   ],
+  rate_limit_groups: [{ id: 'g', rate_limiter_config: { ops: { size: 10, refill_time: 100 } } }],
   net: [{ mac: '12:34:56:78:9A:bc', ip: '192.168.249.1', mask: '255.255.255.0' }, { fds: [3] }],
   balloon: {},
   pmem: [{ file: '/p' }],

@@ -184,7 +184,7 @@ test.each([
 test('a name that is taken is a conflict', () => {
   const disk = { path: '/d', id: 'a' };
   expect(refusal({ payload, disks: [disk, disk] })).toEqual({
-    text: 'disks[1].id: accepted is a name that no other device has',
+    text: 'disks[1].id: accepted is a name that nothing else has',
     kind: 'conflict',
   });
 });

@@ -273,6 +273,39 @@ test.each([
   d.close();
 });
 
+test('a device that shares a limit rests when it waits for none, and leaves for good when it is closed', () => {
+  let allowed = 1;
+  const calls: string[] = [];
+  const limiter = {
+    take: (bytes: number) => {
+      calls.push(`take ${bytes}`);
+      return allowed-- > 0;
+    },
+    delay: () => 1,
+    rest: () => void calls.push('rest'),
+    close: () => void calls.push('close'),
+  };
+  const d = disk('sync', { limiter });
+  const one = [{ address: d.buffers, length: 512, write: true }];
+  d.submit(IN, 0, one);
+  d.submit(IN, 0, one);
+  d.device.kick(d.queue.queue);
+  // Only what has been waited for would be a rest.
+  expect(calls.splice(0)).toEqual(['take 512', 'take 512']);
+  allowed = 1;
+  while (d.queue.used() === undefined || calls.length === 0) d.context.loop.turn(1000);
+  expect(calls.splice(0)).toEqual(['take 512', 'rest']);
+  d.submit(IN, 0, one);
+  allowed = 0;
+  d.device.kick(d.queue.queue);
+  expect(calls.splice(0)).toEqual(['take 512']);
+  d.device.deactivate();
+  expect(calls.splice(0)).toEqual(['rest']);
+  d.device.activate(testDriver(d.guest, [d.queue], [FLUSH]));
+  d.close();
+  expect(calls.at(-1)).toBe('close');
+});
+
 test('what a read and a write take is counted, from when they are taken until they are answered', () => {
   let now = 100;
   const takes = (milliseconds: number, move: HostKernel['readvAtRaw']): HostKernel['readvAtRaw'] => {

@@ -26,11 +26,14 @@ const NO_DEVICES = {
   disks: [],
   net: [],
   rng: { src: '/dev/urandom', pci_segment: 0, iommu: false },
+  rate_limit_groups: [],
   pmem: [],
 };
+const NO_LIMIT = 'a group with a limit of bytes or of operations: a size and a refill time, neither of them 0';
 const DISK_LIST = [
   'a list of path=, readonly=, direct=, num_queues=, queue_size=, serial=, bw_size=, bw_one_time_burst=,',
-  'bw_refill_time=, ops_size=, ops_one_time_burst=, ops_refill_time=, queue_affinity=, backing_files=, sparse=,',
+  'bw_refill_time=, ops_size=, ops_one_time_burst=, ops_refill_time=, rate_limit_group=, queue_affinity=,',
+  'backing_files=, sparse=,',
   'image_type=, _disable_io_uring=, _disable_aio=, id=, pci_segment=, pci_device_id=, iommu=',
 ].join(' ');
 
@@ -72,6 +75,16 @@ describe('devices', () => {
     });
     // A bucket needs a size and a time.
     expect(run('--kernel', 'k', '--disk', 'path=a,bw_size=1M').config.disks[0].rate_limiter_config).toBeUndefined();
+  });
+
+  test('a limit that disks share', () => {
+    const groups = ['--rate-limit-group', 'id=a,bw_size=1M,bw_refill_time=100', 'id=b,ops_size=1,ops_refill_time=1'];
+    const { config } = run('--kernel', 'k', ...groups, '--disk', 'path=a,rate_limit_group=b', 'path=b');
+    expect(config.rate_limit_groups).toEqual([
+      { id: 'a', rate_limiter_config: { bandwidth: { size: 2 ** 20, refill_time: 100 } } },
+      { id: 'b', rate_limiter_config: { ops: { size: 1, refill_time: 1 } } },
+    ]);
+    expect(config.disks.map(({ rate_limit_group: group }) => group)).toEqual(['b', undefined]);
   });
 
   test('a network with everything', () => {
@@ -312,7 +325,7 @@ describe('refuses options', () => {
       '--kernel k --disk path=a,pci_device_id=0',
       '--disk pci_device_id=0: accepted is a slot from 1 to 31: 0 is the host bridge',
     ],
-    ['--kernel k --disk path=a,id=x path=b,id=x', '--disk id=x: accepted is a name that no other device has'],
+    ['--kernel k --disk path=a,id=x path=b,id=x', '--disk id=x: accepted is a name that nothing else has'],
     [
       '--kernel k --disk path=a,queue_affinity=[1@[0]]',
       '--disk queue_affinity=[1@[0]]: accepted is a queue from 0 to 0',
@@ -328,6 +341,31 @@ describe('refuses options', () => {
     [
       '--kernel k --net offload_csum=off',
       '--net offload_csum=off: accepted is offload_tso=, off with offload_csum=off',
+    ],
+    [
+      '--kernel k --rate-limit-group ops_size=1,ops_refill_time=1',
+      '--rate-limit-group ops_size=1,ops_refill_time=1: accepted is id=, a name that does not start with __, up to 64 letters, digits, and - _ . :',
+    ],
+    ['--kernel k --rate-limit-group id=g,ops_size=1', `--rate-limit-group id=g,ops_size=1: accepted is ${NO_LIMIT}`],
+    [
+      '--kernel k --rate-limit-group id=g,bw_size=0,bw_refill_time=1',
+      `--rate-limit-group id=g,bw_size=0,bw_refill_time=1: accepted is ${NO_LIMIT}`,
+    ],
+    [
+      '--kernel k --rate-limit-group id=g,ops_size=1,ops_refill_time=1 id=g,bw_size=1,bw_refill_time=1',
+      '--rate-limit-group id=g: accepted is a name that nothing else has',
+    ],
+    [
+      '--kernel k --rate-limit-group id=g,ops_size=1,ops_refill_time=1 --disk path=a,id=g',
+      '--rate-limit-group id=g: accepted is a name that nothing else has',
+    ],
+    [
+      '--kernel k --disk path=a,rate_limit_group=g',
+      '--disk rate_limit_group=g: accepted is the name of a rate limit group of the machine',
+    ],
+    [
+      '--kernel k --disk path=a,rate_limit_group=g,ops_size=1,ops_refill_time=1 --rate-limit-group id=g,ops_size=1,ops_refill_time=1',
+      '--disk rate_limit_group=g: accepted is a group only for a disk without a limit of its own',
     ],
     ['--kernel k --vsock cid=2,socket=s', '--vsock cid=2: accepted is a context id from 3 to 4294967294'],
     ['--kernel k --pmem file=a,size=1M', '--pmem size=1M: accepted is a multiple of 2M'],

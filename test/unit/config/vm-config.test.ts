@@ -30,10 +30,20 @@ test('only the kernel is required', () => {
     disks: [],
     net: [],
     rng: { src: '/dev/urandom', pci_segment: 0, iommu: false },
+    rate_limit_groups: [],
     pmem: [],
     watchdog: false,
     pvpanic: false,
   });
+});
+
+const NO_LIMIT = 'a group with a limit of bytes or of operations: a size and a refill time, neither of them 0';
+/** Disks of one group. @param queues that each has */
+const grouped = (...queues: readonly number[]) => ({
+  payload,
+  cpus: { boot_vcpus: 254, max_vcpus: 254 },
+  rate_limit_groups: [{ id: 'g', rate_limiter_config: { ops: { size: 1, refill_time: 1 } } }],
+  disks: queues.map((count) => ({ path: 'a', num_queues: count, rate_limit_group: 'g' })),
 });
 
 describe('refused, whichever front end it came from', () => {
@@ -61,7 +71,13 @@ describe('refused, whichever front end it came from', () => {
     [{ payload, memory: { ...PLUGS, hotplugged_size: 2 ** 27 + 2 ** 21 } }, HOTPLUGGED],
     [{ payload, memory: { ...PLUGS, hotplugged_size: 2 ** 20 } }, HOTPLUGGED],
     [{ payload, memory: { ...PLUGS, hotplugged_size: -(2 ** 21) } }, HOTPLUGGED],
-    [{ payload, memory: PLUGS, disks: [{ path: 'a', id: 'mem0' }] }, 'disks.0.id: a name that no other device has'],
+    [{ payload, memory: PLUGS, disks: [{ path: 'a', id: 'mem0' }] }, 'disks.0.id: a name that nothing else has'],
+    [{ payload, rate_limit_groups: [{ id: 'g' }] }, `rate_limit_groups.0: ${NO_LIMIT}`],
+    [
+      { payload, rate_limit_groups: [{ id: 'g', rate_limiter_config: { ops: { size: 1, refill_time: 0 } } }] },
+      `rate_limit_groups.0: ${NO_LIMIT}`,
+    ],
+    [grouped(254, 254, 254, 254, 9), 'disks.4.rate_limit_group: a group whose disks have up to 1024 queues in all'],
     [{ payload, serial: { mode: 'File' } }, 'serial.file: a path'],
     [{ payload, serial: { mode: 'Socket' } }, 'serial.socket: a path'],
     [{ payload, serial: { mode: 'Tty', file: 'f' } }, 'serial.file: a path only with mode File'],
@@ -70,6 +86,10 @@ describe('refused, whichever front end it came from', () => {
   ])('%j', (config, text) => expect(refusal(config)).toBe(text));
 
   test('unknown fields', () => expect(refusal({ payload, disk: [] })).toContain('disk'));
+});
+
+test('the disks of a group may have as many queues as it has places', () => {
+  expect(refusal(grouped(254, 254, 254, 254, 8))).toBe('valid');
 });
 
 test('memory may be plugged, all of it, part of it or none', () => {

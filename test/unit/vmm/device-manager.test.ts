@@ -195,6 +195,28 @@ function taken({ outside, manager, memory }: Machine) {
   };
 }
 
+test('the disks of a group share its limit, one that is plugged as well, and each life has its own', () => {
+  const groups = ['a', 'b'].map((id) => ({ id, rate_limiter_config: { ops: { size: 10, refill_time: 100 } } }));
+  const grouped = (id: string, group?: string): DeviceResource => {
+    const { kind, resource } = disk(id) as Extract<DeviceResource, { kind: 'disk' }>;
+    return { kind, resource: { ...resource, config: { ...resource.config, rate_limit_group: group } } };
+  };
+  const life = () => {
+    const { manager } = machine(new Outside(), [grouped('1', 'a'), grouped('2', 'b')], { rate_limit_groups: groups });
+    const of = ({ plan: { backend } }: PlacedDevice) => (backend.kind === 'block' ? backend.group : undefined);
+    return { first: of(manager.get('1')!)!, second: of(manager.get('2')!)!, manager, of };
+  };
+  const { first, second, manager, of } = life();
+  expect(first.limits).toEqual({ bandwidth: undefined, operations: { size: 10, refillTime: 100 } });
+  expect(second.state).not.toBe(first.state);
+  const plugged = manager.add(grouped('3', 'a'));
+  expect(of(plugged)!.state).toBe(first.state);
+  // Its queues need not be served by one worker.
+  expect([...plugged.served.values()]).toEqual([[0], [1]]);
+  expect(of(manager.add(grouped('4')))).toBeUndefined();
+  expect(life().first.state).not.toBe(first.state);
+});
+
 test.each(Object.entries(MAKE))('a device leaves nothing when it goes: %s', (_kind, make) => {
   const m = machine();
   const before = taken(m);

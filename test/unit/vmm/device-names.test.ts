@@ -25,10 +25,12 @@ describe('names of devices', () => {
       disks: [{ path: 'a' }, { path: 'b', id: '_disk1' }, { path: 'c' }],
       rng: { id: '_disk0' },
       balloon: { id: '_disk2' },
+      rate_limit_groups: [{ id: '_disk5', rate_limiter_config: { ops: { size: 1, refill_time: 1 } } }],
     });
-    expect(deviceNames(named)).toEqual(new Set(['_disk0', '_disk1', '_disk2']));
+    named.disks.push(...config({ disks: [{ path: 'd' }] }).disks);
+    expect(deviceNames(named)).toEqual(new Set(['_disk0', '_disk1', '_disk2', '_disk5']));
     new DeviceNames().nameAll(named);
-    expect(named.disks.map(nameOf)).toEqual(['_disk3', '_disk1', '_disk4']);
+    expect(named.disks.map(nameOf)).toEqual(['_disk3', '_disk1', '_disk4', '_disk6']);
   });
 
   test('are never given twice, whoever is gone', () => {

@@ -225,7 +225,14 @@ describe('a device that cannot be added', () => {
       /^invalid: rate_limiter_config\.x: no such field$/,
     ],
     ['a context id', 'vsock', { cid: 2, socket: 's' }, /^invalid: cid: accepted is a context id /],
-    ['the name of a disk', 'net', { id: 'mine' }, /^conflict: id: mine is the name of another device$/],
+    ['the name of a disk', 'net', { id: 'mine' }, /^conflict: id: mine is the name of something else$/],
+    ['the name of a group', 'disk', { path: 'a', id: 'both' }, /^conflict: id: both /],
+    [
+      'a group that is not there',
+      'disk',
+      { path: 'a', rate_limit_group: 'x' },
+      /^invalid: rate_limit_group: accepted is /,
+    ],
     ['the name of the balloon', 'disk', { path: 'a', id: 'air' }, /^conflict: id: air /],
   ])('%s', async (_what, kind, device, message) => {
     const m = machine({
@@ -233,6 +240,7 @@ describe('a device that cannot be added', () => {
       net: [{ tap: 'tap7', pci_device_id: 9 }],
       rng: { pci_device_id: 8 },
       balloon: { id: 'air', pci_device_id: 7 },
+      rate_limit_groups: [{ id: 'both', rate_limiter_config: { ops: { size: 1, refill_time: 1 } } }],
     });
     m.switchOn();
     const before = snapshot(m);
