@@ -99,7 +99,7 @@ test('memory may be plugged, all of it, part of it or none', () => {
   // The name that the device of one method has is free with the other.
   for (const [hotplug_method, found] of [
     ['Acpi', 'valid'],
-    ['VirtioMem', 'disks.0.id: a name that no other device has'],
+    ['VirtioMem', 'disks.0.id: a name that nothing else has'],
   ]) {
     const disks = [{ path: 'd', id: 'mem0' }];
     expect(refusal({ payload, memory: { hotplug_size: 2 ** 27, hotplug_method }, disks })).toBe(found);
