@@ -14,6 +14,7 @@ const layers = [
   'config',
   'vmm',
   'api',
+  'sdk',
   'threads',
   'cli',
 ];

@@ -5,6 +5,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { build } from 'esbuild';
+import ts from 'typescript';
 
 const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '..');
 
@@ -47,6 +48,7 @@ const tools = {
   'dist/tools/agent.js': 'test/lab/agent.ts',
   'dist/tools/bench.js': 'test/bench/main.ts',
   'dist/tools/instruction-check.js': 'test/support/instruction-check.ts',
+  'dist/tools/sdk-types.js': 'tools/sdk-types.ts',
   'dist/tools/arm-guest-runner.js': 'test/support/arm-guest-runner.ts',
 };
 
@@ -94,6 +96,25 @@ async function launcher(output, entry, { output: name, bytes }) {
 const workerLaunchers = (bundles) =>
   Promise.all(bundles.map((made) => launcher(made.output.replace('.bundle', ''), WORKER_LAUNCHER, made)));
 
+/** The TypeScript API, an ES module with its types; and the OpenAPI document that these are made from. */
+async function makeSdk() {
+  const sources = path.join(root, 'src/sdk');
+  await bundle('dist/sdk/index.js', 'src/sdk/index.ts', { format: 'esm' });
+  const { documentText, typesText } = await import(path.join(root, 'dist/tools/sdk-types.js'));
+  const compilerOptions = { target: ts.ScriptTarget.ES2022, module: ts.ModuleKind.NodeNext, stripInternal: true };
+  for (const name of fs.readdirSync(sources)) {
+    const text = fs.readFileSync(path.join(sources, name), 'utf8');
+    const made = ts.transpileDeclaration(text, { fileName: name, compilerOptions, reportDiagnostics: true });
+    // A file alone, without the library, has methods named by symbols twice.
+    const declared = made.outputText.replace(/^ *\[Symbol\.\w+\]: \(\) => .*;\n/gm, '');
+    const types = name === 'types.ts' ? typesText : declared;
+    if (made.diagnostics.length > 0) throw new Error(ts.formatDiagnostics(made.diagnostics, ts.createCompilerHost({})));
+    writeWhole(path.join(root, 'dist/sdk', name.replace('.ts', '.d.ts')), types, 0o644);
+  }
+  writeWhole(path.join(root, 'dist/sdk/package.json'), '{ "type": "module" }\n', 0o644);
+  writeWhole(path.join(root, 'dist/openapi.json'), documentText, 0o644);
+}
+
 /** Makes the code cache of this machine (labs make their own) by a start that goes as far as the first thing that cannot be there. */
 function makeCache(output, hash, options = []) {
   const folder = path.join(root, path.dirname(output));
@@ -140,6 +161,7 @@ writeWhole(path.join(root, 'dist/package.json'), '{ "type": "commonjs" }\n', 0o6
 writeWhole(path.join(root, 'dist/tools/package.json'), '{ "type": "module" }\n', 0o644);
 writeWhole(path.join(root, 'dist/tools/simulated/package.json'), '{ "type": "commonjs" }\n', 0o644);
 
+await makeSdk();
 makeCache(LAUNCHER, start.hash);
 makeCache(SIMULATED_LAUNCHER, simulatedStart.hash, ['--hypervisor', 'mshv']);
 writeWhole(path.join(root, 'dist/.built'), '', 0o644);

@@ -84,6 +84,7 @@ const NET_SUB_OPTIONS: readonly SubOption[] = [
 ];
 
 export const EVENT_MONITOR_SUB_OPTIONS: readonly SubOption[] = [text('path'), number('fd')];
+export const END_WITH_SUB_OPTIONS: readonly SubOption[] = [number('fd')];
 
 /** An option of a device: its place in the configuration, and whether there may be several. */
 export interface DeviceOption {
@@ -293,6 +294,12 @@ export const RUN_FLAGS: readonly Flag[] = [
     group: 'Process:',
     takes: 'switch',
     help: 'Stay when the guest powers itself off, for the REST API',
+  },
+  {
+    name: 'end-with',
+    group: 'Process:',
+    takes: 'value',
+    help: 'fd=N: end when the other end of this pipe or socket has gone',
   },
   { name: 'log-file', group: 'Process:', takes: 'value', help: 'File for the log; default: standard error' },
   {

@@ -13,6 +13,7 @@ import {
   CONSOLE_MODES,
   CPUS_SUB_OPTIONS,
   DEVICE_OPTIONS,
+  END_WITH_SUB_OPTIONS,
   EVENT_MONITOR_SUB_OPTIONS,
   LIMIT_SUB_OPTIONS,
   MEMORY_SUB_OPTIONS,
@@ -21,6 +22,9 @@ import {
   modeSyntax,
 } from './options.js';
 import type { DeviceOption, ModeChoice } from './options.js';
+
+/** Of a descriptor, as an int has it. */
+const MAX_FD = 2 ** 31 - 1;
 
 export interface RunCommand {
   readonly kind: 'run';
@@ -113,6 +117,14 @@ function readEventMonitor(text: string | undefined): ProcessOptions['eventMonito
   throw new OptionError(withValue('event-monitor', text), 'path=PATH or fd=N');
 }
 
+function readEndWith(text: string | undefined): number | undefined {
+  if (text === undefined) return undefined;
+  const { fd } = parseSubOptions('--end-with', text, END_WITH_SUB_OPTIONS).fields;
+  // Below are standard input, output and error.
+  if (typeof fd === 'number' && fd > 2 && fd <= MAX_FD) return fd;
+  throw new OptionError(withValue('end-with', text), `fd=N, from 3 to ${MAX_FD}`);
+}
+
 function readProcessOptions(found: Arguments): ProcessOptions {
   const name = valueOf(found, 'hypervisor');
   const hypervisor = HYPERVISORS.find((candidate) => candidate === name);
@@ -121,6 +133,7 @@ function readProcessOptions(found: Arguments): ProcessOptions {
   }
   const apiSocket = readApiSocket(valueOf(found, 'api-socket'));
   const eventMonitor = readEventMonitor(valueOf(found, 'event-monitor'));
+  const endWith = readEndWith(valueOf(found, 'end-with'));
   const noShutdown = found['no-shutdown'] === true;
   if (noShutdown && apiSocket === undefined) throw new OptionError('--no-shutdown', 'it only with --api-socket');
   const logFile = valueOf(found, 'log-file');
@@ -132,6 +145,7 @@ function readProcessOptions(found: Arguments): ProcessOptions {
     ...(apiSocket === undefined ? {} : { apiSocket }),
     ...(eventMonitor === undefined ? {} : { eventMonitor }),
     ...(noShutdown ? { noShutdown } : {}),
+    ...(endWith === undefined ? {} : { endWith }),
     ...(logFile === undefined ? {} : { logFile }),
     verbosity: Number(found['verbose'] ?? 0),
   };

@@ -13,7 +13,7 @@ import { type Command, parseCommandLine } from './parse.js';
 type RunCommand = Extract<Command, { kind: 'run' }>;
 
 async function runVmmProcess(kernel: HostKernel, scripts: WorkerScripts, command: RunCommand): Promise<void> {
-  const { apiSocket, eventMonitor } = command.process;
+  const { apiSocket, eventMonitor, endWith } = command.process;
   const log = openLog(command.process, kernel);
   let events: EventMonitor | undefined;
   try {
@@ -28,7 +28,12 @@ async function runVmmProcess(kernel: HostKernel, scripts: WorkerScripts, command
     });
     process.on('SIGUSR2', () => vmm.logCounters());
     let api: Api | undefined;
+    let unwatch: (() => void) | undefined;
     try {
+      if (endWith !== undefined) {
+        const { watchOwner } = await import('./end-with.js');
+        unwatch = watchOwner(endWith, (reason) => void vmm.shutdownVmm(reason));
+      }
       // Most machines have none, and a HTTP server takes memory.
       if (apiSocket !== undefined) {
         const { openApi } = await import('../api/server.js');
@@ -40,6 +45,7 @@ async function runVmmProcess(kernel: HostKernel, scripts: WorkerScripts, command
       }
       await vmm.ended;
     } finally {
+      unwatch?.();
       await vmm.shutdownVmm('the process ends');
       await api?.close();
       container.get(HYPERVISOR).close();

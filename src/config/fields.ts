@@ -67,6 +67,10 @@ export function wholeNumber(min: number, max: number, what = 'a number'): z.ZodM
 }
 
 /** Text of one form. @param more what else it has to be */
-export function text(pattern: RegExp, error: string, more: (value: string) => boolean = () => true): z.ZodMiniString {
+export function text(
+  pattern: RegExp,
+  error: string,
+  more: (value: string) => boolean = () => true,
+): z.ZodMiniString<string> {
   return z.string({ error }).check(z.regex(pattern, { error }), z.refine(more, { error }));
 }

@@ -203,6 +203,8 @@ export interface ProcessOptions {
   readonly eventMonitor?: { readonly path: string } | { readonly fd: number };
   /** The process stays when the guest powers itself off. */
   readonly noShutdown?: boolean;
+  /** A descriptor: the process ends when nobody holds the other end. */
+  readonly endWith?: number;
   /** Number of -v: 0 warnings, 1 information, 2 debugging, 3 everything. */
   readonly verbosity: number;
 }

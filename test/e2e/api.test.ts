@@ -7,7 +7,7 @@ import { askApi, DONE } from '../support/api-client.js';
 import { Conversation, LISTEN } from '../support/conversation.js';
 import { Guest, testFolder, VMM } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
-import { COM1, runnable, TURN_OFF } from '../support/synthetic-kernel.js';
+import { ECHO } from '../support/synthetic-kernel.js';
 
 const { folder, remove } = testFolder();
 const scratch = `/tmp/api-${process.pid}`;
@@ -176,14 +176,6 @@ async function eventsIn(at: TestHost, file: string): Promise<Event[]> {
   const texts = (await at.check(`cat ${file}; rm ${file}`)).split('\n\n').filter(Boolean);
   return texts.map((text) => JSON.parse(text) as Event);
 }
-
-const dx = (port: number) => [0x66, 0xba, port & 0xff, port >> 8];
-/** A guest that says back what it hears at its serial port, and powers itself off after a q. */
-const ECHO = runnable(
-  ...[...dx(COM1 + 5), 0xec, 0xa8, 0x01, 0x74, 0xf7], // again: in al, LSR; test al, 1; jz again
-  ...[...dx(COM1), 0xec, 0xee, 0x3c, 0x71, 0x75, 0xed], // in al, dx; out dx, al; cmp al, 'q'; jne again
-  ...TURN_OFF,
-);
 
 test('a machine is made, run, shut down and made again, and nothing of it is left in the process', async () => {
   const file = path.join(folder, 'echo');

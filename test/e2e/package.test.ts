@@ -3,9 +3,11 @@ import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+import ts from 'typescript';
 import packageJson from '../../package.json' with { type: 'json' };
 import { kernel } from '../lab/kernels.js';
 import { NODE_RELEASES, nodeRelease } from '../lab/npm.js';
+import { DOCUMENT } from '../support/api-document.js';
 import { KVM } from '../support/backend.js';
 import { runInGuest, testFolder } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
@@ -72,6 +74,71 @@ test('it holds no code caches: the first machine makes them', async () => {
   const first = lines.slice(0, 3);
   for (const line of first) expect(line).toMatch(/^\d+ main-v[\w.-]+\.cache$/);
   expect(lines.slice(3)).toEqual(first); // the same files
+});
+
+/** What the compiler finds wrong with TypeScript of a user of the package, by file. */
+function problems(sources: Readonly<Record<string, string>>, options: ts.CompilerOptions): Record<string, string[]> {
+  const files = Object.keys(sources).map((name) => path.join(folder, name));
+  for (const file of files) fs.writeFileSync(file, sources[path.basename(file)]);
+  const types = { types: ['node'], typeRoots: [path.resolve('node_modules/@types')] };
+  const lib = ['lib.es2023.d.ts', 'lib.esnext.disposable.d.ts', 'lib.esnext.sharedmemory.d.ts'];
+  const program = ts.createProgram(files, {
+    ...{ strict: true, noEmit: true, exactOptionalPropertyTypes: true, module: ts.ModuleKind.NodeNext, lib, ...types },
+    ...{ target: ts.ScriptTarget.ES2022, ...options },
+  });
+  const found: Record<string, string[]> = {};
+  for (const { file, messageText } of ts.getPreEmitDiagnostics(program)) {
+    (found[path.basename(file?.fileName ?? '')] ??= []).push(ts.flattenDiagnosticMessageText(messageText, ' '));
+  }
+  return found;
+}
+
+describe('its TypeScript API', () => {
+  test('has the types that its documentation uses, and that see mistakes', () => {
+    const document = fs.readFileSync('docs/sdk.md', 'utf8');
+    const examples = [...document.matchAll(/^```ts\n([^]*?)^```$/gm)].map(
+      ([, source], index) => [`example${index}.mts`, source] as const,
+    );
+    const wrong = `import { VirtualMachine } from 'vmm';
+      await VirtualMachine.create({ payload: { kernel: 'k' }, cpus: { boot: 1 } });`;
+    const found = problems({ ...Object.fromEntries(examples), 'wrong.mts': wrong }, {});
+    expect(found).toEqual({ 'wrong.mts': [expect.stringMatching(/'boot' does not exist in type/)] });
+  });
+
+  test("writes out the types that the API's schemas have", () => {
+    const names = [...fs.readFileSync('src/sdk/types.ts', 'utf8').matchAll(/^export type (\w+)/gm)].map(
+      ([, name]) => name,
+    );
+    expect(names.length).toBeGreaterThan(5);
+    const lines = names.map(
+      (name) => `
+        { const out = (value: Ours.${name}): Theirs.${name} => value; const back = (value: Theirs.${name}): Ours.${name} => value; }`,
+    );
+    const source = `
+      import type * as Ours from '${path.resolve('src/sdk/types.js')}';
+      import type * as Theirs from '${path.join(modules, 'vmm/dist/sdk/types.js')}';
+      ${lines.join('')}`;
+    expect(problems({ 'types.mts': source }, { skipLibCheck: true, exactOptionalPropertyTypes: false })).toEqual({});
+  });
+
+  test.each(['this', ...NODE_RELEASES])('runs a machine on Node.js %s', async (release) => {
+    const node = release === 'this' ? process.execPath : await nodeRelease(release);
+    const file = path.join(folder, 'program.mjs');
+    const source = `
+      import { VirtualMachine } from 'vmm';
+      const vm = await VirtualMachine.create({ payload: { kernel: '${folder}/kernel' }, memory: { size: 2 ** 24 } });
+      await vm.boot();
+      await vm.poweredOff();
+      console.log((await vm.info()).state, await vm.close(), Symbol.asyncDispose in vm);`;
+    fs.writeFileSync(file, source);
+    const { stdout, stderr } = await simple.run([node, file]);
+    expect({ stdout, stderr }).toEqual({ stdout: 'Shutdown { status: 0, signal: null } true\n', stderr: '' });
+  });
+
+  test('comes with the OpenAPI document', () => {
+    const text = fs.readFileSync(path.join(modules, 'vmm/dist/openapi.json'), 'utf8');
+    expect(JSON.parse(text)).toEqual(JSON.parse(JSON.stringify(DOCUMENT)));
+  });
 });
 
 describe.each(NODE_RELEASES)('on Node.js %s', (release) => {

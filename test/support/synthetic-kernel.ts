@@ -71,6 +71,14 @@ export const forever = (body: readonly number[]) => [...body, 0xeb, -(body.lengt
 export const TURN_OFF = [...out(0x600, 0x34), ...forever([0xf4])];
 export const COM1 = 0x3f8;
 
+const dx = (port: number) => [0x66, 0xba, port & 0xff, port >> 8];
+/** A guest that says back what it hears at its serial port, and powers itself off after a q. */
+export const ECHO = runnable(
+  ...[...dx(COM1 + 5), 0xec, 0xa8, 0x01, 0x74, 0xf7], // again: in al, LSR; test al, 1; jz again
+  ...[...dx(COM1), 0xec, 0xee, 0x3c, 0x71, 0x75, 0xed], // in al, dx; out dx, al; cmp al, 'q'; jne again
+  ...TURN_OFF,
+);
+
 export const PT_LOAD = 1;
 export const PT_NOTE = 4;
 

@@ -44,7 +44,7 @@ export class Sizes {
   #checkVcpus(desired: number, life: MachineLife | undefined): void {
     const { max_vcpus: max, boot_vcpus: present } = this.config.cpus;
     if (desired > max) throw new RequestError(`desired_vcpus: accepted is a number from 1 to ${max}`, 'invalid');
-    if (desired === present || life === undefined) return;
+    if (life === undefined || (desired === present && this.#leavingVcpus.size === 0)) return;
     if (!life.plugsVcpus) {
       const line = `desired_vcpus: accepted is ${present}: a guest of this architecture can be given no others while it runs`;
       throw new RequestError(line, 'invalid');

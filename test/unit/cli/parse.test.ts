@@ -124,6 +124,9 @@ describe('a process', () => {
       expect(() => parse('--kernel', 'k', '--event-monitor', wrong)).toThrow(/accepted is path=PATH or fd=N$/);
     }
     expect(() => parse('--kernel', 'k', '--event-monitor', 'fd=x')).toThrow(/accepted is a whole number/);
+    expect(run('--kernel', 'k', '--end-with', 'fd=3').process.endWith).toBe(3);
+    for (const wrong of ['', 'fd=', 'fd=2', 'fd=2147483648'])
+      expect(() => parse('--kernel', 'k', '--end-with', wrong)).toThrow(/accepted is fd=N, from 3 to 2147483647$/);
     expect(() => parse('--kernel', 'k', '--no-shutdown')).toThrow(
       '--no-shutdown: accepted is it only with --api-socket',
     );

@@ -164,7 +164,8 @@ const resizeCpus = (vcpus: number) =>
     (model) => {
       if (model.state === undefined) return 'unknown';
       if (vcpus > MAX_VCPUS) return 'invalid';
-      if (runs(model) && vcpus !== model.vcpus) {
+      if (runs(model)) {
+        // Also to the number that it is to have: so whoever asks again hears when they have gone.
         if (model.vcpusLeave) return 'busy';
         model.vcpusLeave = vcpus < model.vcpus;
       }

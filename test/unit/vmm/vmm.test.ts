@@ -245,6 +245,17 @@ test('another size while it does not run, and the one it has while it does', asy
   );
 });
 
+test('who asks again for fewer vCPUs hears when they have gone', async () => {
+  await vmm.create(config({ cpus: { boot_vcpus: 2, max_vcpus: 4 } }));
+  await vmm.boot();
+  await vmm.resize({ desired_vcpus: 1 });
+  for (const vcpus of [1, 2, 3]) {
+    await expect(vmm.resize({ desired_vcpus: vcpus })).rejects.toEqual(refusal(/has not answered yet/, 'busy'));
+  }
+  await vmm.reboot();
+  await vmm.resize({ desired_vcpus: 1 });
+});
+
 test('a disk that takes long to resize holds nothing else up, and hears of the end', async () => {
   await vmm.create(config());
   await vmm.boot();

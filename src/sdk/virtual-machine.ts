@@ -1,0 +1,179 @@
+/**
+ * A virtual machine of a program's own: it starts a `vmm` process, speaks its API and ends it. The guest never shares the program's
+ * process, and the process ends with the program, however that ends.
+ */
+import { type ChildProcess, spawn } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import type { Readable, Writable } from 'node:stream';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { fileURLToPath } from 'node:url';
+import { Client } from './client.js';
+import { type CallOptions, ConnectionError } from './connection.js';
+import { Console } from './console.js';
+import { EventSource, type VmmEvent } from './events.js';
+import type { VmConfig } from './types.js';
+
+export interface StartOptions {
+  /** Ends the machine when it is aborted, at any time. */
+  readonly signal?: AbortSignal | undefined;
+  /** Default: the one that this host has. */
+  readonly hypervisor?: 'kvm' | 'mshv' | undefined;
+  /** Takes each line of the process's log. */
+  readonly log?: ((line: string) => void) | undefined;
+  /** 0 warnings (default), 1 information, 2 debugging. */
+  readonly verbosity?: number | undefined;
+  /** What starts `vmm`. Default: this package's, on this Node.js. */
+  readonly command?: readonly string[] | undefined;
+}
+
+export interface ProcessEnd {
+  /** 0 when it ended as it was told or its guest wanted; null after a signal. */
+  readonly status: number | null;
+  readonly signal: NodeJS.Signals | null;
+}
+
+/** The process did not start, or ended before it could be told anything. */
+export class ProcessError extends Error {
+  override readonly name = 'ProcessError';
+}
+
+const EVENTS_FD = 3;
+const LIFELINE_FD = 4;
+/** Between two looks whether the process listens. */
+const START_MILLISECONDS = 5;
+/** A process that has not ended by then is killed. */
+const CLOSE_MILLISECONDS = 60_000;
+/** Of the log, for the message when the process does not start. */
+const MAX_LAST_WORDS = 2000;
+
+const OWN_COMMAND = () => [process.execPath, fileURLToPath(new URL('../vmm.js', import.meta.url))];
+
+export class VirtualMachine extends Client implements AsyncDisposable {
+  /** Where its first serial port or its console is the terminal (`mode` `Tty`): the default of `create` is the serial port. */
+  readonly console: Console;
+  /** Resolves when the process has ended, and nothing of it is left. */
+  readonly ended: Promise<ProcessEnd>;
+  readonly #child: ChildProcess;
+  readonly #events: EventSource;
+  #lastWords = '';
+
+  private constructor(socketPath: string, child: ChildProcess, log: (line: string) => void) {
+    super(socketPath);
+    this.#child = child;
+    const [stdin, stdout, stderr, events, lifeline] = child.stdio as [Writable, Readable, Readable, Readable, Readable];
+    this.console = new Console(stdout, stdin);
+    this.#events = new EventSource(events);
+    lifeline.on('error', () => undefined).resume();
+    this.#takeLog(stderr, log);
+    this.ended = this.#whenEnded();
+  }
+
+  #takeLog(stderr: Readable, log: (line: string) => void): void {
+    let rest = '';
+    stderr.setEncoding('utf8');
+    stderr.on('error', () => undefined);
+    stderr.on('data', (part: string) => {
+      this.#lastWords = `${this.#lastWords}${part}`.slice(-MAX_LAST_WORDS);
+      const lines = `${rest}${part}`.split('\n');
+      rest = lines.pop()!;
+      for (const line of lines) log(line);
+    });
+  }
+
+  async #whenEnded(): Promise<ProcessEnd> {
+    const end = await new Promise<ProcessEnd>((resolve) => {
+      this.#child.once('error', (error) => {
+        this.#lastWords = error.message;
+        resolve({ status: null, signal: null });
+      });
+      this.#child.once('close', (status: number | null, signal: NodeJS.Signals | null) => resolve({ status, signal }));
+    });
+    // It removes them itself unless it was killed.
+    for (const file of [this.socketPath, `${this.socketPath}.lock`]) fs.rmSync(file, { force: true });
+    return end;
+  }
+
+  /**
+   * Starts a process, and gives it the machine, which is not booted yet.
+   *
+   * @throws ProcessError, ApiError when the configuration is refused, or the signal's reason
+   */
+  static async create(config: VmConfig, options: StartOptions = {}): Promise<VirtualMachine> {
+    const { signal, hypervisor, log = () => undefined, verbosity = 0, command = OWN_COMMAND() } = options;
+    signal?.throwIfAborted();
+    // Nobody else can guess its name or, once it is there, connect to it.
+    const socketPath = path.join(os.tmpdir(), `vmm-${randomBytes(16).toString('hex')}`);
+    const [program, ...words] = [
+      ...[...command, '--api-socket', `path=${socketPath}`, '--no-shutdown'],
+      ...['--event-monitor', `fd=${EVENTS_FD}`, '--end-with', `fd=${LIFELINE_FD}`],
+      ...(hypervisor === undefined ? [] : ['--hypervisor', hypervisor]),
+      ...Array<string>(verbosity).fill('-v'),
+    ];
+    // A terminal's Ctrl-C is for the program, which ends its machines as it likes.
+    const child = spawn(program, words, { stdio: ['pipe', 'pipe', 'pipe', 'pipe', 'pipe'], detached: true });
+    const machine = new VirtualMachine(socketPath, child, log);
+    const abort = () => void machine.close();
+    signal?.addEventListener('abort', abort, { once: true });
+    void machine.ended.then(() => signal?.removeEventListener('abort', abort));
+    try {
+      await machine.#listens();
+      const { serial, console } = config;
+      const terminal = serial === undefined && console === undefined ? { serial: { mode: 'Tty' as const } } : {};
+      await machine.create({ ...config, ...terminal });
+      signal?.throwIfAborted();
+      return machine;
+    } catch (error) {
+      await machine.close();
+      signal?.throwIfAborted();
+      throw error;
+    }
+  }
+
+  async #listens(): Promise<void> {
+    let end: ProcessEnd | undefined;
+    void this.ended.then((reached) => (end = reached));
+    for (;;) {
+      try {
+        await this.ping();
+        return;
+      } catch (error) {
+        if (!(error instanceof ConnectionError)) throw error;
+      }
+      if (end !== undefined) throw new ProcessError(this.#lastWords.trim() || `vmm ended with status ${end.status}`);
+      await sleep(START_MILLISECONDS);
+    }
+  }
+
+  /** The process's id. */
+  get pid(): number | undefined {
+    return this.#child.pid;
+  }
+
+  /** What happens to the machine from now on, to the end of its process. */
+  events(options?: CallOptions): AsyncIterableIterator<VmmEvent> {
+    return this.#events.from(options);
+  }
+
+  protected override async changed(signal?: AbortSignal): Promise<void> {
+    const over = new AbortController();
+    await Promise.race([this.#events.next(over.signal), super.changed(signal)]).finally(() => over.abort());
+  }
+
+  /** Ends the machine as if its plug were pulled, and its process; nothing is left of it. */
+  async close(): Promise<ProcessEnd> {
+    this.#child.kill('SIGTERM');
+    const timer = setTimeout(() => this.#child.kill('SIGKILL'), CLOSE_MILLISECONDS);
+    try {
+      return await this.ended;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close();
+  }
+}
