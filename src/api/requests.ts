@@ -1,5 +1,7 @@
 /** The bodies of requests that are no part of a configuration. */
+import { fileURLToPath } from 'node:url';
 import * as z from 'zod/mini';
+import { refusal } from './bodies.js';
 import { optional, required } from '../config/fields.js';
 
 const SECTOR = 512;
@@ -40,3 +42,20 @@ export const removeDeviceSchema = z.strictObject(
   { id: required('Name of the device', z.string({ error: 'the name of a device' })) },
   { error: '{"id": DEVICE}' },
 );
+
+const urlError = 'the URL of a file that is not there yet, such as file:///tmp/core';
+export const coredumpSchema = z.strictObject(
+  { destination_url: z.string({ error: urlError }) },
+  { error: '{"destination_url": "file:///PATH"}' },
+);
+
+/** @returns an absolute path @throws RequestError */
+export function coreFile({ destination_url: url }: z.infer<typeof coredumpSchema>): string {
+  try {
+    const path = fileURLToPath(url);
+    if (!path.includes('\0') && !path.endsWith('/')) return path;
+  } catch {
+    // It is none, or names a host.
+  }
+  throw refusal(['destination_url'], urlError);
+}

@@ -2,7 +2,7 @@
 import type { Logger } from '../vmm/log/logger.js';
 import type { Vmm } from '../vmm/machine/vmm.js';
 import { BodyReader, refusal } from './bodies.js';
-import { removeDeviceSchema, resizeDiskSchema, resizeSchema } from './requests.js';
+import { coredumpSchema, coreFile, removeDeviceSchema, resizeDiskSchema, resizeSchema } from './requests.js';
 import type { Route } from './route.js';
 import { readDevice, readVmConfig, writeVmConfig } from './vm-config.js';
 import type { WireName } from './wire.js';
@@ -78,6 +78,13 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
     ['vm.pause', act('Stops the machine where it is', [], () => vmm.pause())],
     ['vm.resume', act('Lets a paused machine go on', [], () => vmm.resume())],
     ['vm.power-button', act('Presses the ACPI power button', [], () => vmm.powerButton())],
+    ['vm.nmi', act('Sends every vCPU a non-maskable interrupt', [], () => vmm.nmi())],
+    [
+      'vm.coredump',
+      tell('Writes memory and registers to an ELF core file', 'VmCoredumpData', [], (body) =>
+        vmm.coredump(coreFile(reader.read(coredumpSchema, body))),
+      ),
+    ],
     ['vm.info', ask('Configuration, state, memory and devices', 'VmInfo', ['unknown'], info)],
     ['vm.add-disk', add('disk', 'disk', 'DiskConfig')],
     ['vm.add-net', add('net', 'network interface', 'NetConfig')],

@@ -17,7 +17,7 @@ import {
 import { defaulted, optional, required } from '../config/fields.js';
 import { memorySchema } from '../config/memory-config.js';
 import { cpusSchema, vmConfigSchema } from '../config/vm-config.js';
-import { removeDeviceSchema, resizeDiskSchema, resizeSchema } from './requests.js';
+import { coredumpSchema, removeDeviceSchema, resizeDiskSchema, resizeSchema } from './requests.js';
 
 const { _disable_io_uring: noUring, _disable_aio: noAio, ...disk } = diskSchema.shape;
 const diskConfig = z.strictObject({
@@ -39,8 +39,10 @@ const vmConfig = z.strictObject({
 const deviceNode = z.strictObject({
   id: z.string(),
   resources: z.array(z.record(z.string(), z.unknown())),
+  parent: optional('Name of the one above it', z.string()),
   children: required('Names of the devices below it', z.array(z.string())),
   pci_bdf: optional('Its place on PCI', z.string()),
+  leaving: optional('The guest has been asked to let it go, and has not', z.literal(true)),
 });
 
 export const WIRE = {
@@ -75,6 +77,7 @@ export const WIRE = {
   VmResize: resizeSchema,
   VmResizeDisk: resizeDiskSchema,
   VmRemoveDevice: removeDeviceSchema,
+  VmCoredumpData: coredumpSchema,
   PciDeviceInfo: z.strictObject({ id: z.string(), bdf: required('Segment, bus, slot and function', z.string()) }),
 } as const;
 

@@ -97,6 +97,7 @@ export interface X86Vcpu extends Vcpu {
   specialRegisters(): X86SpecialRegisters;
   setFpu(fpu: X86Fpu): void;
   setMsrs(msrs: readonly Msr[]): void;
+  msr(index: number): bigint;
   /** Sets the local APIC's two local interrupt inputs: LINT0 to ExtINT and LINT1 to NMI. */
   setLocalInterrupts(): void;
 }
@@ -106,6 +107,16 @@ export interface Arm64Vcpu extends Vcpu {
   setBootState(pc: bigint, x0: bigint): void;
   /** MPIDR_EL1: the processor's affinity. */
   mpidr(): number;
+  registers(): Arm64Registers;
+}
+
+export interface Arm64Registers {
+  /** X0 to X30. */
+  readonly x: readonly bigint[];
+  /** The stack pointer in use. */
+  readonly sp: bigint;
+  readonly pc: bigint;
+  readonly pstate: bigint;
 }
 
 /** An interrupt input as an eventfd: writing to it raises one edge. Structured-cloneable. */

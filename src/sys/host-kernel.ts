@@ -140,8 +140,10 @@ export interface HostKernel {
   /** One pwrite; may be short. */
   writeAt(fd: number, bytes: Uint8Array, offset: number): number;
   truncate(fd: number, size: number): void;
-  /** lseek of a file that is no device. @returns where its first bytes lie, undefined where all of it is a hole */
-  firstData(fd: number): number | undefined;
+  /** lseek of a file that is no device. @returns where its first bytes from there on lie, undefined where all of it is a hole */
+  firstData(fd: number, from?: number): number | undefined;
+  /** @param from where there are bytes @returns where the next hole begins, at the end at the latest */
+  firstHole(fd: number, from: number): number;
   /** fdatasync */
   dataSync(fd: number): void;
   /** fallocate. @param mode FALLOC_FL_ bits */

@@ -108,6 +108,7 @@ const O_CLOEXEC = 0o2000000;
 const O_DIRECT = process.arch === 'x64' ? 0o40000 : 0o200000;
 const O_CREAT = 0o100;
 const SEEK_DATA = 3;
+const SEEK_HOLE = 4;
 const F_DUPFD_CLOEXEC = 1030;
 const F_OFD_GETLK = 36;
 const F_OFD_SETLK = 37;
@@ -308,11 +309,15 @@ export class LinuxKernel implements HostKernel {
     check('ftruncate', io().ftruncate(fd, size) as number);
   }
 
-  firstData(fd: number): number | undefined {
-    const at = Number(io().lseek(fd, 0, SEEK_DATA));
+  firstData(fd: number, from = 0): number | undefined {
+    const at = Number(io().lseek(fd, from, SEEK_DATA));
     if (at >= 0) return at;
     const errno = koffi.errno();
     return errno === os.constants.errno.ENXIO ? undefined : fail('lseek', errno);
+  }
+
+  firstHole(fd: number, from: number): number {
+    return check('lseek', Number(io().lseek(fd, from, SEEK_HOLE)));
   }
 
   dataSync(fd: number): void {

@@ -3,7 +3,8 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
-import { askApi, DONE } from '../support/api-client.js';
+import { addOpenTap } from '../support/add-open-tap.js';
+import { askApi, DONE, untilListens } from '../support/api-client.js';
 import { Conversation, LISTEN } from '../support/conversation.js';
 import { Guest, testFolder, VMM } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
@@ -210,7 +211,7 @@ test('a machine is made, run, shut down and made again, and nothing of it is lef
     watchdog: true,
     fs: null,
   };
-  await simple.check(`for i in $(seq 200); do [ -S ${socket} ] && exit; sleep 0.1; done; exit 1`);
+  await untilListens(simple, socket);
   expect(await call('PUT', 'vm.create', config)).toEqual(DONE);
   expect(await call('PUT', 'vm.create', config)).toMatchObject({ status: 500 });
   const before = await used();
@@ -241,6 +242,16 @@ test('a machine is made, run, shut down and made again, and nothing of it is lef
   await echoed('again');
   const { mac } = (body as { config: { net: { mac: string }[] } }).config.net[0];
   expect(await call('GET', 'vm.info')).toMatchObject({ body: { config: { net: [{ mac }] } } });
+  // A tap that its client has opened stays with the machine, also when it is shut down.
+  const given = { status: 200, body: { id: 'given', bdf: expect.stringMatching(/^0000:00:/) } };
+  expect(await addOpenTap(simple, socket, 'vmmgiven', { id: 'given' })).toMatchObject(given);
+  const second = await addOpenTap(simple, socket, 'vmmgiven2', { id: 'given', num_queues: 2 });
+  expect(second).toMatchObject({ status: 409 });
+  expect(await call('PUT', 'vm.shutdown')).toEqual(DONE);
+  expect(await call('PUT', 'vm.boot')).toEqual(DONE);
+  await echoed('with a tap');
+  await simple.check('ip link show vmmgiven');
+  expect(await simple.shell('ip link show vmmgiven2')).toMatchObject({ status: 1 });
   child.stdin.write('q');
   await until(async () => (await state()) === 'Shutdown');
   expect(await call('PUT', 'vm.delete')).toEqual(DONE);
@@ -255,14 +266,34 @@ test('a machine is made, run, shut down and made again, and nothing of it is lef
   const events = await eventsIn(simple, `${at}.events`);
   expect(events.map(({ source, event }) => `${source} ${event}`)).toEqual([
     ...['vmm starting', 'vm booting', 'vm booted', 'vm rebooting', 'vm rebooted', 'vm shutdown', 'vm booting'],
-    ...['vm booting', 'vm booted', 'vm shutdown', 'vm deleted'],
+    ...['vm booting', 'vm booted', 'vm shutdown', 'vm booting', 'vm booted', 'vm shutdown', 'vm deleted'],
     ...['vm booting', 'vm booted', 'vm shutdown', 'vm deleted', 'vmm shutdown'],
   ]);
 });
 
+test('a socket of a supervisor, which stays', async () => {
+  const at = `${scratch}/supervised`;
+  const script = `
+    const fs = require('node:fs'), [path, ...argv] = process.argv.slice(1);
+    const server = require('node:net').createServer().listen(path + '.new', () => {
+      const stdio = ['inherit', 'inherit', 'inherit', server._handle];
+      const child = require('node:child_process').spawn(argv[0], argv.slice(1), { stdio });
+      child.on('exit', (status) => (process.exitCode = status));
+      // What comes to it is for the other; Node.js removes what it has made.
+      fs.renameSync(path + '.new', path);
+      server.close();
+    });`;
+  const child = simple.spawn([process.execPath, '-e', script, at, ...VMM, '--api-socket', 'fd=3']);
+  await untilListens(simple, at);
+  expect(await askApi(simple, at, 'GET', 'vmm.ping')).toMatchObject({ status: 200 });
+  expect(await askApi(simple, at, 'PUT', 'vmm.shutdown')).toEqual(DONE);
+  expect(await child.exit).toMatchObject({ status: 0 });
+  expect(await simple.check(`[ -S ${at} ]; rm ${at}; ls ${scratch}`)).not.toContain('supervised');
+});
+
 test.each(['SIGTERM', 'SIGINT', 'SIGHUP'] as const)('%s ends a process without a machine', async (signal) => {
   const child = simple.spawn([...VMM, '--api-socket', socket]);
-  await simple.check(`for i in $(seq 200); do [ -S ${socket} ] && exit; sleep 0.1; done; exit 1`);
+  await untilListens(simple, socket);
   child.kill(signal);
   expect(await child.exit).toMatchObject({ status: 0 });
   expect(await simple.check(`ls ${scratch}`)).not.toContain('api');

@@ -1,6 +1,7 @@
 /** Devices that come and go a hundred times, and guests and clients that do not do what is expected of them. */
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
+import { addOpenTap } from '../support/add-open-tap.js';
 import { ApiClient, DONE } from '../support/api-client.js';
 import { Conversation, LISTEN } from '../support/conversation.js';
 import { Guest, testFolder } from '../support/guest.js';
@@ -135,6 +136,29 @@ test('a plug while the guest boots, one that the guest never answers, two client
     expect(answer).toMatchObject({ status, body: [expect.stringContaining(line)] });
   }
   expect(await descriptors()).toBe(before);
+
+  // A tap that its client has opened, and closes again.
+  const given = await addOpenTap(host, socket, 'hpgiven', { id: 'given', fds: [1] });
+  expect(given).toMatchObject({ status: 200, body: { id: 'given' } });
+  await host.check('ip addr add 10.78.0.1/24 dev hpgiven; ip link set hpgiven up');
+  await shell.run('until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done; ip addr add 10.78.0.2/24 dev eth0');
+  expect(
+    await shell.run('ip link set eth0 up; until ping -c 1 -W 1 10.78.0.1 >/dev/null; do :; done; echo pong'),
+  ).toContain('pong');
+  const from = guest.log.length;
+  expect(await api.put('vm.remove-device', { id: 'given' })).toEqual(DONE);
+  await guest.waitForLog(/given: removed/, from);
+  expect(await host.shell('ip link show hpgiven')).toMatchObject({ status: 1 });
+  expect(await descriptors()).toBe(before);
+
+  // A core file that its folder has no room for.
+  await host.check(`mkdir ${scratch}/small; mount -t tmpfs -o size=1M none ${scratch}/small`);
+  expect(await api.put('vm.coredump', { destination_url: `file://${scratch}/small/core` })).toEqual({
+    status: 500,
+    body: [`${scratch}/small/core: no space left on the device`],
+  });
+  expect(await host.check(`ls -A ${scratch}/small; umount ${scratch}/small`)).toBe('');
+  await shell.run('true');
 
   // A guest that does not answer: its ACPI events go nowhere.
   await shell.run(

@@ -3,8 +3,10 @@
  * of the table in docs/support.md.
  */
 import { createHash, randomBytes } from 'node:crypto';
+import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+import { transformSync } from 'esbuild';
 import { type Flavour, type Kernel, kernel } from '../lab/kernels.js';
 import { ApiClient, askApi, DONE } from '../support/api-client.js';
 import type { Backend } from '../support/backend.js';
@@ -48,6 +50,29 @@ async function memoryTotal(shell: Conversation): Promise<number> {
 async function memoryIs(shell: Conversation, kib: number): Promise<void> {
   const near = `d = $2 - ${kib}; exit !(d * d < 2048 * 2048)`;
   await shell.run(`until awk '/MemTotal/ { ${near} }' /proc/meminfo; do usleep 10000; done`);
+}
+
+/** A device's function in vm.info. */
+interface DeviceNode {
+  readonly pci_bdf: string;
+  readonly resources: readonly { readonly PciBar: { readonly base: number; readonly size: number } }[];
+}
+
+/** A program that tells of a core file: whether a text stands between two addresses, and where each vCPU is. */
+function writeScript(folder: string): string {
+  const source = fs.readFileSync('test/support/core-reader.ts', 'utf8');
+  const { code } = transformSync(source, { loader: 'ts', format: 'cjs' });
+  const main = `
+    const [file, start, end, text] = process.argv.slice(2);
+    const core = new module.exports.CoreReader(file);
+    const pc = core.machine === 62 ? 16 : 32;
+    const { size, blocks } = require('node:fs').statSync(file);
+    const said = core.read(Number(start), end - start).includes(text);
+    const pcs = core.registers().map(({ values }) => values[pc].toString(16));
+    console.log(JSON.stringify({ said, machine: core.machine, size, kept: blocks * 512, pcs }));`;
+  const script = path.join(folder, 'core-reader.cjs');
+  fs.writeFileSync(script, code + main);
+  return script;
 }
 
 /** A way of booting that the architecture has. */
@@ -277,8 +302,14 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
         expect(await shell.run(`until { ${there}; } 2>/dev/null; do sleep 0.1; done`)).toContain(says);
       }
       const { body } = await api.get('vm.info');
-      const nodes = (body as { device_tree: Record<string, unknown> }).device_tree;
+      const nodes = (body as { device_tree: Record<string, DeviceNode> }).device_tree;
       expect(Object.keys(nodes)).toEqual(expect.arrayContaining(names));
+      for (const id of names) {
+        const { pci_bdf, resources } = nodes[`_virtio-pci-${id}`];
+        const [{ PciBar: bar }] = resources;
+        const [start, end] = (await shell.run(`head -n 1 /sys/bus/pci/devices/${pci_bdf}/resource`)).split(' ');
+        expect([bar.base, bar.base + bar.size - 1]).toEqual([Number(start), Number(end)]);
+      }
       for (const id of names) expect(await api.put('vm.remove-device', { id })).toEqual(DONE);
       for (const { gone } of devices) await shell.run(`until ${gone}; do sleep 0.1; done`);
       for (const id of names) await guest.waitForLog(new RegExp(`${id}: removed`));
@@ -296,9 +327,20 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     const vcpuRound = async () => {
       if (backend.architecture === 'aarch64') {
         expect(await api.put('vm.resize', { desired_vcpus: 3 })).toMatchObject({ status: 400 });
+        expect(await api.put('vm.nmi')).toMatchObject({ status: 500, body: [expect.stringContaining('x86_64')] });
         return;
       }
       await vcpus(3);
+      const nmis = async () =>
+        /NMI: +([\d ]+)/
+          .exec(await shell.run('cat /proc/interrupts'))![1]
+          .trim()
+          .split(/ +/);
+      const earlier = await nmis();
+      expect(earlier).toHaveLength(3);
+      expect(await api.put('vm.nmi')).toEqual(DONE);
+      const more = earlier.map((count) => String(Number(count) + 1));
+      for (let now = earlier; now.join() !== more.join();) now = await nmis();
       await vcpus(1);
     };
     const resizeMemory = async (mib: number) => {
@@ -332,6 +374,26 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     };
     const sum = (await host.check(`md5sum <${path('raw')}`)).slice(0, 32);
     const first = await memoryTotal(shell);
+    /** What a core file of the machine, which is paused, holds of what the guest has told. */
+    const core = async (told: string) => {
+      const version = /^Linux version [^\r\n]+/m.exec(told)![0];
+      const places = [...told.matchAll(/([0-9a-f]+)-([0-9a-f]+) : Kernel/g)];
+      const [start, end] = [places[0][1], places.at(-1)![2]];
+      const file = path('core');
+      expect(await api.put('vm.coredump', { destination_url: `file://${file}` })).toEqual(DONE);
+      const reader = writeScript(folder);
+      const words = [reader, file, `0x${start}`, `0x${end}`, version];
+      const { stdout, stderr } = await host.run([process.execPath, ...words]);
+      expect(stderr).toBe('');
+      const found = JSON.parse(stdout) as { said: boolean; machine: number; size: number; kept: number; pcs: string[] };
+      expect(found.said).toBe(true);
+      expect(found.machine).toBe(backend.architecture === 'aarch64' ? 183 : 62);
+      // One vCPU, in the kernel: it waits for the next line.
+      expect(found.pcs).toEqual([expect.stringMatching(/^ffff[0-9a-f]{12}$/)]);
+      expect(found.size).toBeGreaterThan(MEMORY * MIB);
+      expect(found.kept).toBeLessThan(found.size);
+      await host.check(`rm ${file}`);
+    };
     // What Node.js opens when something is done for the first time, it keeps.
     await round();
     await vcpuRound();
@@ -343,11 +405,13 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect(await held()).toBe(before);
 
     const uptime = async () => Number(/[\d.]+/.exec(await shell.run('cat /proc/uptime'))![0]);
+    const told = await shell.run('grep Kernel /proc/iomem; cat /proc/version');
     const [began, up] = [performance.now(), await uptime()];
     expect(await api.put('vm.pause')).toEqual(DONE);
     const paused = performance.now();
     const { id } = await come('disk', { path: path('raw'), readonly: true });
     shell.begin('until [ -b /dev/vda ]; do sleep 0.1; done; head -c 9 /dev/vda');
+    await core(told);
     for (let times = 0; times < 20; times++) expect(await api.get('vm.info')).toMatchObject({ status: 200 });
     const resumed = performance.now();
     expect(await api.put('vm.resume')).toEqual(DONE);

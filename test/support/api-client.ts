@@ -33,6 +33,22 @@ export async function askApi(
   return answer;
 }
 
+/** Waits until somebody listens at a path. */
+export async function untilListens(host: TestHost, socket: string): Promise<void> {
+  const script = `
+    const fs = require('node:fs'), net = require('node:net'), path = require('node:path');
+    const [socket] = process.argv.slice(1);
+    const watcher = fs.watch(path.dirname(socket), () => attempt());
+    const attempt = () => {
+      const client = net.connect(socket, () => process.exit());
+      // It has its name before it listens. Without one, the folder's next change tells.
+      client.on('error', ({ code }) => code === 'ECONNREFUSED' && setImmediate(attempt));
+    };
+    attempt();`;
+  const { status, stderr } = await host.run([process.execPath, '-e', script, socket]);
+  if (status !== 0) throw new Error(stderr);
+}
+
 /** A client of the API on the machine that runs vmm. */
 export class ApiClient {
   readonly #client: HostProcess;

@@ -2,6 +2,7 @@
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
 import { MEMORY_SLOTS } from '../../src/arch/acpi/config.js';
 import type { Dimm, Dimms } from '../../src/vmm/memory/dimms.js';
+import { RequestError } from '../../src/vmm/machine/machine-error.js';
 import type { MachineLife } from '../../src/vmm/machine/incarnation.js';
 import type { LifeMaker } from '../../src/vmm/machine/machine.js';
 import type { VmmParts } from '../../src/vmm/machine/vmm.js';
@@ -17,6 +18,10 @@ export interface FakeLife {
   /** Device and message. */
   readonly told: (readonly [string, unknown])[];
   pressed: number;
+  /** Undefined: its architecture has none. */
+  nmis: number | undefined;
+  /** Core files that were written, and whether it was paused. */
+  readonly cores: string[];
   paused: boolean;
   /** Slots of the first segment, by device. */
   readonly slots: Map<string, number>;
@@ -84,6 +89,8 @@ export class FakeLives {
     { readonly at: 'make' | 'start' | 'plug' | 'plug memory' | 'pause' | 'close'; readonly error: Error } | undefined;
   /** How long each takes to pause. */
   pausing: Promise<void> = Promise.resolve();
+  /** How long a core file takes. */
+  dumping: Promise<void> = Promise.resolve();
   /** How long each takes to close. */
   closing: Promise<void> = Promise.resolve();
   readonly events: string[] = [];
@@ -120,12 +127,29 @@ export class FakeLives {
       await Promise.resolve();
       this.#fail('plug memory');
     });
-    const life: FakeLife = { cpus, io, told: [], pressed: 0, paused: false, slots, leaving: new Set(), dimms };
+    const life: FakeLife = {
+      cpus,
+      io,
+      told: [],
+      pressed: 0,
+      nmis: 0,
+      cores: [],
+      paused: false,
+      slots,
+      leaving: new Set(),
+      dimms,
+    };
     const vcpus = new Set(Array(config.cpus.boot_vcpus).keys());
     this.open.push(life);
     return {
       start: () => this.#fail('start'),
       powerButton: () => (life.pressed += 1),
+      writeCore: async (file, goesOn) => {
+        life.cores.push(`${life.paused ? 'paused' : 'running'} ${file}`);
+        await this.dumping;
+        if (!goesOn()) throw new RequestError('The machine has ended', 'failed');
+      },
+      sendNmi: () => life.nmis !== undefined && (life.nmis += 1) > 0,
       control: (device, message) => {
         life.told.push([device, message]);
         return 1;
@@ -166,7 +190,14 @@ export class FakeLives {
       },
       fits: (memory) => memory.size < 2 ** 40,
       deviceCounters: () => [{ id: '_disk0', queues: [], device: { read_ops: 1 } }],
-      deviceAddresses: () => new Map([['_disk0', '0000:00:01.0']]),
+      devicePlaces: () => [
+        {
+          id: '_disk0',
+          address: '0000:00:01.0',
+          bar: { index: 0, base: 2 ** 33, size: 2 ** 19, wide: true },
+          memory: { address: 2 ** 32, size: 2 ** 21 },
+        },
+      ],
       exits: () => ({ PortRead: 0, PortWrite: 0, MmioRead: 0, MmioWrite: 0 }),
       intercepts: () => ({}),
       close: async () => {

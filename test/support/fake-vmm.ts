@@ -33,6 +33,10 @@ export function fakeVmm(asked: (what: unknown) => void, release: Promise<void> =
     shutdownVmm: say,
     info: () => ({ config, state: 'Running', memory_actual_size: 5, device_tree: {} }),
     counters: () => ({ _disk0: { read_ops: 1 } }),
+    coredump: (file) => say({ coredump: file }),
+    nmi: () => {
+      asked('nmi');
+    },
     powerButton: () => {
       asked('power-button');
     },

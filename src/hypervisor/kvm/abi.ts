@@ -30,6 +30,7 @@ export const KVM_GET_REGS = 0x8090ae81;
 export const KVM_SET_REGS = 0x4090ae82;
 export const KVM_GET_SREGS = 0x8138ae83;
 export const KVM_SET_SREGS = 0x4138ae84;
+export const KVM_GET_MSRS = 0xc008ae88;
 export const KVM_SET_MSRS = 0x4008ae89;
 export const KVM_SET_SIGNAL_MASK = 0x4004ae8b;
 export const KVM_SET_FPU = 0x41a0ae8d;

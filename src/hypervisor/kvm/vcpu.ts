@@ -144,6 +144,14 @@ export class KvmVcpu extends KvmRunner implements X86Vcpu {
     if (done < msrs.length) throw new HypervisorError(`KVM refuses MSR 0x${msrs[done].index.toString(16)}`);
   }
 
+  msr(index: number): bigint {
+    const view = new DataView(new ArrayBuffer(abi.MSRS_HEADER_SIZE + abi.MSR_ENTRY_SIZE));
+    view.setUint32(0, 1, true);
+    view.setUint32(abi.MSRS_HEADER_SIZE, index, true);
+    if (this.#set(abi.KVM_GET_MSRS, view) !== 1) throw new HypervisorError(`KVM refuses MSR 0x${index.toString(16)}`);
+    return view.getBigUint64(abi.MSRS_HEADER_SIZE + 8, true);
+  }
+
   setLocalInterrupts(): void {
     const view = this.#get(abi.KVM_GET_LAPIC, abi.LAPIC_SIZE);
     view.setUint32(APIC_LVT_LINT0, APIC_DELIVERY_EXTINT, true);

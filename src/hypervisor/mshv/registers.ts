@@ -42,14 +42,15 @@ const MSRS: ReadonlyMap<number, number> = new Map<number, number>([
 const LEFT_ALONE = [0x1a0];
 
 /** @throws RangeError for one that has no name */
-export function msrValues(msrs: readonly Msr[]): RegisterValue[] {
-  return msrs.filter(({ index }) => !LEFT_ALONE.includes(index)).map(msrValue);
-}
-
-function msrValue({ index, value }: Msr): RegisterValue {
+export function msrRegister(index: number): number {
   const name = MSRS.get(index);
   if (name === undefined) throw new RangeError(`MSR 0x${index.toString(16)} has no register name`);
-  return [name, value];
+  return name;
+}
+
+/** @throws RangeError for one that has no name */
+export function msrValues(msrs: readonly Msr[]): RegisterValue[] {
+  return msrs.filter(({ index }) => !LEFT_ALONE.includes(index)).map(({ index, value }) => [msrRegister(index), value]);
 }
 
 function segmentValue({ base, limit, selector, ...flags }: X86Segment): [bigint, bigint] {

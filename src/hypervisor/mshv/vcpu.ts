@@ -23,6 +23,7 @@ import { createEmulator, MshvCpu } from './processor.js';
 import {
   GENERAL_REGISTERS,
   generalRegistersAt,
+  msrRegister,
   msrValues,
   SPECIAL_REGISTERS,
   specialRegistersAt,
@@ -327,6 +328,10 @@ export class MshvVcpu implements X86Vcpu {
 
   setMsrs(msrs: readonly Msr[]): void {
     this.hypercalls.setRegisters(this.handle.id, msrValues(msrs));
+  }
+
+  msr(index: number): bigint {
+    return this.hypercalls.getRegisters(this.handle.id, [msrRegister(index)]).getBigUint64(0, true);
   }
 
   setLocalInterrupts(): void {

@@ -1,4 +1,5 @@
 /** The board of an aarch64 machine: GICv3 with its ITS, PSCI, devicetree. */
+import { arm64CoreNotes, EM_AARCH64 } from '../../arch/aarch64/core-notes.js';
 import { loadArm64Payload } from '../../arch/aarch64/boot/load.js';
 import { buildArm64Acpi } from '../../arch/aarch64/acpi.js';
 import { buildDevicetree, type EfiPlace, SEED_SIZE } from '../../arch/aarch64/devicetree.js';
@@ -89,6 +90,11 @@ export class Arm64Board implements Board {
       );
     }
     return this.#vcpus;
+  }
+
+  core(vcpus: Iterable<number>): { machine: number; notes: Uint8Array[] } {
+    const notes = [...vcpus].flatMap((id) => arm64CoreNotes(id, this.#vcpus[id].registers()));
+    return { machine: EM_AARCH64, notes };
   }
 
   createPlatform(virtio: readonly VirtioPciHandle[]): Arm64PlatformHandle {

@@ -30,6 +30,10 @@ export interface Board {
    * @throws HypervisorError, SystemError
    */
   plugVcpu?(): Vcpu;
+  /** Sends a vCPU a non-maskable interrupt. Undefined: the architecture has none. */
+  sendNmi?(vcpu: number): void;
+  /** What a core file tells of these vCPUs, none of which runs; with the EM_ of the architecture. */
+  core(vcpus: Iterable<number>): { readonly machine: number; readonly notes: Uint8Array[] };
   /** The devices at power-on; after `createVcpus`. */
   createPlatform(virtio: readonly VirtioPciHandle[]): PlatformHandle;
   /**

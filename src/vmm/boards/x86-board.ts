@@ -2,6 +2,7 @@
 import { buildAcpiTables } from '../../arch/x86_64/acpi/tables.js';
 import { BOOT_FPU, bootRegisters, bootSpecialRegisters } from '../../arch/x86_64/boot/entry.js';
 import { loadPayload } from '../../arch/x86_64/boot/load.js';
+import { EM_X86_64, x86CoreNotes } from '../../arch/x86_64/core-notes.js';
 import { buildCpuid } from '../../arch/x86_64/cpuid.js';
 import * as layout from '../../arch/x86_64/layout.js';
 import { buildMpTable } from '../../arch/x86_64/mptable.js';
@@ -27,6 +28,11 @@ import { createX86Platform, type X86PlatformHandle } from './x86-platform.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
 const MMIO64_ALIGNMENT = 128 * 2 ** 20;
+
+/** A message-signalled interrupt: where it goes, and the delivery mode NMI. */
+const MESSAGE_ADDRESS = 0xfee0_0000;
+const MESSAGE_NMI = 0b100 << 8;
+const MSR_KERNEL_GS_BASE = 0xc000_0102;
 
 export class X86Board implements Board {
   readonly vm: X86Vm;
@@ -117,6 +123,21 @@ export class X86Board implements Board {
     }
     this.#vcpus.push(vcpu);
     return vcpu;
+  }
+
+  /** As a message to its local APIC (Intel SDM volume 3, 11.11). */
+  sendNmi(vcpu: number): void {
+    const address = MESSAGE_ADDRESS | (apicId(vcpu, this.#topology) << 12);
+    this.vm.signals.signalMsi(address >>> 0, 0, MESSAGE_NMI, 0);
+  }
+
+  core(vcpus: Iterable<number>): { machine: number; notes: Uint8Array[] } {
+    const notes = [...vcpus].flatMap((id) => {
+      const vcpu = this.#vcpus[id];
+      const kernelGsBase = vcpu.msr(MSR_KERNEL_GS_BASE);
+      return x86CoreNotes(id, { general: vcpu.registers(), special: vcpu.specialRegisters(), kernelGsBase });
+    });
+    return { machine: EM_X86_64, notes };
   }
 
   createPlatform(virtio: readonly VirtioPciHandle[]): X86PlatformHandle {

@@ -7,6 +7,8 @@ import { intxLine } from '../../arch/pci-intx.js';
 import { PMEM_ALIGNMENT } from '../../config/device-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { HypervisorError, type HypervisorName, type Vm } from '../../hypervisor/hypervisor.js';
+import type { MemoryRange } from '../../memory/guest-memory.js';
+import type { BarDescription } from '../../pci/function.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import { type SegmentWindows, SlotAllocator, WindowAllocator } from '../../pci/segments.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
@@ -104,7 +106,19 @@ class Undo {
   }
 }
 
+/** What the guest finds of a device, and where. */
+export interface DevicePlace {
+  readonly id: string;
+  /** Segment, bus, device and function. */
+  readonly address: string;
+  /** At `base`, where the guest has put it by now. */
+  readonly bar: BarDescription & { readonly base: number };
+  /** Guest memory that it brings. */
+  readonly memory: MemoryRange | undefined;
+}
+
 interface Placed extends PlacedDevice {
+  readonly function_: VirtioPciDevice;
   readonly undo: Undo;
 }
 
@@ -294,7 +308,7 @@ export class DeviceManager {
       undo.vm.push(() => function_.powerOff());
       const names = [...served.keys()].map(({ name }) => name).join(', ');
       this.options.logger.info([`${id}: served by ${names}`, ...plan.path].join('; '));
-      const placed: Placed = { handle, plan, served, memory, undo };
+      const placed: Placed = { handle, plan, served, memory, undo, function_ };
       this.#placed.set(id, placed);
       return placed;
     } catch (error) {
@@ -362,9 +376,12 @@ export class DeviceManager {
     }
   }
 
-  /** Segment, bus, device and function by the name of the device. */
-  addresses(): ReadonlyMap<string, string> {
-    return new Map(this.devices.map(({ handle }) => [handle.id, pciAddress(handle)]));
+  places(): DevicePlace[] {
+    return [...this.#placed.values()].map(({ handle, memory, function_ }) => {
+      const { index, size, wide } = virtioBar(handle.wideBar);
+      const base = function_.pci.barAddress({ index, size, wide });
+      return { id: handle.id, address: pciAddress(handle), bar: { index, base, size, wide }, memory: memory?.range };
+    });
   }
 
   counters(): DeviceCounters[] {

@@ -3,6 +3,7 @@
  * lives, taken over from one that was killed, and gone at the end unless somebody has put something else there.
  */
 import fs from 'node:fs';
+import { basename, dirname, join, resolve } from 'node:path';
 import { type HostKernel, SystemError } from '../../sys/host-kernel.js';
 import { MachineError } from '../machine/machine-error.js';
 
@@ -44,6 +45,22 @@ export function bindSocket(kernel: HostKernel, option: string, path: string): Bo
   } catch (error) {
     lock?.release();
     throw new MachineError(`${option}: accepted is a path where a socket can be made`, { cause: error });
+  }
+}
+
+/** Whether a port of a vsock device, PATH_PORT for a guest that connects, is that socket. */
+export function leadsTo(vsock: string, socket: string): boolean {
+  const stem = /^(.*)_\d+$/s.exec(socket)?.[1];
+  return stem !== undefined && realPath(stem) === realPath(vsock);
+}
+
+/** Of a file that may not be there yet. */
+function realPath(file: string): string {
+  const folder = dirname(resolve(file));
+  try {
+    return join(fs.realpathSync(folder), basename(file));
+  } catch {
+    return resolve(file);
   }
 }
 

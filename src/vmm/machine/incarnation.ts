@@ -10,6 +10,7 @@ import { createBoard } from '../boards/boards.js';
 import {
   type DeviceCounters,
   DeviceManager,
+  type DevicePlace,
   type DeviceResource,
   pciAddress,
   type PlacedDevice,
@@ -280,6 +281,24 @@ export class Incarnation {
     this.#cpus.resume();
   }
 
+  /** Sends every vCPU a non-maskable interrupt. @returns false: the architecture has none */
+  sendNmi(): boolean {
+    if (this.#board.sendNmi === undefined) return false;
+    for (const vcpu of this.#vcpus) this.#board.sendNmi(vcpu);
+    return true;
+  }
+
+  /**
+   * Writes a core file; after `pause`.
+   *
+   * @param goesOn asked now and then
+   * @throws RequestError; nothing is left of it then
+   */
+  async writeCore(file: string, goesOn: () => boolean): Promise<void> {
+    const { writeCore } = await import('../memory/core-file.js');
+    await writeCore(file, { ...this.#board.core(this.#vcpus), memory: this.#memory.core() }, goesOn);
+  }
+
   powerButton(): void {
     this.#platform.powerButton();
   }
@@ -294,9 +313,8 @@ export class Incarnation {
     return this.#devices.counters();
   }
 
-  /** Where the devices are on PCI, by name. */
-  deviceAddresses(): ReadonlyMap<string, string> {
-    return this.#devices.addresses();
+  devicePlaces(): readonly DevicePlace[] {
+    return this.#devices.places();
   }
 
   /** Exits of all vCPUs so far, by kind. */

@@ -5,9 +5,9 @@
  * configuration; what the devices hold on the host stays, and so do terminals and sockets.
  */
 import type { PlatformEvent } from '../boards/platform-parts.js';
-import type { VmConfig } from '../../config/vm-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FIXED_NAMES } from '../devices/device-names.js';
+import { deviceTree, type RunningInfo } from './device-tree.js';
 import { FalseStarts } from './false-starts.js';
 import { GuestLog, type LeftOut } from '../log/guest-log.js';
 import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
@@ -38,22 +38,6 @@ type DeviceMessage =
   /** Whether that is the size that was asked for: a driver tells of each step on its way. */
   | { readonly kind: 'balloon-actual' | 'memory-plugged'; readonly size: number; readonly reached: boolean }
   | { readonly kind: 'resize-failed'; readonly reason: string };
-
-interface DeviceNode {
-  readonly id: string;
-  readonly resources: readonly unknown[];
-  readonly children: readonly string[];
-  readonly pci_bdf?: string;
-}
-
-/** What is known of a machine while it runs, in Cloud Hypervisor's terms (VmInfo). */
-export interface RunningInfo {
-  /** With what the host has named. */
-  readonly config: VmConfig;
-  /** Bytes, with what the guest has plugged and without what its balloon holds. */
-  readonly memory_actual_size: number;
-  readonly device_tree: Readonly<Record<string, DeviceNode>>;
-}
 
 /** A disk's new size that its workers have yet to answer. */
 interface Resizing {
@@ -195,6 +179,17 @@ export class Machine {
     this.#paused = false;
   }
 
+  /** Writes a core file of a machine that is paused; it stays until that is done. @throws RequestError */
+  async writeCore(file: string): Promise<void> {
+    const life = this.#current;
+    let over = life === undefined;
+    void this.#lifeEnds.then(() => (over = true));
+    await this.hotplug.alone(async () => {
+      if (over) throw new RequestError('The machine has ended', 'failed');
+      await life!.writeCore(file, () => !over);
+    });
+  }
+
   /** For `Hotplug`. */
   running(): Running | undefined {
     if (this.#over) return undefined;
@@ -206,19 +201,23 @@ export class Machine {
     this.#current?.powerButton();
   }
 
-  info(): RunningInfo {
-    const nodes: Record<string, DeviceNode> = {};
-    for (const [id, address] of this.#current?.deviceAddresses() ?? []) {
-      const function_ = `_virtio-pci-${id}`;
-      nodes[function_] = { id: function_, resources: [], children: [id], pci_bdf: address };
-      nodes[id] = { id, resources: [], children: [] };
+  /** Sends every vCPU a non-maskable interrupt. @throws RequestError where there is none */
+  nmi(): void {
+    if (this.#current?.sendNmi() === false) {
+      throw new RequestError(
+        'vm.nmi: accepted is a guest of x86_64: this architecture has no such interrupt',
+        'failed',
+      );
     }
+  }
+
+  info(): RunningInfo {
     const memory = this.#current?.memorySize ?? this.parts.config.memory.size;
     return {
       config: namedByHost(this.parts, this.host),
       // A guest can tell of a balloon larger than its memory.
       memory_actual_size: Math.max(memory + this.#plugged - this.#ballooned, 0),
-      device_tree: nodes,
+      device_tree: deviceTree(this.#current?.devicePlaces() ?? [], this.hotplug.leaving),
     };
   }
 

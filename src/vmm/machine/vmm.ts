@@ -7,8 +7,10 @@
 import type { VmConfig } from '../../config/vm-config.js';
 import type { DeviceKind } from '../devices/device-names.js';
 import { randomMac } from '../host/taps.js';
+import { leadsTo } from '../host/unix-socket.js';
 import { Hotplug, type PciDeviceInfo } from './hotplug.js';
-import { type LifeMaker, Machine, type MachineEnd, type RunningInfo } from './machine.js';
+import type { RunningInfo } from './device-tree.js';
+import { type LifeMaker, Machine, type MachineEnd } from './machine.js';
 import { RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
 import type { Resize } from './resize.js';
@@ -28,6 +30,8 @@ export type VmInfo = Pick<RunningInfo, 'config' | 'memory_actual_size'> &
 export interface VmmOptions {
   /** The process stays when the guest powers itself off. */
   readonly noShutdown?: boolean;
+  /** Path of the API's socket, or its descriptor. */
+  readonly apiSocket?: string | number;
 }
 
 /** A machine's configuration, and what has become of it. */
@@ -73,6 +77,7 @@ export class Vmm {
       if (this.#owned !== undefined) {
         throw new RequestError(`There is a machine, and it is ${stateOf(this.#owned)}; vm.delete removes it`, 'failed');
       }
+      this.#keepFromApi(config.vsock);
       const own = structuredClone(config);
       for (const net of own.net) net.mac ??= randomMac();
       const { kernel, logger, tell } = this.parts;
@@ -154,6 +159,7 @@ export class Vmm {
   addDevice(kind: DeviceKind, device: object): Promise<PciDeviceInfo | undefined> {
     return this.#next(() => {
       const { hotplug, machine } = this.#configured();
+      if (kind === 'vsock') this.#keepFromApi(device);
       const whole = kind === 'net' ? { mac: randomMac(), ...device } : device;
       return hotplug.add(kind, whole, () => machine?.running());
     });
@@ -167,6 +173,15 @@ export class Vmm {
     });
   }
 
+  /** A guest's connection to a port is one to a Unix socket of the host: not to that of the API. @throws RequestError */
+  #keepFromApi(vsock: { readonly socket?: unknown } | undefined): void {
+    const { apiSocket } = this.options;
+    if (typeof apiSocket !== 'string' || typeof vsock?.socket !== 'string') return;
+    if (!leadsTo(vsock.socket, apiSocket)) return;
+    const line = `socket: accepted is a path by which no guest connects to the API: one of its ports is ${apiSocket}`;
+    throw new RequestError(line, 'invalid');
+  }
+
   get runs(): boolean {
     return this.#owned?.machine !== undefined;
   }
@@ -174,6 +189,32 @@ export class Vmm {
   /** Presses the ACPI power button. The guest decides what it does. @throws RequestError */
   powerButton(): void {
     this.#running().powerButton();
+  }
+
+  /** Sends every vCPU a non-maskable interrupt, for a guest that hangs. @throws RequestError */
+  nmi(): void {
+    this.#running().nmi();
+  }
+
+  /**
+   * Writes the machine's memory and registers to an ELF core file; one that runs is paused meanwhile.
+   *
+   * @param file an absolute path where nothing is
+   * @throws RequestError; nothing is left of the file then
+   */
+  coredump(file: string): Promise<void> {
+    return this.#next(async () => {
+      const machine = this.#running();
+      const runs = !machine.paused;
+      if (runs) await machine.pause();
+      this.parts.tell('vm', 'coredumping');
+      try {
+        await machine.writeCore(file);
+      } finally {
+        if (runs) machine.resume();
+      }
+      this.parts.tell('vm', 'coredumped');
+    });
   }
 
   /** Logs what the vCPUs and devices have done so far. */

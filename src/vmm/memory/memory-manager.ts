@@ -9,6 +9,7 @@ import { closeAll, undoAll } from '../../sys/close-all.js';
 import { errnoName, errnoText, type HostKernel, type HostMapping, SystemError } from '../../sys/host-kernel.js';
 import { MachineError } from '../machine/machine-error.js';
 import { hugepageSize as sizeOfHugepages, sizeOptions } from './hotplug.js';
+import type { CoreMemory } from './core-file.js';
 import type { ZoneLayout } from './memory-layout.js';
 import { type MemoryPart, source } from './memory-part.js';
 import { MemorySlots } from './memory-slots.js';
@@ -19,6 +20,8 @@ interface Stretch {
   readonly mapping: HostMapping;
   /** Of shared memory. */
   readonly fd: number | undefined;
+  /** The file has holes where nothing is. */
+  readonly sparse: boolean;
   /** The guest has it from the start. */
   readonly present: boolean;
 }
@@ -100,7 +103,7 @@ export class MemoryManager {
       return undoAll(error, fd === undefined ? [] : [() => this.kernel.close(fd)]);
     }
     const part = { range, mapping: mapping.handle, kind: shared ? 'shared' : 'private' } as const;
-    const stretch = { part, mapping, fd, present };
+    const stretch = { part, mapping, fd, sparse: shared && !hugepages, present };
     this.#stretches.push(stretch);
     if (!hugepages) this.#advise(mapping, this.config.thp ? 'hugepage' : 'nohugepage');
     if (mergeable) this.#advise(mapping, 'mergeable');
@@ -151,6 +154,16 @@ export class MemoryManager {
     }
   }
 
+  /** All of it, for a core file. */
+  core(): CoreMemory[] {
+    return this.#stretches.map(({ part: { range }, mapping, fd, sparse }) => ({
+      range,
+      hostAddress: Number(mapping.handle.address),
+      view: (offset, length) => mapping.view(offset, length),
+      nextData: fd !== undefined && sparse ? (from) => nextData(this.kernel, fd, from) : undefined,
+    }));
+  }
+
   /** Unmaps it; no thread and no VM uses it any more. */
   close(): void {
     closeAll(this.#stretches.splice(0).map((stretch) => () => this.#release(stretch)));
@@ -159,6 +172,11 @@ export class MemoryManager {
   #release({ mapping, fd }: Stretch): void {
     closeAll([() => mapping.unmap(), () => fd !== undefined && this.kernel.close(fd)]);
   }
+}
+
+function nextData(kernel: HostKernel, fd: number, from: number): MemoryRange | undefined {
+  const address = kernel.firstData(fd, from);
+  return address === undefined ? undefined : { address, size: kernel.firstHole(fd, address) - address };
 }
 
 function tooMuch(what: string, error: unknown): unknown {

@@ -82,13 +82,27 @@ test('the process and its machine can be told', async () => {
     'vm.pause',
     'vm.resume',
     'vm.power-button',
+    'vm.nmi',
     'vm.reboot',
     'vm.shutdown',
     'vm.delete',
     'vmm.shutdown',
   ];
   for (const name of calls) expect(await put(name)).toEqual(none);
-  expect(asked).toEqual(['boot', 'pause', 'resume', 'power-button', 'reboot', 'shutdown', 'delete', 'vmm.shutdown']);
+  expect(asked).toEqual([
+    'boot',
+    'pause',
+    'resume',
+    'power-button',
+    'nmi',
+    'reboot',
+    'shutdown',
+    'delete',
+    'vmm.shutdown',
+  ]);
+  asked = [];
+  expect(await put('vm.coredump', { destination_url: 'file:///tmp/a%20core' })).toEqual(none);
+  expect(asked).toEqual([{ coredump: '/tmp/a core' }]);
   asked = [];
   for (const shrink of [undefined, null, false, true]) {
     expect(await put('vm.resize-disk', { id: '_disk0', desired_size: 1024, shrink })).toEqual(none);
@@ -128,6 +142,21 @@ test.each([
   ['PUT', 'vm.resize-disk', '{"desired_size":512}', 400, 'id: accepted is the name of a disk'],
   ['PUT', 'vm.resize-disk', '{"id":"none","desired_size":512}', 404, 'The machine has no disk none'],
   ['PUT', 'vm.resize-disk', '{"id":"stuck","desired_size":512}', 500, 'No space'],
+  ...['/tmp/core', 'file://tmp/core', 'file:///tmp/', 'file:///a%00b', 'http://a/b', 'file:///a%2fb', ''].map(
+    (url) =>
+      [
+        ...(['PUT', 'vm.coredump', JSON.stringify({ destination_url: url }), 400] as const),
+        'destination_url: accepted is the URL of a file that is not there yet, such as file:///tmp/core',
+      ] as const,
+  ),
+  [
+    'PUT',
+    'vm.coredump',
+    '{}',
+    400,
+    'destination_url: accepted is the URL of a file that is not there yet, such as file:///tmp/core',
+  ],
+  ['PUT', 'vm.coredump', '[]', 400, 'accepted is {"destination_url": "file:///PATH"}'],
   ['PUT', 'vm.add-net', '[]', 400, 'accepted is the configuration of a device'],
   ['PUT', 'vm.add-disk', '{"vhost_user":true}', 400, 'vhost_user: accepted is null: what it asks for is not built yet'],
   ['PUT', 'vm.remove-device', '{}', 400, 'id: accepted is the name of a device'],

@@ -302,7 +302,8 @@ describe('slots', () => {
     m.manager.remove('high17');
     expect(() => add('more', 0)).toThrow(MachineError);
     expect(add('more', 1)).toMatchObject({ slot: 17, bar });
-    expect(m.manager.addresses().get('more')).toBe('0001:00:11.0');
+    const more = m.manager.places().find(({ id }) => id === 'more');
+    expect(more).toMatchObject({ address: '0001:00:11.0', bar: { index: 0, base: bar, size: 2 ** 16 } });
     m.manager.close();
   });
 

@@ -7,7 +7,7 @@ import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from '@jest/globals';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
-import { adoptSocket, type BoundSocket, bindSocket } from '../../../src/vmm/host/unix-socket.js';
+import { adoptSocket, type BoundSocket, bindSocket, leadsTo } from '../../../src/vmm/host/unix-socket.js';
 
 const kernel = new LinuxKernel();
 let folder: string;
@@ -171,4 +171,15 @@ test('a socket of somebody else is taken if it listens, and left where it is', a
   fs.closeSync(file);
   kernel.close(connected);
   close(bound);
+});
+
+test('a vsock device one of whose ports is a socket', () => {
+  fs.symlinkSync(folder, `${folder}-link`);
+  const at = (name: string) => path.join(folder, name);
+  expect(leadsTo(at('v'), at('v_80'))).toBe(true);
+  expect(leadsTo(path.join(`${folder}-link`, 'v'), at('v_80'))).toBe(true);
+  expect(leadsTo(path.relative('.', at('v')), at('v_80'))).toBe(true);
+  expect(leadsTo('v', 'none/../v_0')).toBe(true);
+  for (const other of ['v', 'v_', 'v_x', 'w_80', 'v_80x', 'v_80_9']) expect(leadsTo(at('v'), at(other))).toBe(false);
+  fs.unlinkSync(`${folder}-link`);
 });

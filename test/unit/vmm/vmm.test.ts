@@ -59,13 +59,27 @@ test('a life from its making to its end, and the events of it', async () => {
   expect(vmm.info()).toMatchObject({
     state: 'Running',
     device_tree: {
-      '_virtio-pci-_disk0': { resources: [], children: ['_disk0'], pci_bdf: '0000:00:01.0' },
-      _disk0: { resources: [], children: [] },
+      '_virtio-pci-_disk0': {
+        id: '_virtio-pci-_disk0',
+        resources: [{ PciBar: { index: 0, base: 2 ** 33, size: 2 ** 19, type_: 'Mmio64', prefetchable: false } }],
+        children: ['_disk0'],
+        pci_bdf: '0000:00:01.0',
+      },
+      _disk0: {
+        id: '_disk0',
+        resources: [{ MmioAddressRange: { base: 2 ** 32, size: 2 ** 21 } }],
+        parent: '_virtio-pci-_disk0',
+        children: [],
+      },
     },
   });
   expect(vmm.counters()).toEqual({ _disk0: { read_ops: 1 } });
   vmm.powerButton();
   expect(lives.last.pressed).toBe(1);
+  vmm.nmi();
+  expect(lives.last.nmis).toBe(1);
+  lives.last.nmis = undefined;
+  expect(() => vmm.nmi()).toThrow('vm.nmi: accepted is a guest of x86_64: this architecture has no such interrupt');
   await vmm.reboot();
   await vmm.shutdown();
   expect(vmm.info().state).toBe('Shutdown');
@@ -82,6 +96,72 @@ test('a life from its making to its end, and the events of it', async () => {
     ...['vm booting', 'vm booted', 'vm shutdown', 'vm deleted', 'vm deleted', 'vmm shutdown'],
   ]);
   await expect(vmm.boot()).rejects.toEqual(refusal(/ending/, 'failed'));
+});
+
+test('descriptors that came with a device are closed with the machine', async () => {
+  const [kept, refused] = [0, 1].map(() => fs.openSync(path.join(folder, 'disk'), 'r'));
+  await vmm.create(config());
+  await vmm.addDevice('net', { fds: [kept] });
+  await expect(vmm.addDevice('net', { fds: [refused], mtu: 1 })).rejects.toThrow(/^mtu: /);
+  await vmm.boot();
+  await vmm.shutdown();
+  // Who could not give it still has it.
+  for (const fd of [kept, refused]) expect(fs.fstatSync(fd).size).toBe(4096);
+  fs.closeSync(refused);
+  await vmm.delete();
+  expect(() => fs.fstatSync(kept)).toThrow(/EBADF/);
+});
+
+test('no port of a vsock device is the API', async () => {
+  const guarded = new Vmm(lives.parts, { apiSocket: path.join(folder, 'v_5') });
+  const bad = { cid: 3, socket: path.join(folder, 'v') };
+  const line = refusal(
+    /^socket: accepted is a path by which no guest connects to the API: one of its ports is /,
+    'invalid',
+  );
+  await expect(guarded.create(config({ vsock: bad }))).rejects.toEqual(line);
+  await guarded.create(config());
+  await expect(guarded.addDevice('vsock', bad)).rejects.toEqual(line);
+  await guarded.addDevice('vsock', { ...bad, socket: path.join(folder, 'w') });
+  await guarded.shutdownVmm('the test');
+});
+
+test('a core file is written while the machine stands still', async () => {
+  await expect(vmm.coredump('/c')).rejects.toEqual(refusal(/^There is no machine/, 'failed'));
+  await vmm.create(config());
+  await expect(vmm.coredump('/c')).rejects.toEqual(refusal(/^The machine is Created/, 'failed'));
+  await vmm.boot();
+  await vmm.coredump('/a');
+  expect(vmm.info().state).toBe('Running');
+  await vmm.pause();
+  await vmm.coredump('/b');
+  expect(vmm.info().state).toBe('Paused');
+  const life = lives.last;
+  expect(life.cores).toEqual(['paused /a', 'paused /b']);
+  expect(lives.events.slice(-2)).toEqual(['vm coredumping', 'vm coredumped']);
+  // The end of the process is before it.
+  let go = (): void => undefined;
+  lives.dumping = new Promise((resolve) => (go = resolve));
+  const dumped = vmm.coredump('/c');
+  while (life.cores.length < 3) await new Promise(setImmediate);
+  expect(vmm.info().state).toBe('Paused');
+  const ended = vmm.shutdownVmm('the test');
+  await new Promise(setImmediate);
+  expect(lives.open).toEqual([life]);
+  go();
+  await expect(dumped).rejects.toEqual(refusal(/^The machine has ended/, 'failed'));
+  await ended;
+  await vmm.ended;
+  expect(lives.open).toEqual([]);
+});
+
+test('a device that the guest shall let go is told as one', async () => {
+  await vmm.create(config());
+  await vmm.boot();
+  expect(vmm.info().device_tree).not.toHaveProperty('_disk0.leaving');
+  await vmm.removeDevice('_disk0');
+  expect(vmm.info().device_tree).toMatchObject({ _disk0: { leaving: true } });
+  await vmm.delete();
 });
 
 test('names and addresses are given once, across kinds, and kept', async () => {
@@ -119,6 +199,7 @@ test('what a state does not allow', async () => {
     await expect(vmm.reboot()).rejects.toEqual(refusal(now, 'unknown'));
     await expect(vmm.resizeDisk('_disk0', 512, false)).rejects.toEqual(refusal(now, 'failed'));
     expect(() => vmm.powerButton()).toThrow(now);
+    expect(() => vmm.nmi()).toThrow(now);
     expect(() => vmm.counters()).toThrow(now);
     await expect(vmm.create(config())).rejects.toEqual(refusal(new RegExp(`it is ${state}`), 'failed'));
     await vmm.boot();

@@ -5,10 +5,11 @@ import { MachineError } from '../../../src/vmm/machine/machine-error.js';
 import { X86Board } from '../../../src/vmm/boards/x86-board.js';
 
 /** A hypervisor whose processor has so many physical address bits; what it has closed. */
-function hypervisorOf(physicalBits: number) {
+function hypervisorOf(physicalBits: number, signalMsi: (...message: number[]) => void = () => undefined) {
   const closed: string[] = [];
   const leaf = { function: 0x8000_0008, index: 0, significantIndex: false, eax: physicalBits, ebx: 0, ecx: 0, edx: 0 };
   const vm = {
+    signals: { signalMsi },
     supportedCpuid: () => [leaf],
     createInterrupt: () => ({ eventfd: -1 }),
     close: () => void closed.push('vm'),
@@ -22,6 +23,26 @@ const configOf = (size: number, maxPhysBits = 46, hotplug = 0) =>
     memory: { size, ...(hotplug > 0 && { hotplug_method: 'VirtioMem', hotplug_size: hotplug }) },
     cpus: { boot_vcpus: 1, max_vcpus: 1, max_phys_bits: maxPhysBits },
   });
+
+test('an NMI is a message to the local APIC', () => {
+  const sent: number[][] = [];
+  const { hypervisor } = hypervisorOf(46, (...message) => void sent.push(message));
+  const config = vmConfigSchema.parse({
+    payload: { kernel: 'k' },
+    // Three cores of a die: APIC ids have a bit for each that is not there.
+    cpus: {
+      boot_vcpus: 6,
+      max_vcpus: 6,
+      topology: { threads_per_core: 1, cores_per_die: 3, dies_per_package: 1, packages: 2 },
+    },
+  });
+  const board = new X86Board(hypervisor, config);
+  for (const vcpu of [0, 3]) board.sendNmi(vcpu);
+  expect(sent).toEqual([
+    [0xfee0_0000, 0, 0x400, 0],
+    [0xfee0_4000, 0, 0x400, 0],
+  ]);
+});
 
 describe('the board of an x86_64 machine', () => {
   test('has RAM below and above the 32-bit hole, and PCI windows that no RAM is in', () => {

@@ -84,6 +84,9 @@ export const ONE_REG_SIZE = 16;
 export const REG_X0 = 0x6030_0000_0010_0000n;
 /** The virtual timer's counter, CNTVCT_EL0: all vCPUs have one offset. */
 export const REG_TIMER_CNT = 0x6030_0000_0013_df1an;
+/** SP_EL0; SP_EL1 comes after PSTATE. */
+export const REG_SP = 0x6030_0000_0010_003en;
+export const REG_SP_EL1 = 0x6030_0000_0010_0044n;
 export const REG_PC = 0x6030_0000_0010_0040n;
 export const REG_PSTATE = 0x6030_0000_0010_0042n;
 export const REG_MPIDR_EL1 = 0x6030_0000_0013_c005n;

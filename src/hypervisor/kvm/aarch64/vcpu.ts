@@ -6,13 +6,15 @@
  * emulated without decoding; the guest gets the external abort that hardware would give for an address where nothing is.
  */
 import type { HostKernel } from '../../../sys/host-kernel.js';
-import { type Arm64Vcpu, ExitKind } from '../../hypervisor.js';
+import { type Arm64Registers, type Arm64Vcpu, ExitKind } from '../../hypervisor.js';
 import { KvmRunner } from '../run.js';
 import * as abi from './abi.js';
 import { register, setRegister } from './attributes.js';
 
 /** EL1h with debug exceptions, SErrors, IRQs and FIQs masked: Arm ARM, C5.2.18 and D1.7. */
 const PSTATE_EL1H_MASKED = 0x3c5n;
+/** The exception level uses a stack pointer of its own, not SP_EL0. */
+const PSTATE_OWN_STACK = 1n;
 /** MPIDR_EL1's Aff3 and Aff2 to Aff0; the other bits say what the register is. */
 const MPIDR_AFFINITY = 0xff_00ff_ffffn;
 
@@ -34,6 +36,17 @@ export class KvmArm64Vcpu extends KvmRunner implements Arm64Vcpu {
     setRegister(this.kernel, this.handle.fd, abi.REG_PSTATE, PSTATE_EL1H_MASKED);
     setRegister(this.kernel, this.handle.fd, abi.REG_PC, pc);
     setRegister(this.kernel, this.handle.fd, abi.REG_X0, x0); // KVM_ARM_VCPU_INIT left the others 0
+  }
+
+  registers(): Arm64Registers {
+    const read = (id: bigint) => register(this.kernel, this.handle.fd, id);
+    const pstate = read(abi.REG_PSTATE);
+    return {
+      x: Array.from({ length: 31 }, (_, index) => read(abi.REG_X0 + 2n * BigInt(index))),
+      sp: read((pstate & PSTATE_OWN_STACK) === 0n ? abi.REG_SP : abi.REG_SP_EL1),
+      pc: read(abi.REG_PC),
+      pstate,
+    };
   }
 
   mpidr(): number {
