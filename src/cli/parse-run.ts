@@ -74,10 +74,13 @@ interface FoundDevice {
 function readDevices(found: Arguments, { name, several, subOptions }: DeviceOption): FoundDevice[] {
   const value = found[name];
   const texts = several ? ((value ?? []) as string[]) : [valueOf(found, name)].filter((text) => text !== undefined);
-  return texts.map((text) => {
-    const list = parseSubOptions(`--${name}`, text, subOptions);
-    return { text, list: { fields: nestLimits(list.fields), typed: list.typed } };
-  });
+  return texts.map((text) => ({ text, list: readDevice(`--${name}`, text, subOptions) }));
+}
+
+/** @param option for messages @throws OptionError */
+export function readDevice(option: string, text: string, subOptions: readonly SubOption[]): ParsedList {
+  const { fields, typed } = parseSubOptions(option, text, subOptions);
+  return { fields: nestLimits(fields), typed };
 }
 
 /** `bw_size=` and its kin as `rate_limiter_config`. As in the API, a bucket counts once it has a size and a time. */

@@ -1,5 +1,5 @@
 /**
- * The command line: `vmm OPTIONS` and `vmm doctor`. yargs finds the options and writes the help, the option syntax reads
+ * The command line: `vmm OPTIONS`, `vmm doctor` and `vmm remote`, which reads its own. yargs finds the options and writes the help, the option syntax reads
  * their values (parse-run.ts), the schema of the configuration checks them.
  */
 import yargs from 'yargs';
@@ -15,6 +15,7 @@ import type { Arguments, RunCommand } from './parse-run.js';
 export type Command =
   | RunCommand
   | { readonly kind: 'doctor'; readonly json: boolean }
+  | { readonly kind: 'remote'; readonly argv: readonly string[] }
   | { readonly kind: 'help'; readonly text: string }
   | { readonly kind: 'version'; readonly text: string };
 
@@ -74,6 +75,7 @@ function refuseUnknown(found: Arguments): void {
  * @throws OptionError for anything wrong, in one line
  */
 export function parseCommandLine(argv: readonly string[], host: HostFacts): Command {
+  if (argv[0] === 'remote') return { kind: 'remote', argv: argv.slice(1) };
   refuseValuesOfSwitches(argv);
   refuseDashedValues(argv);
   let command: Command | undefined;
@@ -133,7 +135,9 @@ export function parseCommandLine(argv: readonly string[], host: HostFacts): Comm
         command =
           found['help'] === true ? help(parser, DOCTOR_FLAGS) : { kind: 'doctor', json: found['json'] === true };
       },
-    });
+    })
+    // For the help.
+    .command('remote', 'Ask and tell a vmm that runs, over its API');
   parser.parseSync(argv);
   if (command === undefined) throw new OptionError(argv.join(' '), 'what `vmm --help` lists');
   return command;

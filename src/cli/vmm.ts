@@ -78,6 +78,11 @@ async function execute(kernel: HostKernel, scripts: WorkerScripts, onMachine: ()
       process.exitCode = status;
       break;
     }
+    case 'remote': {
+      const { remote } = await import('./remote/remote.js');
+      await write(kernel, 1, await remote(command.argv, kernel));
+      break;
+    }
     case 'run':
       onMachine();
       await runVmmProcess(kernel, scripts, command);

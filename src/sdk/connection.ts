@@ -71,6 +71,11 @@ export async function request(
     signal?.throwIfAborted();
     throw error;
   });
+  return bodyOf(status, text);
+}
+
+/** @throws ApiError for a refusal */
+export function bodyOf(status: number, text: string): unknown {
   if (status === OK) return parse(text);
   if (status === NO_CONTENT) return undefined;
   const causes = parse(text);

@@ -217,6 +217,8 @@ export interface HostKernel {
   listensUnix(fd: number): boolean;
   /** What has come over a Unix socket, as far as one recvmsg takes it; never waits and never throws. */
   receiveUnix(fd: number): Received;
+  /** Bytes with descriptors of this process. @returns how many of the bytes went @throws SystemError when none did */
+  sendUnix(fd: number, bytes: Uint8Array, descriptors: readonly number[]): number;
   /** shutdown. @param how 0 reading, 1 writing, 2 both. A peer that is gone is no error. */
   shutdownSocket(fd: number, how: 0 | 1 | 2): void;
 

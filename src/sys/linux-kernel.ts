@@ -1,6 +1,6 @@
 /**
- * The real host kernel, through koffi (koffi.ts) and libc: with receive.ts the only file of the product that passes pointers to native
- * code.
+ * The real host kernel, through koffi (koffi.ts) and libc: with receive.ts and send.ts the only file of the product that passes pointers
+ * to native code.
  *
  * What makes the calls safe in general: every pointer argument is either a Uint8Array, whose memory koffi pins for the
  * length of the synchronous call and whose length the caller sized to the structure, or an address that `map` obtained and
@@ -25,6 +25,7 @@ import {
 } from './host-kernel.js';
 import { koffi } from './koffi.js';
 import { MessageReceiver, RECEIVER_BYTES } from './receive.js';
+import { sendMessage } from './send.js';
 
 const libc = koffi.load('libc.so.6');
 
@@ -520,6 +521,12 @@ export class LinuxKernel implements HostKernel {
   receiveUnix(fd: number): Received {
     this.#receiver ??= new MessageReceiver(this.map({ length: RECEIVER_BYTES, shared: false }));
     return this.#receiver.receive(fd, (unasked) => this.close(unasked));
+  }
+
+  sendUnix(fd: number, bytes: Uint8Array, descriptors: readonly number[]): number {
+    const sent = sendMessage(fd, bytes, descriptors);
+    if (sent < 0) fail('sendmsg', -sent);
+    return sent;
   }
 
   shutdownSocket(fd: number, how: 0 | 1 | 2): void {

@@ -2,6 +2,7 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
+import packageJson from '../../package.json' with { type: 'json' };
 import { kernel, type Kernel } from '../lab/kernels.js';
 import { addOpenTap } from '../support/add-open-tap.js';
 import { askApi, DONE, untilListens } from '../support/api-client.js';
@@ -34,6 +35,13 @@ afterAll(async () => {
 });
 
 const api = (method: 'GET' | 'PUT', name: string, body?: unknown, at = host) => askApi(at, socket, method, name, body);
+
+/** What `vmm remote` prints. @throws Error when it fails */
+async function remote(at: TestHost, ...words: readonly string[]): Promise<string> {
+  const { status, stdout, stderr } = await at.run([...VMM, 'remote', '--api-socket', socket, ...words]);
+  if (status !== 0) throw new Error(`Status ${status}: ${stderr}`);
+  return stdout;
+}
 
 test('disks, the balloon and memory change their size under a running guest, and keep it over a reboot', async () => {
   await host.check(`truncate -s 8M ${scratch}/raw; qemu-img create -q -f qcow2 ${scratch}/qcow2 8M`);
@@ -125,6 +133,19 @@ test('disks, the balloon and memory change their size under a running guest, and
   const { write_latency_min: least, write_latency_avg: average, write_latency_max: most } = data;
   expect(least).toBeGreaterThan(0);
   expect([least, average, most].toSorted((one, other) => one - other)).toEqual([least, average, most]);
+
+  // The same by vmm remote, which waits for the guest.
+  await host.check(`truncate -s 1M ${scratch}/late`);
+  const place = await remote(host, 'add-disk', `path=${scratch}/late,id=late,readonly=on`);
+  expect(place).toMatch(/^late at 0000:00:[0-9a-f]{2}\.0\n$/);
+  await shell.run('until [ -b /dev/vdc ]; do sleep 0.1; done');
+  expect(await remote(host, 'info')).toMatch(new RegExp(`^late +${place.slice(8, -1)} +${scratch}/late$`, 'm'));
+  expect(await remote(host, 'remove-device', 'late', '--wait')).toBe('');
+  await shell.run('[ ! -e /dev/vdc ]');
+  await host.check(`rm ${scratch}/late`);
+  expect(await remote(host, 'resize', '--memory', '896M', '--wait')).toBe('');
+  expect(await remote(host, 'info')).toMatch(/^memory +832M$/m);
+  expect(await api('PUT', 'vm.resize', { desired_ram: 768 * MIB })).toEqual(DONE);
 
   // Its driver lets go of a disk, and takes it again.
   await shell.run(
@@ -289,6 +310,46 @@ test('a socket of a supervisor, which stays', async () => {
   expect(await askApi(simple, at, 'PUT', 'vmm.shutdown')).toEqual(DONE);
   expect(await child.exit).toMatchObject({ status: 0 });
   expect(await simple.check(`[ -S ${at} ]; rm ${at}; ls ${scratch}`)).not.toContain('supervised');
+});
+
+test('a life by vmm remote', async () => {
+  fs.writeFileSync(path.join(folder, 'echo'), ECHO);
+  const config = { payload: { kernel: path.join(folder, 'echo') }, serial: { mode: 'Tty' } };
+  fs.writeFileSync(path.join(folder, 'config'), JSON.stringify(config));
+  const child = simple.spawn([...VMM, '--api-socket', socket, '--no-shutdown']);
+  let said = '';
+  child.stdout.on('data', (bytes: Buffer) => (said += bytes.toString()));
+  const tell = (...words: readonly string[]) => remote(simple, ...words);
+  const failed = (...words: readonly string[]) => tell(...words).catch((error: unknown) => (error as Error).message);
+  await untilListens(simple, socket);
+  expect(await tell('ping')).toBe(`vmm ${packageJson.version}, process ${await child.pid}\n`);
+  expect(await failed('boot')).toBe('Status 1: vmm: There is no machine; vm.create makes one\n');
+  await tell('create', path.join(folder, 'config'));
+  await tell('boot');
+  child.stdin.write('first');
+  while (!said.includes('first')) await new Promise((resolve) => setTimeout(resolve, 20));
+  await tell('pause');
+  expect(await tell('info')).toMatch(/^state +Paused$/m);
+  await tell('resume');
+  await tell('reboot');
+  expect(await tell('counters')).toMatch(/^__rng +served +0$/m);
+  // A guest that hears of nothing: whoever waits for it gives up, by itself or by Ctrl-C.
+  await simple.check(`truncate -s 1M ${scratch}/disk`);
+  expect(await tell('add-disk', `path=${scratch}/disk`, '--json')).toMatch(/^\{\n {2}"id": "_disk0",\n/);
+  expect(await failed('remove-device', '_disk0', '--wait', '--timeout', '0.2')).toMatch(
+    /^Status 1: vmm: remove-device: not done within 0.2 s/,
+  );
+  const waiting = simple.spawn([...VMM, 'remote', '--api-socket', socket, 'remove-device', '_disk0', '--wait']);
+  await simple.check(`sleep 0.5; kill -INT ${await waiting.pid}`);
+  expect(await waiting.exit).toMatchObject({ signal: 'SIGINT' });
+  await tell('power-button');
+  child.stdin.write('q');
+  while (!/^state +Shutdown$/m.test(await tell('info')));
+  await tell('delete');
+  await tell('shutdown-vmm');
+  expect(await child.exit).toMatchObject({ status: 0 });
+  expect(await failed('ping')).toBe(`Status 1: vmm: No vmm answers at ${socket}: connect ENOENT ${socket}\n`);
+  await simple.check(`rm ${scratch}/disk`);
 });
 
 test.each(['SIGTERM', 'SIGINT', 'SIGHUP'] as const)('%s ends a process without a machine', async (signal) => {

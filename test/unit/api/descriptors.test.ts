@@ -12,7 +12,6 @@ import type { HostKernel } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { RequestError } from '../../../src/vmm/machine/machine-error.js';
 import { fakeVmm } from '../../support/fake-vmm.js';
-import { sendDescriptors } from '../../support/send-descriptors.js';
 
 const kernel = new LinuxKernel();
 let folder: string;
@@ -91,7 +90,8 @@ class Client {
   }
 
   send(bytes: string, descriptors: readonly number[] = []): this {
-    sendDescriptors(this.fd, bytes, descriptors);
+    const data = Buffer.from(bytes);
+    expect(kernel.sendUnix(this.fd, data, descriptors)).toBe(data.length);
     return this;
   }
 

@@ -1,0 +1,168 @@
+/** The calls of `vmm remote`, by the names and with the arguments that Cloud Hypervisor's ch-remote has. */
+import fs from 'node:fs';
+import { text } from 'node:stream/consumers';
+import { KINDS, OptionError, type ValueKind } from '../../config/option-syntax.js';
+import type { Client } from '../../sdk/client.js';
+import type { CallOptions } from '../../sdk/connection.js';
+import type { DiskConfig, PciDeviceInfo, PmemConfig, VmConfig, VsockConfig } from '../../sdk/types.js';
+import { DEVICE_OPTIONS } from '../options.js';
+import { readDevice } from '../parse-run.js';
+import { countersText, infoText, placeText } from './tables.js';
+
+/** What the command line gave one call. */
+export interface Given {
+  /** Of the options that it takes, by name. */
+  readonly options: Readonly<Record<string, string | undefined>>;
+  readonly argument: string | undefined;
+  /** Whether to wait until the guest has done it. */
+  readonly wait: boolean;
+  readonly signal: AbortSignal | undefined;
+}
+
+/** What comes of a call: for programs, and for people. */
+export interface Outcome {
+  readonly value: unknown;
+  readonly text: string;
+}
+
+export interface Call {
+  readonly name: string;
+  /** Behind its name. */
+  readonly usage?: string;
+  readonly summary: string;
+  /** Options with a value that it takes, and what each is. */
+  readonly options?: Readonly<Record<string, string>>;
+  /** Whether it has to have an argument, or may. */
+  readonly argument?: 'required' | 'optional';
+  /** Whether it takes its time, so that one can wait for it. */
+  readonly waits?: boolean;
+  /** Options without a value that it takes, and what each is. */
+  readonly switches?: Readonly<Record<string, string>>;
+  /** Of whose option the argument has the syntax. */
+  readonly device?: 'disk' | 'net' | 'pmem' | 'vsock';
+  /** @returns undefined: there is nothing to say */
+  run(client: Client, given: Given): Promise<Outcome | undefined>;
+}
+
+const nothing = async (done: Promise<void>): Promise<undefined> => {
+  await done;
+};
+
+/** A call without arguments whose answer is that it is done. */
+const plain = (name: string, summary: string, call: (client: Client, options: CallOptions) => Promise<void>): Call => ({
+  ...{ name, summary },
+  run: (client, { signal }) => nothing(call(client, { signal })),
+});
+
+function valueOf({ options }: Given, name: string, kind: ValueKind): number | undefined {
+  const text = options[name];
+  if (text === undefined) return undefined;
+  const value = kind.parse(text);
+  if (typeof value !== 'number') throw new OptionError(`--${name} ${text}`, kind.accepted);
+  return value;
+}
+
+/** @throws OptionError when it is not given */
+function needed<T>(call: string, name: string, value: T | undefined): T {
+  if (value === undefined) throw new OptionError(call, `it with ${name}`);
+  return value;
+}
+
+type Adder = (client: Client, device: object, options: CallOptions) => Promise<PciDeviceInfo | undefined>;
+
+/** What the option of the same name says of a machine that is to be made, said of one that is there. */
+function adds(kind: NonNullable<Call['device']>, what: string, add: Adder): Call {
+  const option = DEVICE_OPTIONS.find(({ name }) => name === kind)!;
+  return {
+    ...{ name: `add-${kind}`, usage: 'KEY=VALUE,..', summary: `Give the machine one more ${what}`, device: kind },
+    argument: 'required',
+    run: async (client, { argument, signal }) => {
+      const { fields } = readDevice(`add-${kind}`, argument!, option.subOptions);
+      const place = await add(client, fields, { signal });
+      return { value: place, text: placeText(place) };
+    },
+  };
+}
+
+/** @throws OptionError when it cannot be read, or is no JSON */
+async function readConfig(file: string): Promise<VmConfig> {
+  try {
+    // A pipe of another program may not block, which readFileSync would fail for.
+    return JSON.parse(file === '-' ? await text(process.stdin) : fs.readFileSync(file, 'utf8')) as VmConfig;
+  } catch (error) {
+    const reason = error instanceof Error ? `: ${error.message}` : '';
+    throw new OptionError(`create ${file}`, `a file with a VmConfig in JSON, or - for standard input${reason}`);
+  }
+}
+
+export const CALLS: readonly Call[] = [
+  {
+    ...{ name: 'ping', summary: 'Say which version runs, in which process' },
+    run: async (client, { signal }) => {
+      const value = await client.ping({ signal });
+      return { value, text: `vmm ${value.version}, process ${value.pid}\n` };
+    },
+  },
+  {
+    ...{ name: 'info', summary: 'Show the state of the machine and its devices' },
+    run: async (client, { signal }) => {
+      const value = await client.info({ signal });
+      return { value, text: infoText(value) };
+    },
+  },
+  {
+    ...{ name: 'counters', summary: 'Show what each device has done' },
+    run: async (client, { signal }) => {
+      const value = await client.counters({ signal });
+      return { value, text: countersText(value) };
+    },
+  },
+  {
+    ...{ name: 'create', usage: '[FILE|-]', summary: 'Make a machine of a VmConfig in JSON; boots nothing yet' },
+    argument: 'optional',
+    run: async (client, { argument = '-', signal }) => nothing(client.create(await readConfig(argument), { signal })),
+  },
+  plain('boot', 'Build the machine, and let it run', (client, options) => client.boot(options)),
+  plain('shutdown', 'End the machine as if its plug were pulled', (client, options) => client.shutdown(options)),
+  plain('delete', 'Forget the machine; one that runs is shut down', (client, options) => client.delete(options)),
+  plain('reboot', 'Reset the machine', (client, options) => client.reboot(options)),
+  plain('pause', 'Stop the machine where it is', (client, options) => client.pause(options)),
+  plain('resume', 'Let a paused machine go on', (client, options) => client.resume(options)),
+  {
+    ...{ name: 'power-button', summary: 'Press the ACPI power button', waits: true },
+    run: (client, given) => nothing(client.powerButton(given)),
+  },
+  adds('disk', 'disk', (client, device, options) => client.addDisk(device as DiskConfig, options)),
+  adds('net', 'network interface', (client, device, options) => client.addNet(device, options)),
+  adds('pmem', 'persistent memory', (client, device, options) => client.addPmem(device as PmemConfig, options)),
+  adds('vsock', 'vsock device', (client, device, options) => client.addVsock(device as VsockConfig, options)),
+  {
+    ...{ name: 'remove-device', usage: 'ID', summary: 'Ask the guest to let a device go' },
+    ...{ argument: 'required', waits: true },
+    run: (client, given) => nothing(client.removeDevice(given.argument!, given)),
+  },
+  {
+    ...{ name: 'resize', summary: 'Say what the guest is to have', waits: true },
+    options: { cpus: 'N: vCPUs', memory: 'SIZE: in all', balloon: 'SIZE: memory that it is to give back' },
+    run: (client, given) => {
+      const wanted = {
+        desired_vcpus: valueOf(given, 'cpus', KINDS.number),
+        desired_ram: valueOf(given, 'memory', KINDS.size),
+        desired_balloon: valueOf(given, 'balloon', KINDS.size),
+      };
+      return nothing(client.resize(wanted, given));
+    },
+  },
+  {
+    ...{ name: 'resize-disk', summary: 'Give a disk another size, and tell the guest' },
+    switches: { shrink: 'What is behind a smaller size may be lost' },
+    options: { disk: 'ID: which', size: 'SIZE: a multiple of 512; smaller only with --shrink' },
+    run: (client, given) => {
+      const { disk, shrink } = given.options;
+      const size = needed('resize-disk', '--size SIZE', valueOf(given, 'size', KINDS.size));
+      const options = { shrink: shrink !== undefined, signal: given.signal };
+      return nothing(client.resizeDisk(needed('resize-disk', '--disk ID', disk), size, options));
+    },
+  },
+  plain('shutdown-vmm', 'Delete the machine, and end the process', (client, options) => client.shutdownVmm(options)),
+];

@@ -1,0 +1,58 @@
+/** The client of `vmm remote`: its taps may be open descriptors that it has inherited, which go with the request (SCM_RIGHTS). */
+import fs from 'node:fs';
+import net from 'node:net';
+import { OptionError } from '../../config/option-syntax.js';
+import { Client } from '../../sdk/client.js';
+import { bodyOf, type CallOptions, ConnectionError } from '../../sdk/connection.js';
+import type { NetConfig, PciDeviceInfo } from '../../sdk/types.js';
+import type { HostKernel } from '../../sys/host-kernel.js';
+
+export class RemoteClient extends Client {
+  constructor(
+    socketPath: string,
+    private readonly kernel: HostKernel,
+  ) {
+    super(socketPath);
+  }
+
+  override async addNet(device: NetConfig, options: CallOptions = {}): Promise<PciDeviceInfo | undefined> {
+    const { fds = [] } = device;
+    if (fds.length === 0) return super.addNet(device, options);
+    for (const fd of fds) {
+      if (!isOpen(fd)) throw new OptionError(`add-net fd=[${fds.join(',')}]`, `open descriptors, not ${fd}`);
+    }
+    const { status, text } = await this.#exchange('vm.add-net', JSON.stringify(device), fds, options);
+    return bodyOf(status, text) as PciDeviceInfo | undefined;
+  }
+
+  /** Streams of Node.js send no descriptors: the request goes by itself, and is small enough for a socket to take at once. */
+  async #exchange(name: string, body: string, fds: readonly number[], { signal }: CallOptions) {
+    const head = `PUT /api/v1/${name} HTTP/1.1\r\nHost: vmm\r\nConnection: close\r\nContent-Length: ${Buffer.byteLength(body)}`;
+    const request = Buffer.from(`${head}\r\n\r\n${body}`);
+    let connection: net.Socket | undefined;
+    let answer = '';
+    try {
+      const fd = this.kernel.connectUnix(this.socketPath);
+      connection = new net.Socket({ fd, ...(signal && { signal }) });
+      connection.write(request.subarray(this.kernel.sendUnix(fd, request, fds)));
+      for await (const part of connection.setEncoding('utf8')) answer += String(part);
+    } catch (error) {
+      connection?.destroy();
+      signal?.throwIfAborted();
+      const reason = error instanceof Error ? error.message : String(error);
+      throw new ConnectionError(`No vmm answers at ${this.socketPath}: ${reason}`, { cause: error });
+    }
+    const found = /^HTTP\/1\.1 (\d{3})[^]*?\r\n\r\n([^]*)$/.exec(answer);
+    if (found === null) throw new ConnectionError(`No vmm answers at ${this.socketPath}: it hung up`);
+    return { status: Number(found[1]), text: found[2] };
+  }
+}
+
+function isOpen(fd: number): boolean {
+  try {
+    fs.fstatSync(fd);
+    return true;
+  } catch {
+    return false;
+  }
+}
