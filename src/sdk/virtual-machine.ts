@@ -4,6 +4,7 @@
  */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
+import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
@@ -63,6 +64,8 @@ export class VirtualMachine extends Client implements AsyncDisposable {
   private constructor(socketPath: string, child: ChildProcess, log: (line: string) => void) {
     super(socketPath);
     this.#child = child;
+    // A signal that could not be sent.
+    child.on('error', () => undefined);
     const [stdin, stdout, stderr, events, lifeline] = child.stdio as [Writable, Readable, Readable, Readable, Readable];
     this.console = new Console(stdout, stdin);
     this.#events = new EventSource(events);
@@ -85,10 +88,6 @@ export class VirtualMachine extends Client implements AsyncDisposable {
 
   async #whenEnded(): Promise<ProcessEnd> {
     const end = await new Promise<ProcessEnd>((resolve) => {
-      this.#child.once('error', (error) => {
-        this.#lastWords = error.message;
-        resolve({ status: null, signal: null });
-      });
       this.#child.once('close', (status: number | null, signal: NodeJS.Signals | null) => resolve({ status, signal }));
     });
     // It removes them itself unless it was killed.
@@ -114,6 +113,10 @@ export class VirtualMachine extends Client implements AsyncDisposable {
     ];
     // A terminal's Ctrl-C is for the program, which ends its machines as it likes.
     const child = spawn(program, words, { stdio: ['pipe', 'pipe', 'pipe', 'pipe', 'pipe'], detached: true });
+    if (child.pid === undefined) {
+      const [error] = (await once(child, 'error')) as [Error];
+      throw new ProcessError(error.message, { cause: error });
+    }
     const machine = new VirtualMachine(socketPath, child, log);
     const abort = () => void machine.close();
     signal?.addEventListener('abort', abort, { once: true });
@@ -148,8 +151,8 @@ export class VirtualMachine extends Client implements AsyncDisposable {
   }
 
   /** The process's id. */
-  get pid(): number | undefined {
-    return this.#child.pid;
+  get pid(): number {
+    return this.#child.pid!;
   }
 
   /** What happens to the machine from now on, to the end of its process. */
