@@ -1,9 +1,11 @@
 /** Devices that come and go a hundred times, and guests and clients that do not do what is expected of them. */
+import { once } from 'node:events';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
 import { addOpenTap } from '../support/add-open-tap.js';
 import { ApiClient, DONE } from '../support/api-client.js';
 import { Conversation, LISTEN } from '../support/conversation.js';
+import { holdings } from '../support/descriptors.js';
 import { Guest, testFolder } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
 import { guestTools } from '../support/rootfs.js';
@@ -30,58 +32,97 @@ afterAll(async () => {
 
 const modules = () => ({ kernel: cloud, names: ['virtio_pci', 'virtio_blk', 'virtio_net'] });
 
-test('ten disks and ten networks at once, ten times, while fio verifies what it writes to a disk that stays', async () => {
-  const COUNT = 10;
-  await host.check(`truncate -s 64M ${scratch}/stays`);
-  const guest = await Guest.start(host, folder, {
-    kernel: cloud,
-    task: { command: LISTEN, modules: modules(), archives: [await guestTools('fio')] },
-    vmm: ['--disk', `path=${scratch}/stays`, '--api-socket', socket],
-  });
-  const shell = new Conversation(guest);
-  await shell.listens();
-  const api = new ApiClient(host, socket);
-  const pid = await guest.process.pid;
-  const held = () =>
-    host.check(`ls -l /proc/${pid}/fd | sed 's/.*-> //; s/[0-9]*//g' | sort; ls /proc/${pid}/task | wc -l`);
-  const fio = [
-    'fio --name=v --filename=/dev/vda --rw=randrw --bsrange=4k-64k --ioengine=libaio --iodepth=8 --direct=1',
-    // It is there all the time, and leaves the guest's one vCPU to what comes and goes.
-    '--verify=crc32c --verify_fatal=1 --size=64M --loops=1000000 --rate_iops=100',
-  ].join(' ');
-  await shell.run(`{ ${fio} >/tmp/fio 2>&1; echo "ended $?" >>/tmp/fio; } & echo $! >/tmp/pid`);
-  const numbers = Array.from({ length: COUNT }, (_, number) => number);
-  const round = async () => {
-    const added = await Promise.all(
-      numbers.flatMap((number) => [
-        api.put('vm.add-disk', { path: `${scratch}/disk${number}`, id: `d${number}` }),
-        api.put('vm.add-net', { tap: `hp${number}`, id: `n${number}` }),
-      ]),
-    );
-    expect(added.map(({ status }) => status)).toEqual(added.map(() => 200));
-    const disks = 'ls -d /sys/block/vd? | wc -l';
-    const nets = 'ls -d /sys/class/net/eth* | wc -l';
-    await shell.run(`until [ $(${disks}) = ${COUNT + 1} ] && [ $(${nets}) = ${COUNT} ]; do sleep 0.1; done`);
-    const from = guest.log.length;
-    const asked = await Promise.all(
-      numbers.flatMap((number) => [`d${number}`, `n${number}`]).map((id) => api.put('vm.remove-device', { id })),
-    );
-    expect(asked).toEqual(asked.map(() => DONE));
-    await shell.run(`until [ $(${disks}) = 1 ] && [ ! -e /sys/class/net/eth0 ]; do sleep 0.1; done`);
-    for (const number of numbers) {
-      await guest.waitForLog(new RegExp(`d${number}: removed`), from);
-      await guest.waitForLog(new RegExp(`n${number}: removed`), from);
-    }
-  };
-  await round();
-  const before = await held();
-  for (let rounds = 1; rounds < 10; rounds++) await round();
-  expect(await held()).toBe(before);
-  expect(await shell.run('cat /tmp/fio')).not.toMatch(/ended|verify:/);
-  expect(await api.put('vmm.shutdown')).toEqual(DONE);
-  await api.close();
-  expect(await guest.end()).toMatchObject({ status: 0 });
-});
+/** How often all of it comes and goes, with each hotplug method of memory: a hundred disks and a hundred networks in all. */
+const ROUNDS = 5;
+
+test.each(['virtio-mem', 'acpi'])(
+  'vCPUs, memory (%s), ten disks and ten networks at once, five times, under fio and iperf3',
+  async (method) => {
+    const COUNT = 10;
+    const [least, most] = [512, 1536];
+    await host.check(`truncate -s 64M ${scratch}/stays`);
+    const guest = await Guest.start(host, folder, {
+      kernel: cloud,
+      // What is plugged can be let go, and need not be cleared.
+      cmdline: 'memhp_default_state=online_movable init_on_alloc=0',
+      task: {
+        command: LISTEN,
+        modules: { ...modules(), names: [...modules().names, 'virtio_mem'] },
+        archives: [await guestTools('fio'), await guestTools('iperf3')],
+      },
+      vmm: [
+        ...['--disk', `path=${scratch}/stays`, '--net', 'tap=hpstays,ip=10.79.0.1,mask=255.255.255.0'],
+        ...['--cpus', 'boot=1,max=4', '--memory', `size=${least}M,hotplug_method=${method},hotplug_size=1G`],
+        ...['--api-socket', socket],
+      ],
+    });
+    const shell = new Conversation(guest);
+    await shell.listens();
+    const api = new ApiClient(host, socket);
+    const pid = await guest.process.pid;
+    const held = () => holdings(host, pid);
+    // They are there all the time, and leave the guest's vCPU to what comes and goes.
+    const load = {
+      fio: [
+        'fio --name=v --filename=/dev/vda --rw=randrw --bsrange=4k-64k --ioengine=libaio --iodepth=8 --direct=1',
+        '--verify=crc32c --verify_fatal=1 --size=64M --loops=1000000 --rate_iops=50',
+      ].join(' '),
+      iperf3: 'iperf3 -c 10.79.0.1 -t 86400 -i 0 -b 1M -l 1400',
+    };
+    const server = host.spawn(['iperf3', '-s', '-1', '--forceflush']);
+    await once(server.stdout, 'data');
+    await shell.run('ip addr add 10.79.0.2/24 dev eth0; ip link set eth0 up');
+    for (const [name, command] of Object.entries(load))
+      await shell.run(`{ ${command} >/tmp/${name} 2>&1; echo "ended $?" >>/tmp/${name}; } &`);
+    const base = Number(await shell.run(`awk '/MemTotal/ { print $2 }' /proc/meminfo`));
+    const numbers = Array.from({ length: COUNT }, (_, number) => number);
+    const names = numbers.flatMap((number) => [`d${number}`, `n${number}`]);
+
+    /** Until lscpu, free, lsblk and ip would say so. */
+    const agrees = (vcpus: number, mib: number, devices: number) => {
+      const cpus = '/sys/devices/system/cpu';
+      return shell.run(
+        [
+          `until [ $(ls -d ${cpus}/cpu[0-9]* | wc -l) = ${vcpus} ]; do usleep 100000; done`,
+          `for cpu in ${cpus}/cpu[1-9]*; do [ ! -e $cpu/online ] || echo 1 >$cpu/online; done; [ $(nproc) = ${vcpus} ]`,
+          // A block is plugged before Linux has it, and needs some of itself for what Linux notes about it.
+          `until awk '/MemTotal/ { d = $2 - ${base + (mib - least) * 1024}; exit !(d * d < 2048 * 2048) }' /proc/meminfo; do usleep 100000; done`,
+          `until [ $(ls -d /sys/block/vd? | wc -l) = ${devices + 1} ]; do usleep 100000; done`,
+          `until [ $(ip -o link | grep -c eth) = ${devices + 1} ]; do usleep 100000; done`,
+        ].join('; '),
+      );
+    };
+    const resize = async (desired_vcpus: number, mib: number) =>
+      expect(await api.put('vm.resize', { desired_vcpus, desired_ram: mib * MIB })).toEqual(DONE);
+    const round = async () => {
+      await resize(4, most);
+      const added = await Promise.all(
+        numbers.flatMap((number) => [
+          api.put('vm.add-disk', { path: `${scratch}/disk${number}`, id: `d${number}` }),
+          api.put('vm.add-net', { tap: `hp${number}`, id: `n${number}` }),
+        ]),
+      );
+      expect(added.map(({ status }) => status)).toEqual(added.map(() => 200));
+      await agrees(4, most, COUNT);
+      const from = guest.log.length;
+      const asked = await Promise.all(names.map((id) => api.put('vm.remove-device', { id })));
+      expect(asked).toEqual(asked.map(() => DONE));
+      await resize(1, least);
+      await agrees(1, least, 0);
+      for (const name of [...names, 'vCPU 1', 'vCPU 2', 'vCPU 3'])
+        await guest.waitForLog(new RegExp(`${name}: removed`), from);
+    };
+    await round();
+    const before = await held();
+    for (let done = 1; done < ROUNDS; done++) await round();
+    expect(await held()).toBe(before);
+    expect(await shell.run('cat /tmp/fio /tmp/iperf3')).not.toMatch(/ended|verify:|error/);
+    expect(await api.put('vmm.shutdown')).toEqual(DONE);
+    await api.close();
+    server.kill('SIGTERM');
+    expect(await guest.end()).toMatchObject({ status: 0 });
+  },
+);
 
 test('a plug while the guest boots, one that the guest never answers, two clients at once, mistakes, a reboot between', async () => {
   const guest = await Guest.start(host, folder, {

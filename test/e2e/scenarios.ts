@@ -11,6 +11,7 @@ import { type Flavour, type Kernel, kernel } from '../lab/kernels.js';
 import { ApiClient, askApi, DONE } from '../support/api-client.js';
 import type { Backend } from '../support/backend.js';
 import { Conversation, LISTEN } from '../support/conversation.js';
+import { holdings } from '../support/descriptors.js';
 import { expectFacts } from '../support/facts.js';
 import { Guest, type GuestOptions, runInGuest, testFolder } from '../support/guest.js';
 import { guestProgram, writeInitramfs } from '../support/guest-image.js';
@@ -256,8 +257,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     await shell.listens();
     const api = new ApiClient(host, socket);
     const pid = await guest.process.pid;
-    const held = () =>
-      host.check(`ls -l /proc/${pid}/fd | sed 's/.*-> //; s/[0-9]*//g' | sort; ls /proc/${pid}/task | wc -l`);
+    const held = () => holdings(host, pid);
     const come = async (kind: string, config: object) => {
       const answer = await api.put(`vm.add-${kind}`, config);
       expect(answer).toMatchObject({ status: 200, body: { id: expect.any(String) } });
