@@ -11,7 +11,7 @@ declare const BUNDLE_HASH: string;
 
 const bundle = path.join(__dirname, BUNDLE_NAME);
 const source = fs.readFileSync(bundle, 'latin1');
-const { script, keep } = compile(`(function (require, __filename) {${source}\n})`, bundle, BUNDLE_HASH);
+const { script, keep } = compile(`(function (require, __filename, importModule) {${source}\n})`, bundle, BUNDLE_HASH);
 if (keep !== undefined) {
   // By then it has run all its code. A vCPU's thread comes to nothing else before.
   process.once('exit', () => {
@@ -19,5 +19,10 @@ if (keep !== undefined) {
     keep();
   });
 }
-const run = script.runInThisContext() as (require: NodeJS.Require, filename: string) => void;
-run(createRequire(bundle), bundle);
+const run = script.runInThisContext() as (
+  require: NodeJS.Require,
+  filename: string,
+  importModule: (url: string) => Promise<unknown>,
+) => void;
+// A script has no import() of its own.
+run(createRequire(bundle), bundle, (url) => import(url));

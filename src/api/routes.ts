@@ -90,6 +90,7 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
     ['vm.add-net', add('net', 'network interface', 'NetConfig')],
     ['vm.add-pmem', add('pmem', 'persistent memory', 'PmemConfig')],
     ['vm.add-vsock', add('vsock', 'vsock device, of which it takes one', 'VsockConfig')],
+    ['vm.add-device-module', add('module', "device of a user's own", 'DeviceModuleConfig')],
     [
       'vm.remove-device',
       tell('Asks the guest to let a device go', 'VmRemoveDevice', ['unknown', 'busy'], (body) =>

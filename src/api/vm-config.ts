@@ -1,7 +1,7 @@
 /** Cloud Hypervisor's VmConfig, as its clients write and read it, from and to the configuration. */
 import { checkConfig, consoleBeside } from '../config/check-config.js';
 import { readHostFacts } from '../config/host-facts.js';
-import { diskSchema, netSchema, pmemSchema, vsockSchema } from '../config/device-config.js';
+import { deviceModuleSchema, diskSchema, netSchema, pmemSchema, vsockSchema } from '../config/device-config.js';
 import { type VmConfig, vmConfigSchema } from '../config/vm-config.js';
 import { type BodyReader, refusal, type Unbuilt, withoutNulls } from './bodies.js';
 
@@ -61,6 +61,7 @@ const DEVICES = {
   net: { schema: netSchema, place: 'net[].' },
   pmem: { schema: pmemSchema, place: 'pmem[].' },
   vsock: { schema: vsockSchema, place: 'vsock.' },
+  module: { schema: deviceModuleSchema, place: 'device_modules[].' },
 };
 
 /** The body of vm.add-disk and the like, with no field that is not the device's. @throws RequestError */

@@ -6,6 +6,7 @@ import * as z from 'zod/mini';
 import {
   balloonSchema,
   characterSchema,
+  deviceModuleSchema,
   diskSchema,
   netSchema,
   platformSchema,
@@ -34,6 +35,7 @@ const vmConfig = z.strictObject({
   disks: defaulted('Disks', z.array(diskConfig), []),
   net: defaulted('Network interfaces', z.array(netSchema), []),
   pmem: defaulted('Persistent memory', z.array(pmemSchema), []),
+  device_modules: defaulted("Users' own devices", z.array(deviceModuleSchema), []),
 });
 
 const deviceNode = z.strictObject({
@@ -66,6 +68,7 @@ export const WIRE = {
   BalloonConfig: balloonSchema,
   PmemConfig: pmemSchema,
   VsockConfig: vsockSchema,
+  DeviceModuleConfig: deviceModuleSchema,
   VmInfo: z.strictObject({
     config: required('With all defaults, and with what the host has named', vmConfig),
     state: required('Created: it never ran; Shutdown: it ran', z.enum(['Created', 'Running', 'Paused', 'Shutdown'])),

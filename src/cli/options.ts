@@ -8,6 +8,7 @@ import { KINDS } from '../config/option-syntax.js';
 import type { SubOption } from '../config/option-syntax.js';
 import {
   balloonSchema,
+  deviceModuleSchema,
   diskSchema,
   netSchema,
   platformSchema,
@@ -136,6 +137,13 @@ export const DEVICE_OPTIONS: readonly DeviceOption[] = [
     subOptions: [number('cid'), text('socket'), ...PCI_SUB_OPTIONS],
     shape: vsockSchema.shape,
   },
+  {
+    name: 'device-module',
+    field: 'device_modules',
+    several: true,
+    subOptions: [text('path'), text('config'), ...PCI_SUB_OPTIONS],
+    shape: deviceModuleSchema.shape,
+  },
 ];
 
 /** Where a character device of the guest leads: `name`, or `name=PATH` when there is a `field` for the path. */
@@ -206,6 +214,7 @@ function deviceDefaults({ field }: DeviceOption): Readonly<Record<string, unknow
     balloon: () => balloonSchema.parse({}),
     pmem: () => pmemSchema.parse({ file: 'any' }),
     vsock: () => vsockSchema.parse({ cid: 3, socket: 'any' }),
+    device_modules: () => deviceModuleSchema.parse({ path: 'any' }),
   };
   return Object.fromEntries(Object.entries(examples[field]()).filter(([name]) => !REQUIRED.has(name)));
 }

@@ -234,6 +234,12 @@ export const pmemSchema = z.strictObject({
   ...pciFields,
 });
 
+export const deviceModuleSchema = z.strictObject({
+  path: required('ES module that describes the device and makes it', path),
+  config: optional('Text that the module is given', z.string({ error: 'text' })),
+  ...pciFields,
+});
+
 export const vsockSchema = z.strictObject({
   cid: required('Context id of the guest', wholeNumber(MIN_CID, MAX_CID, 'a context id')),
   socket: required('Unix socket through which host programs connect', socketPath),
@@ -266,6 +272,7 @@ export type DiskConfig = z.infer<typeof diskSchema>;
 export type NetConfig = z.infer<typeof netSchema>;
 export type PmemConfig = z.infer<typeof pmemSchema>;
 export type VsockConfig = z.infer<typeof vsockSchema>;
+export type DeviceModuleConfig = z.infer<typeof deviceModuleSchema>;
 
 /** Names and places of a device, which every kind has. */
 export interface PciPlacement {

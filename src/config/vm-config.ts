@@ -9,6 +9,7 @@ import * as z from 'zod/mini';
 import {
   balloonSchema,
   characterSchema,
+  deviceModuleSchema,
   diskSchema,
   netSchema,
   type PciPlacement,
@@ -98,6 +99,7 @@ const vmFields = z.strictObject({
   balloon: optional('Memory balloon', balloonSchema),
   pmem: defaulted('Persistent memory; may be repeated', z.array(pmemSchema), []),
   vsock: optional('Sockets between guest and host', vsockSchema),
+  device_modules: defaulted("A user's own device; may be repeated", z.array(deviceModuleSchema), []),
   watchdog: defaulted('Add a watchdog, which resets a guest that stops feeding it', flag, false),
   pvpanic: defaulted('Add the device through which a guest reports its panic', flag, false),
 });
@@ -117,6 +119,7 @@ export function pciDevices(config: z.infer<typeof vmFields>): { path: PropertyKe
     ...several('pmem', pmem),
     ...(vsock === undefined ? [] : [{ path: ['vsock'], device: vsock }]),
     ...(balloon === undefined ? [] : [{ path: ['balloon'], device: balloon }]),
+    ...several('device_modules', config.device_modules),
   ];
 }
 

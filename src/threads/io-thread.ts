@@ -18,6 +18,7 @@ import type { DeviceContext, VirtioDevice } from '../virtio/device.js';
 import { EntropyDevice } from '../virtio/devices/entropy.js';
 import { EpollLoop } from '../virtio/transport/epoll-loop.js';
 import { GroupLimiter } from '../virtio/limiter-group.js';
+import { type DeviceModule, reasonOf } from '../virtio/device-module.js';
 import { MemDevice } from '../virtio/devices/mem.js';
 import { NetDevice } from '../virtio/devices/net/net.js';
 import { PmemDevice } from '../virtio/devices/pmem.js';
@@ -34,10 +35,12 @@ import {
   type LimitGroup,
   type ServedDevice,
 } from '../vmm/devices/device-specs.js';
+import type { ModuleQuestion } from '../vmm/host/device-module.js';
 import { GuestLog } from '../vmm/log/guest-log.js';
 import { HostPages } from '../vmm/memory/host-pages.js';
 import { attachMemory, attachPart } from '../vmm/memory/memory-part.js';
 import { attachSignals } from './backends.js';
+import { describeModule, type Import, loadModule, makeDevice } from './device-module.js';
 import { Outbox } from './outbox.js';
 
 /** Transfers under way for each disk. */
@@ -50,9 +53,26 @@ const ENGINE_DEPTH = 128;
 const NICENESS = 1;
 const MAX_NICENESS = 19;
 
+/** Does what main started the thread for. */
+export function startIoThread(kernel: HostKernel, importModule: Import): void {
+  const data = workerData as IoWorkerStart | { readonly question: ModuleQuestion };
+  if ('question' in data) {
+    void describeModule(data.question, importModule).then((answer) => parentPort!.postMessage(answer));
+  } else if (data.modules.length === 0) runIoThread(kernel, data, new Map());
+  else void runWithModules(kernel, data, importModule);
+}
+
+/** What it rejects with is the thread's error. */
+async function runWithModules(kernel: HostKernel, data: IoWorkerStart, importModule: Import): Promise<void> {
+  const modules = new Map<string, DeviceModule>();
+  for (const file of data.modules) modules.set(file, await loadModule(file, importModule));
+  runIoThread(kernel, data, modules);
+  // Whatever a module has left open.
+  process.exit();
+}
+
 /** Serves queues until main ends the worker. */
-export function runIoThread(kernel: HostKernel): void {
-  const data = workerData as IoWorkerStart;
+function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyMap<string, DeviceModule>): void {
   const thread = kernel.threadId();
   fs.writeFileSync(`/proc/self/task/${thread}/comm`, data.name);
   try {
@@ -120,6 +140,8 @@ export function runIoThread(kernel: HostKernel): void {
         return new BalloonDevice(context, { discard: (address, length) => pages.discard(address, length) });
       case 'pmem':
         return new PmemDevice(context, { fd: spec.fd });
+      case 'module':
+        return makeDevice(modules.get(spec.file)!, spec, context);
       case 'watchdog':
         return new WatchdogDevice(context, { expired: () => context.emit({ kind: 'watchdog-expired' }) });
     }
@@ -224,10 +246,6 @@ export function runIoThread(kernel: HostKernel): void {
   guestLog.close();
   loop.unwatch(data.wake);
   loop.close();
-}
-
-function reasonOf(error: unknown): string {
-  return error instanceof Error ? error.message : String(error);
 }
 
 /** What is made beside something that is closed when that fails. */

@@ -1,5 +1,9 @@
 /** What an I/O worker runs. */
 import { LinuxKernel } from '../sys/linux-kernel.js';
-import { runIoThread } from './io-thread.js';
+import type { Import } from './device-module.js';
+import { startIoThread } from './io-thread.js';
 
-runIoThread(new LinuxKernel());
+/** The launcher's (launch-worker.ts). */
+declare const importModule: Import;
+
+startIoThread(new LinuxKernel(), importModule);

@@ -16,6 +16,7 @@ import { expectFacts } from '../support/facts.js';
 import { Guest, type GuestOptions, runInGuest, testFolder } from '../support/guest.js';
 import { guestProgram, writeInitramfs } from '../support/guest-image.js';
 import { TestHost } from '../support/host.js';
+import { moduleExample } from '../support/module-example.js';
 import { guestTools } from '../support/rootfs.js';
 
 /** RAM that the kernel keeps for itself before it counts, at most: MiB. */
@@ -628,14 +629,17 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect(guest.console).toContain(`guest sent ${fromGuest}`);
   });
 
-  test('console beside the serial port, rng and balloon; memory grows and shrinks', async () => {
+  test("console beside the serial port, rng, balloon and a user's own device; memory grows and shrinks", async () => {
     const api = `${scratch}/api`;
+    const module = path.join(folder, 'pattern.mjs');
+    fs.writeFileSync(module, moduleExample());
     const guest = await start({
       // What is only set aside need not be cleared.
       cmdline: 'memhp_default_state=online_movable init_on_alloc=0',
       task: {
         command: [
-          'cat /sys/class/misc/hw_random/rng_current; dd if=/dev/hwrng bs=1k count=1 2>/dev/null | wc -c',
+          'cd /sys/class/misc/hw_random; cat rng_current; dd if=/dev/hwrng bs=1k count=1 2>/dev/null | wc -c',
+          'echo virtio_rng.1 >rng_current; dd if=/dev/hwrng bs=1k count=1 2>/dev/null | tr -dc a-z-; cd /',
           // The balloon holds 64 of 512 MiB.
           'until [ $(awk "/MemTotal/ {print \\$2}" /proc/meminfo) -lt 440000 ]; do :; done; echo inflated',
           'head -n 1 </dev/hvc0 >/tmp/line; cat /tmp/line; echo to-the-console >/dev/hvc0',
@@ -647,12 +651,14 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
       vmm: [
         ...['--console', `socket=${scratch}/console`, '--balloon', 'size=64M', '--api-socket', api],
         ...['--memory', `size=${MEMORY}M,hotplug_method=virtio-mem,hotplug_size=1G`],
+        ...['--device-module', `path=${module},config=from-the-module-`],
       ],
     });
     await guest.waitFor('inflated');
     // The rest of it comes yet.
     await guest.waitForLog(/__balloon: The guest has given back 67108864 bytes/);
     expect(guest.console).toMatch(/virtio_rng\.0\r?\n1024\r?\n/);
+    expect(guest.console).toContain('from-the-module-from-the-module-');
     const node = [
       `const s = require('node:net').connect('${scratch}/console'); let seen = '';`,
       `s.write('from-the-host\\n'); s.setTimeout(60000, () => s.destroy());`,

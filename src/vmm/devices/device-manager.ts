@@ -28,6 +28,7 @@ import {
   entropyPlan,
   limitGroups,
   memPlan,
+  modulePlan,
   netPlan,
   pmemPlan,
   vsockPlan,
@@ -35,7 +36,13 @@ import {
 } from './device-plans.js';
 import type { IoWorkerData, LimitGroup, ServedDevice } from './device-specs.js';
 import type { DiskResource } from '../host/disk-resource.js';
-import type { HostResources, NetResource, PmemResource, VsockResource } from '../host/host-resources.js';
+import type {
+  HostResources,
+  ModuleResource,
+  NetResource,
+  PmemResource,
+  VsockResource,
+} from '../host/host-resources.js';
 import { IoPlanner, type PlannedDevice, type PlannedWorker } from './io-planner.js';
 import type { Logger } from '../log/logger.js';
 import { MachineError } from '../machine/machine-error.js';
@@ -74,7 +81,8 @@ export type DeviceResource =
   | { readonly kind: 'disk'; readonly resource: DiskResource }
   | { readonly kind: 'net'; readonly resource: NetResource }
   | { readonly kind: 'pmem'; readonly resource: PmemResource }
-  | { readonly kind: 'vsock'; readonly resource: VsockResource };
+  | { readonly kind: 'vsock'; readonly resource: VsockResource }
+  | { readonly kind: 'module'; readonly resource: ModuleResource };
 
 /** A worker of the machine. Those of a device that has its own go with it. */
 export interface ManagedWorker {
@@ -186,7 +194,7 @@ export class DeviceManager {
   }
 
   /** In the order of their slots, which is Cloud Hypervisor's. */
-  #plans({ disks, net, rng, pmem, vsock }: HostResources): Unplaced[] {
+  #plans({ disks, net, rng, pmem, vsock, modules }: HostResources): Unplaced[] {
     const { config, zones } = this.options;
     const simple = (plan: DevicePlan): Unplaced => ({ plan, undo: this.#newUndo(), memory: undefined });
     return [
@@ -199,6 +207,7 @@ export class DeviceManager {
       ...zones.flatMap(({ zone, hotplug }) => (hotplug === undefined ? [] : [simple(memPlan(zone, hotplug))])),
       ...(config.balloon === undefined ? [] : [simple(balloonPlan(config.balloon))]),
       ...(config.watchdog ? [simple(watchdogPlan())] : []),
+      ...modules.map((resource) => this.#plan({ kind: 'module', resource })),
     ];
   }
 
@@ -220,6 +229,8 @@ export class DeviceManager {
         }
         case 'vsock':
           return { plan: vsockPlan(resource), undo, memory: undefined };
+        case 'module':
+          return { plan: modulePlan(resource), undo, memory: undefined };
       }
     } catch (error) {
       return undoAll(error, this.#take(undo));
@@ -343,6 +354,9 @@ export class DeviceManager {
         return served === undefined ? [] : [servedDevice(device, served[1])];
       }),
       affinity,
+      modules: this.devices.flatMap(({ plan: { backend }, served }) =>
+        backend.kind === 'module' && [...served.keys()].some((worker) => worker.name === name) ? [backend.file] : [],
+      ),
     };
   }
 

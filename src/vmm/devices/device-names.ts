@@ -1,23 +1,24 @@
 /** The names of devices that nobody named: Cloud Hypervisor's, whose numbers run across kinds (`_disk0`, `_net1`). */
-import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
+import type { DeviceModuleConfig, DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 
 /** The kinds of devices that come and go while the machine runs. */
-export type DeviceKind = 'disk' | 'net' | 'pmem' | 'vsock';
+export type DeviceKind = 'disk' | 'net' | 'pmem' | 'vsock' | 'module';
 
-type AnyConfig = DiskConfig | NetConfig | PmemConfig | VsockConfig;
+type AnyConfig = DiskConfig | NetConfig | PmemConfig | VsockConfig | DeviceModuleConfig;
 
 export class DeviceNames {
   #next = 0;
 
   /** Names the devices of a configuration that have none, in the order of their slots. */
   nameAll(config: VmConfig): void {
-    const { disks, net, pmem, vsock } = config;
+    const { disks, net, pmem, vsock, device_modules: modules } = config;
     const taken = deviceNames(config);
     for (const disk of disks) this.name('disk', disk, taken);
     for (const one of net) this.name('net', one, taken);
     for (const one of pmem) this.name('pmem', one, taken);
     if (vsock !== undefined) this.name('vsock', vsock, taken);
+    for (const one of modules) this.name('module', one, taken);
   }
 
   /** Names a device that has no name. A number is never given twice: whoever looks for a device that is gone finds no other. */
@@ -56,8 +57,9 @@ export function deviceNames({
   rng,
   balloon,
   rate_limit_groups: groups,
+  device_modules: modules,
 }: VmConfig): Set<string> {
-  const all = [...disks, ...net, ...pmem, vsock, rng, balloon, ...groups];
+  const all = [...disks, ...net, ...pmem, vsock, rng, balloon, ...modules, ...groups];
   return new Set(all.map((device) => device?.id).filter((id) => id !== undefined));
 }
 

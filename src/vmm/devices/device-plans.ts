@@ -20,7 +20,7 @@ import type { VirtioDescription } from '../../virtio/device.js';
 import { groupState } from '../../virtio/limiter-group.js';
 import type { LimiterOptions } from '../../virtio/rate-limiter.js';
 import type { DiskResource } from '../host/disk-resource.js';
-import type { NetResource, PmemResource, RngResource, VsockResource } from '../host/host-resources.js';
+import type { ModuleResource, NetResource, PmemResource, RngResource, VsockResource } from '../host/host-resources.js';
 import { blockSize } from '../memory/hotplug.js';
 import { FIXED_NAMES } from './device-names.js';
 import type { BackendSpec, LimitGroup } from './device-specs.js';
@@ -151,6 +151,12 @@ export function vsockPlan({ id, config, listener }: VsockResource): DevicePlan {
   const { cid, socket } = config;
   const backend = { kind: 'vsock', cid, socket, listener } as const;
   return { ...USUAL, id, placement: config, description: vsockDescription(cid), backend };
+}
+
+/** It has a thread of its own: nobody else waits with what a user's device does. */
+export function modulePlan({ id, config, setup, description }: ModuleResource): DevicePlan {
+  const backend = { kind: 'module', file: config.path, setup } as const;
+  return { ...USUAL, id, placement: config, description, backend, blocking: true };
 }
 
 export function memPlan(zone: MemoryZone, { address: start, size }: MemoryRange): DevicePlan {

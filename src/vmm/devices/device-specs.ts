@@ -2,6 +2,7 @@
 import type { EngineName } from '../../block/engines/io-engine.js';
 import type { HypervisorName, VmHandle } from '../../hypervisor/hypervisor.js';
 import type { IntxHandle } from '../../pci/intx.js';
+import type { DeviceSetup } from '../../virtio/device-module.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import type { LimiterOptions } from '../../virtio/rate-limiter.js';
 import type { LeftOut } from '../log/guest-log.js';
@@ -43,7 +44,9 @@ export type BackendSpec =
   | { readonly kind: 'balloon' }
   | { readonly kind: 'vsock'; readonly cid: number; readonly socket: string; readonly listener: number }
   | { readonly kind: 'pmem'; readonly fd: number | undefined }
-  | { readonly kind: 'watchdog' };
+  | { readonly kind: 'watchdog' }
+  /** A user's own. */
+  | { readonly kind: 'module'; readonly file: string; readonly setup: DeviceSetup };
 
 export interface ServedDevice {
   readonly handle: VirtioPciHandle;
@@ -66,6 +69,8 @@ export interface IoWorkerData {
   readonly command: SharedArrayBuffer;
   readonly devices: readonly ServedDevice[];
   readonly affinity?: readonly number[] | undefined;
+  /** Users' modules, which it loads before it serves anything. */
+  readonly modules: readonly string[];
 }
 
 /** What IoManager adds. */

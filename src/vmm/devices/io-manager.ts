@@ -44,8 +44,11 @@ interface Thread {
   readonly listeners: (() => void)[];
 }
 
+/** Milliseconds that a user's device may take to return, when its thread is told something: more than its module may take to load. */
+const MODULE_PATIENCE = 15_000;
+
 /** Why a worker did not do something: it is no more. */
-const GONE = 'The machine ends';
+const GONE = 'Its thread has ended';
 
 export class IoManager {
   readonly #threads: Thread[] = [];
@@ -124,11 +127,28 @@ export class IoManager {
     this.#wake(thread.command, thread.data);
   }
 
+  /** Ends the thread of a user's device that does not return; it has no other. @returns what is called when it has */
+  #impatient(thread: Thread): () => void {
+    const file = thread.data.modules.at(0);
+    if (file === undefined) return () => undefined;
+    const timer = setTimeout(() => {
+      const seconds = MODULE_PATIENCE / 1000;
+      const line = `--device-module path=${file}: the device has not returned within ${seconds} s, and its thread is ended`;
+      this.events.onLog('warn', line, undefined);
+      void thread.worker?.terminate();
+    }, MODULE_PATIENCE);
+    return () => clearTimeout(timer);
+  }
+
   /** @returns why it was not done; undefined: it was */
   #ask(thread: Thread, order: IoCommand): Promise<string | undefined> {
     if (thread.worker === undefined) return Promise.resolve(GONE);
+    const calm = this.#impatient(thread);
     return new Promise((resolve) => {
-      thread.asked.push(resolve);
+      thread.asked.push((failure) => {
+        calm();
+        resolve(failure);
+      });
       this.#send(thread, order);
     });
   }
@@ -172,7 +192,9 @@ export class IoManager {
     await Promise.all(
       this.#threads.map(async (thread) => {
         this.#hold(thread);
+        const calm = this.#impatient(thread);
         await until(thread, () => thread.held >= thread.hold);
+        calm();
       }),
     );
   }
@@ -194,7 +216,9 @@ export class IoManager {
 
   async #end(thread: Thread): Promise<void> {
     this.#order(thread, IoOrder.stop);
+    const calm = this.#impatient(thread);
     await until(thread, () => false);
+    calm();
   }
 
   /** Ends the workers; what is in flight is finished first. */

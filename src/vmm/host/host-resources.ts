@@ -4,12 +4,14 @@
  */
 import fs from 'node:fs';
 import { fileSize } from '../../block/block-file.js';
-import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
+import type { DeviceModuleConfig, DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
 import { PMEM_ALIGNMENT } from '../../config/device-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { VHOST_DEVICE, vhostFeatures } from '../../net/vhost.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
 import { type HostKernel, type HostMapping, SystemError } from '../../sys/host-kernel.js';
+import type { VirtioDescription } from '../../virtio/device.js';
+import type { DeviceSetup } from '../../virtio/device-module.js';
 import { nameOf } from '../devices/device-names.js';
 import { MachineError } from '../machine/machine-error.js';
 import { type DiskResource, openDisk } from './disk-resource.js';
@@ -46,6 +48,14 @@ export interface RngResource {
   readonly close: () => void;
 }
 
+/** A user's own device. */
+export interface ModuleResource {
+  readonly id: string;
+  readonly config: DeviceModuleConfig;
+  readonly setup: DeviceSetup;
+  readonly description: VirtioDescription;
+}
+
 /** Makes or adopts a network interface's taps. */
 export type TapOpener = (config: NetConfig) => { readonly taps: readonly number[]; readonly mac: Uint8Array };
 
@@ -55,16 +65,19 @@ export class HostResources {
   readonly pmem: PmemResource[] = [];
   readonly rng: RngResource;
   vsock: VsockResource | undefined;
+  readonly modules: ModuleResource[] = [];
   #vhostFeatures: readonly [number, number] | undefined;
 
   /**
-   * @param config whose devices have names
+   * @param config whose devices have names; those of modules are added one by one
+   * @param ioWorker the script that an I/O worker runs
    * @throws MachineError in one line; nothing is left behind then
    */
   constructor(
     private readonly kernel: HostKernel,
     config: VmConfig,
     private readonly openTaps: TapOpener,
+    private readonly ioWorker: URL,
   ) {
     try {
       for (const disk of config.disks) this.addDisk(disk);
@@ -107,6 +120,16 @@ export class HostResources {
     return (this.vsock = openVsock(this.kernel, config));
   }
 
+  async addModule(config: DeviceModuleConfig): Promise<ModuleResource> {
+    // Most machines have none.
+    const { askModule } = await import('./device-module.js');
+    const id = nameOf(config);
+    const setup = { id, config: config.config ?? '' };
+    const module = { id, config, setup, description: await askModule(this.ioWorker, { file: config.path, setup }) };
+    this.modules.push(module);
+    return module;
+  }
+
   /** Gives back what a device held; nobody uses it any more. @param id of a device that came and goes */
   remove(id: string): void {
     for (const list of [this.disks, this.net, this.pmem]) {
@@ -116,6 +139,8 @@ export class HostResources {
         return;
       }
     }
+    const module = this.modules.findIndex((resource) => resource.id === id);
+    if (module >= 0) this.modules.splice(module, 1);
     const { vsock } = this;
     if (vsock?.id !== id) return;
     this.vsock = undefined;

@@ -19,11 +19,11 @@ export interface HostEnds {
  * @throws MachineError in one line; nothing is left behind then
  */
 export async function openHostEnds(
-  { config, kernel, openTaps }: MachineParts,
+  { config, kernel, openTaps, ioWorker }: MachineParts,
   guestLog: GuestLog,
   quit: () => void,
 ): Promise<HostEnds> {
-  const resources = new HostResources(kernel, config, openTaps);
+  const resources = new HostResources(kernel, config, openTaps, ioWorker);
   const opened: SerialBackend[] = [];
   const close = async () => {
     for (const backend of opened) await backend.close();
@@ -36,6 +36,7 @@ export async function openHostEnds(
     return backend;
   };
   try {
+    for (const module of config.device_modules) await resources.addModule(module);
     return { resources, backends: { serial: await open('serial'), console: await open('console') }, close };
   } catch (error) {
     await close().catch(() => undefined);

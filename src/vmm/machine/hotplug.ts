@@ -5,7 +5,7 @@
  * latest when the machine is reset. One change is made after the other.
  */
 import type * as z from 'zod/mini';
-import type { DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
+import type { DeviceModuleConfig, DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
 import { findHostProblem, readHostFacts } from '../../config/host-facts.js';
 import { type VmConfig, vmConfigSchema } from '../../config/vm-config.js';
 import type { DeviceResource } from '../devices/device-manager.js';
@@ -41,10 +41,10 @@ export interface HotplugEvents {
   onGivenBack(fd: number): void;
 }
 
-type AnyDevice = DiskConfig | NetConfig | PmemConfig | VsockConfig;
+type AnyDevice = DiskConfig | NetConfig | PmemConfig | VsockConfig | DeviceModuleConfig;
 
 /** Where the devices of a kind stand in the configuration. */
-const SECTIONS = { disk: 'disks', net: 'net', pmem: 'pmem', vsock: 'vsock' } as const;
+const SECTIONS = { disk: 'disks', net: 'net', pmem: 'pmem', vsock: 'vsock', module: 'device_modules' } as const;
 
 export class Hotplug {
   readonly #names = new DeviceNames();
@@ -126,7 +126,10 @@ export class Hotplug {
     return this.#next(() => {
       if (!this.#has(id)) {
         throw fixedNames(this.config).has(id)
-          ? new RequestError(`${id}: accepted is a disk, a network, a persistent memory or a vsock device`, 'invalid')
+          ? new RequestError(
+              `${id}: accepted is a disk, a network, a persistent memory, a vsock device or a module's`,
+              'invalid',
+            )
           : new RequestError(`The machine has no device ${id}`, 'unknown');
       }
       const now = running();
@@ -210,8 +213,8 @@ export class Hotplug {
   }
 
   #has(id: string): boolean {
-    const { disks, net, pmem, vsock } = this.config;
-    return [...disks, ...net, ...pmem, vsock].some((device) => device?.id === id);
+    const { disks, net, pmem, vsock, device_modules: modules } = this.config;
+    return [...disks, ...net, ...pmem, ...modules, vsock].some((device) => device?.id === id);
   }
 
   #forget(id: string): void {
@@ -221,6 +224,7 @@ export class Hotplug {
     config.disks = config.disks.filter((device) => device.id !== id);
     config.net = config.net.filter((device) => device.id !== id);
     config.pmem = config.pmem.filter((device) => device.id !== id);
+    config.device_modules = config.device_modules.filter((device) => device.id !== id);
     if (config.vsock?.id === id) config.vsock = undefined;
   }
 
@@ -252,7 +256,7 @@ async function plug(
   kind: DeviceKind,
   config: AnyDevice,
 ): Promise<string | undefined> {
-  const device = open(resources, kind, config);
+  const device = await open(resources, kind, config);
   try {
     return await incarnation?.plug(device);
   } catch (error) {
@@ -261,7 +265,7 @@ async function plug(
   }
 }
 
-function open(resources: HostResources, kind: DeviceKind, config: AnyDevice): DeviceResource {
+async function open(resources: HostResources, kind: DeviceKind, config: AnyDevice): Promise<DeviceResource> {
   switch (kind) {
     case 'disk':
       return { kind, resource: resources.addDisk(config as DiskConfig) };
@@ -271,5 +275,7 @@ function open(resources: HostResources, kind: DeviceKind, config: AnyDevice): De
       return { kind, resource: resources.addPmem(config as PmemConfig) };
     case 'vsock':
       return { kind, resource: resources.addVsock(config as VsockConfig) };
+    case 'module':
+      return { kind, resource: await resources.addModule(config as DeviceModuleConfig) };
   }
 }

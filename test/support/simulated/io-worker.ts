@@ -1,4 +1,7 @@
-import { runIoThread } from '../../../src/threads/io-thread.js';
+import type { Import } from '../../../src/threads/device-module.js';
+import { startIoThread } from '../../../src/threads/io-thread.js';
 import { SimulatedMshvKernel } from '../mshv/simulated-kernel.js';
 
-runIoThread(new SimulatedMshvKernel());
+declare const importModule: Import;
+
+startIoThread(new SimulatedMshvKernel(), importModule);

@@ -85,6 +85,7 @@ const FULL = vmConfigSchema.parse({
   balloon: {},
   pmem: [{ file: '/p' }],
   vsock: { cid: 3, socket: '/s' },
+  device_modules: [{ path: '/m', config: 'text' }],
   serial: { mode: 'Socket', socket: '/t' },
 });
 

@@ -27,6 +27,7 @@ const NO_DEVICES = {
   net: [],
   rng: { src: '/dev/urandom', pci_segment: 0, iommu: false },
   rate_limit_groups: [],
+  device_modules: [],
   pmem: [],
 };
 const NO_LIMIT = 'a group with a limit of bytes or of operations: a size and a refill time, neither of them 0';
@@ -85,6 +86,14 @@ describe('devices', () => {
       { id: 'b', rate_limiter_config: { ops: { size: 1, refill_time: 1 } } },
     ]);
     expect(config.disks.map(({ rate_limit_group: group }) => group)).toEqual(['b', undefined]);
+  });
+
+  test("a user's own device", () => {
+    const options = ['--device-module', 'path=a.mjs,config="b,c=[d]",id=m,pci_device_id=9', 'path=b.mjs'];
+    expect(run('--kernel', 'k', ...options).config.device_modules).toEqual([
+      { path: 'a.mjs', config: 'b,c=[d]', id: 'm', pci_segment: 0, pci_device_id: 9, iommu: false },
+      { path: 'b.mjs', pci_segment: 0, iommu: false },
+    ]);
   });
 
   test('a network with everything', () => {
@@ -370,6 +379,7 @@ describe('refuses options', () => {
       '--kernel k --disk path=a,rate_limit_group=g,ops_size=1,ops_refill_time=1 --rate-limit-group id=g,ops_size=1,ops_refill_time=1',
       '--disk rate_limit_group=g: accepted is a group only for a disk without a limit of its own',
     ],
+    ['--kernel k --device-module config=a', '--device-module config=a: accepted is path=, a path'],
     ['--kernel k --vsock cid=2,socket=s', '--vsock cid=2: accepted is a context id from 3 to 4294967294'],
     ['--kernel k --pmem file=a,size=1M', '--pmem size=1M: accepted is a multiple of 2M'],
     ['--kernel k --balloon size=512M', '--balloon size=512M: accepted is less than the guest has memory'],

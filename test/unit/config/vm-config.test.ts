@@ -31,6 +31,7 @@ test('only the kernel is required', () => {
     net: [],
     rng: { src: '/dev/urandom', pci_segment: 0, iommu: false },
     rate_limit_groups: [],
+    device_modules: [],
     pmem: [],
     watchdog: false,
     pvpanic: false,

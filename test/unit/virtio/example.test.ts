@@ -1,47 +1,40 @@
 /** The example of docs/devices.md, as it stands there. */
-import fs from 'node:fs';
-import path from 'node:path';
-import vm from 'node:vm';
 import { expect, test } from '@jest/globals';
-import { transformSync } from 'esbuild';
-import type { DeviceContext, VirtioDescription, VirtioDevice } from '../../../src/virtio/device.js';
+import type { DeviceModule } from '../../../src/sdk/device.js';
+import { descriptionSchema } from '../../../src/config/device-description.js';
 import { Pop } from '../../../src/virtio/queue/queue.js';
+import { serveQueue } from '../../../src/virtio/queue/serve.js';
+import { moduleExample } from '../../support/module-example.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
-interface Example {
-  readonly ReverseDevice: new (context: DeviceContext) => VirtioDevice;
-  readonly reverseDescription: () => VirtioDescription;
-}
+test('the example of the device guide works', async () => {
+  const { describe, create } = (await import(
+    `data:text/javascript,${encodeURIComponent(moduleExample())}`
+  )) as DeviceModule;
+  const setup = { id: '_module0', config: 'abc' };
+  expect(() => describe({ ...setup, config: '' })).toThrow('accepted is config=TEXT, which the guest is to read');
+  expect(descriptionSchema.parse(describe(setup))).toMatchObject({ type: 4, queueSizes: [64] });
 
-function example(): Example {
-  const text = fs.readFileSync(path.resolve('docs/devices.md'), 'utf8');
-  const source = /```ts\n(\/\*\* A device that answers[^]*?)```/.exec(text)![1];
-  const { code } = transformSync(source, { loader: 'ts', format: 'cjs', target: 'node20' });
-  const module = { exports: {} };
-  // The one import that is more than types is Pop.
-  const run = vm.runInThisContext(`(function (module, require) {${code}\n})`) as (m: object, r: () => object) => void;
-  run(module, () => ({ Pop }));
-  return module.exports as Example;
-}
-
-test('the example of the device guide works', () => {
-  const { ReverseDevice, reverseDescription } = example();
   const guest = new TestGuest();
   const context = testContext();
   const queue = new TestQueue(guest, 0);
-  const device = new ReverseDevice(context);
+  const device = create(context, setup, { Pop, serveQueue });
   device.activate(testDriver(guest, [queue]));
-  const [request, answer] = [guest.alloc(16), guest.alloc(16)];
-  guest.memory.write(request, Buffer.from('stressed'));
-  const id = queue.add([
-    { address: request, length: 8, write: false },
-    { address: answer, length: 16, write: true },
-  ]);
+  const answer = guest.alloc(8);
+  const id = queue.add([{ address: answer, length: 8, write: true }]);
+  const wrong = queue.add([{ address: answer, length: 8, write: false }]);
   device.kick(queue.queue);
-  expect(queue.used()).toEqual({ id, length: 8 });
-  expect(Buffer.from(guest.memory.read(answer, 8)).toString()).toBe('desserts');
-  expect([queue.interrupts, context.counters[0]]).toEqual([1, 1]);
-  expect(reverseDescription().queueSizes).toEqual([128]);
+  expect([queue.used(), queue.used()]).toEqual([
+    { id, length: 8 },
+    { id: wrong, length: 0 },
+  ]);
+  expect(Buffer.from(guest.memory.read(answer, 8)).toString()).toBe('abcabcab');
+  expect([queue.interrupts, ...context.counters.subarray(0, 2)]).toEqual([1, 1, 1]);
+  queue.add([{ address: 0x7000_0000, length: 4, write: true }]);
+  device.kick(queue.queue);
+  expect(context.resets).toEqual([expect.stringContaining('outside RAM')]);
+  device.deactivate();
+  device.close();
   context.loop.close();
   guest.close();
 });

@@ -138,8 +138,15 @@ const vsock: Make = (id, place) => {
   const of = config({ ...WIDE, vsock: { cid: 3, socket: '/s', ...place, id } }).vsock!;
   return { kind: 'vsock', resource: { id, config: of, listener: 6, close: () => undefined } };
 };
+const module: Make = (id, place) => {
+  const [of] = config({ ...WIDE, device_modules: [{ path: '/m', ...place, id }] }).device_modules;
+  const description = { type: 63, classCode: 0, features: [], queueSizes: [8, 8], config: new Uint8Array(3) };
+  const whole = { ...description, writable: [], counters: [] };
+  return { kind: 'module', resource: { id, config: of, setup: { id, config: '' }, description: whole } };
+};
 const MAKE = {
   disk,
+  module,
   net: net({ num_queues: 4 }),
   bound: net({ num_queues: 4, queue_affinity: [{ queue_index: 0, host_cpus: [0] }] }),
   vhost: net({ num_queues: 4, vhost: true }),
@@ -151,7 +158,7 @@ function machine(outside = new Outside(), first: readonly DeviceResource[] = [],
   const of = (kind: DeviceResource['kind']) =>
     first.flatMap((device) => (device.kind === kind ? [device.resource] : []));
   const resources = {
-    ...{ disks: of('disk'), net: of('net'), pmem: of('pmem'), vsock: of('vsock').at(0) },
+    ...{ disks: of('disk'), net: of('net'), pmem: of('pmem'), vsock: of('vsock').at(0), modules: of('module') },
     rng: { source },
     vhostFeatures: [0xffff_ffff, 1],
   } as unknown as HostResources;

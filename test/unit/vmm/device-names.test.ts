@@ -34,7 +34,7 @@ describe('names of devices', () => {
   });
 
   test('are never given twice, whoever is gone', () => {
-    const kind = fc.constantFrom<DeviceKind>('disk', 'net', 'pmem', 'vsock');
+    const kind = fc.constantFrom<DeviceKind>('disk', 'net', 'pmem', 'vsock', 'module');
     const step = fc.record({ kind, own: fc.option(fc.nat(12), { nil: undefined }), gone: fc.boolean() });
     fc.assert(
       fc.property(fc.array(step, { maxLength: 40 }), (steps) => {

@@ -30,9 +30,10 @@ afterEach(() => {
 function open(config: object, host: LinuxKernel = kernel): HostResources {
   const parsed = vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config });
   new DeviceNames().nameAll(parsed);
-  return new HostResources(host, parsed, () => {
+  const noTaps = () => {
     throw new Error('No network was asked for');
-  });
+  };
+  return new HostResources(host, parsed, noTaps, new URL('file:///none'));
 }
 
 function refusal(config: object, host?: LinuxKernel): string {

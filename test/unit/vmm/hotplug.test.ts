@@ -11,13 +11,16 @@ import { Hotplug, type Running } from '../../../src/vmm/machine/hotplug.js';
 import type { Incarnation } from '../../../src/vmm/machine/incarnation.js';
 import { MachineError, RequestError } from '../../../src/vmm/machine/machine-error.js';
 
-const KINDS = ['disk', 'net', 'pmem', 'vsock'] as const;
+const KINDS = ['disk', 'net', 'pmem', 'vsock', 'module'] as const;
 const UNIT = 128 * 2 ** 20;
 const RAM = 4 * UNIT;
 /** What may be plugged. */
 const ROOM = 4 * UNIT;
 /** What a client may give of each kind. */
-const DEVICE = { disk: { path: '/d' }, net: {}, pmem: { file: '/p' }, vsock: { cid: 3, socket: '/s' } };
+const DEVICE = {
+  ...{ disk: { path: '/d' }, net: {}, pmem: { file: '/p' }, vsock: { cid: 3, socket: '/s' } },
+  module: { path: '/m' },
+};
 const silent = Object.fromEntries(
   ['error', 'warn', 'info', 'debug'].map((level) => [level, () => undefined]),
 ) as unknown as Logger;
@@ -42,6 +45,8 @@ class Host {
   readonly addNet = (config: object) => this.#add('net', config);
   readonly addPmem = (config: object) => this.#add('pmem', config);
   readonly addVsock = (config: object) => this.#add('vsock', config);
+  // It is asked on a thread.
+  readonly addModule = async (config: object) => Promise.resolve(this.#add('module', config));
 
   remove(id: string): void {
     const index = this.open.findIndex((held) => held.id === id);
@@ -139,10 +144,11 @@ function machine(devices: object = {}) {
     onGivenBack: (fd) => void events.push(`${fd} given back`),
   });
   const held = (): Held[] => {
-    const { disks, net, pmem, vsock } = config;
+    const { disks, net, pmem, vsock, device_modules: modules } = config;
     const of = (kind: DeviceKind, list: readonly ({ id?: string | undefined } | undefined)[]) =>
       list.flatMap((device) => (device === undefined ? [] : [{ kind, id: device.id! }]));
-    return [...of('disk', disks), ...of('net', net), ...of('pmem', pmem), ...of('vsock', [vsock])];
+    const others = [...of('vsock', [vsock]), ...of('module', modules)];
+    return [...of('disk', disks), ...of('net', net), ...of('pmem', pmem), ...others];
   };
   const state = { host: undefined as Host | undefined, life: undefined as Life | undefined };
   const running = (): Running | undefined =>

@@ -27,9 +27,10 @@ afterEach(() => fs.rmSync(folder, { recursive: true }));
 function machine(config: object, host: LinuxKernel = kernel): HostResources {
   const parsed = vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config });
   new DeviceNames().nameAll(parsed);
-  return new HostResources(host, parsed, () => {
+  const noTaps = () => {
     throw new Error('No network was asked for');
-  });
+  };
+  return new HostResources(host, parsed, noTaps, new URL('file:///none'));
 }
 const disk = (name: string, readonly = false) => ({
   disks: [{ path: `${folder}/${name}`, readonly, backing_files: true }],

@@ -1,5 +1,5 @@
 /** The I/O workers as main sees them, with threads that do what the test tells them. */
-import { describe, expect, test } from '@jest/globals';
+import { afterEach, describe, expect, jest, test } from '@jest/globals';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { IoOrder, type IoWorkerData, type ServedDevice } from '../../../src/vmm/devices/device-specs.js';
 import { IoManager } from '../../../src/vmm/devices/io-manager.js';
@@ -38,12 +38,13 @@ const WORKER = url(`
 
 const device = (id: string) => ({ handle: { id } }) as unknown as ServedDevice;
 
-function workers(script = WORKER) {
+/** @param modules of users, which each has */
+function workers(script = WORKER, modules: readonly string[] = []) {
   const said: unknown[][] = [];
   const crashes: string[] = [];
   const wakes: number[] = [];
   const manager = new IoManager(kernel, script, {
-    onLog: (_level, line) => said.push(JSON.parse(line) as unknown[]),
+    onLog: (_level, line) => said.push(line.startsWith('--') ? [line] : (JSON.parse(line) as unknown[])),
     onDevice: (id, message) => said.push([id, message]),
     onCloseFailed: (id, reason) => said.push([id, reason]),
     onCrash: (worker) => crashes.push(worker),
@@ -51,7 +52,7 @@ function workers(script = WORKER) {
   const start = (name: string, ...devices: string[]) => {
     const wake = kernel.eventfd();
     wakes.push(wake);
-    const data = { name, wake, command: new SharedArrayBuffer(4), devices: devices.map(device) };
+    const data = { name, wake, command: new SharedArrayBuffer(4), devices: devices.map(device), modules };
     manager.start(data as Partial<IoWorkerData> as IoWorkerData);
     return new Int32Array(data.command);
   };
@@ -77,6 +78,35 @@ test('what could not be closed has been told when the workers have ended', async
     ['_disk0', 'input/output error'],
     ['_disk0', 1],
   ]);
+});
+
+describe("a user's device that does not return", () => {
+  const LOOP = url(
+    `require('node:worker_threads').parentPort.postMessage({ kind: 'device', device: 'x', message: 1 }); for (;;);`,
+  );
+  afterEach(() => {
+    jest.useRealTimers();
+  });
+
+  test.each([
+    ['when its thread is to end', 'stop', undefined],
+    ['when something is asked of it', 'serve', 'Its thread has ended'],
+    ['when the machine is paused', 'pause', undefined],
+  ] as const)('is ended %s', async (_when, what, answer) => {
+    const { manager, said, start } = workers(LOOP, ['/m.mjs']);
+    start('io0');
+    while (said.length === 0) await new Promise((resolve) => setTimeout(resolve, 1));
+    jest.useFakeTimers({ doNotFake: ['nextTick', 'setImmediate'] });
+    const done = what === 'serve' ? manager.serve('io0', device('a')) : manager[what]();
+    jest.advanceTimersByTime(14_999);
+    expect(said).toHaveLength(1);
+    jest.advanceTimersByTime(1);
+    expect(await done).toBe(answer);
+    expect(said[1]).toEqual([
+      expect.stringMatching(/^--device-module path=\/m\.mjs: the device has not returned within 15 s/),
+    ]);
+    await manager.stop();
+  });
 });
 
 describe('what a worker is asked for', () => {
@@ -113,6 +143,8 @@ describe('what a worker is asked for', () => {
     // One that could not be served is not there.
     await manager.serve('io1', device('fails'));
     expect(manager.control('fails', 5)).toBe(0);
+    // Nobody waits for what it was told last.
+    await manager.serve('io2', device('c'));
     expect([of('io0'), of('io1'), of('io2')]).toEqual([
       [
         ['control', 'a', 1],
@@ -127,6 +159,7 @@ describe('what a worker is asked for', () => {
       [
         ['serve', 'b'],
         ['control', 'b', 2],
+        ['serve', 'c'],
       ],
     ]);
     await stop();
@@ -158,12 +191,12 @@ describe('what a worker is asked for', () => {
       manager.serve('io0', device('dies')),
       manager.serve('io0', device('b')),
     ];
-    expect(await Promise.all(asked)).toEqual([undefined, 'The machine ends', 'The machine ends']);
-    expect(await manager.serve('io0', device('c'))).toBe('The machine ends');
+    expect(await Promise.all(asked)).toEqual([undefined, 'Its thread has ended', 'Its thread has ended']);
+    expect(await manager.serve('io0', device('c'))).toBe('Its thread has ended');
     // What concerns all is done by the others.
     const part = { range: { address: 5, size: 1 } } as unknown as MemoryPart;
     // The one that is gone has let go of what goes, and has not got what comes.
-    expect(await manager.changeMemory('add-memory', part)).toBe('The machine ends');
+    expect(await manager.changeMemory('add-memory', part)).toBe('Its thread has ended');
     expect(await manager.changeMemory('remove-memory', part)).toBeUndefined();
     await manager.pause();
     manager.resume();
@@ -178,7 +211,7 @@ describe('what a worker is asked for', () => {
   test('breaks nothing when a worker breaks', async () => {
     const { manager, crashes, start, stop } = workers(url(`throw new Error('broken');`));
     start('io0', 'a');
-    expect(await manager.drop('a')).toBe('The machine ends');
+    expect(await manager.drop('a')).toBe('Its thread has ended');
     await manager.pause();
     await stop();
     expect(crashes).toEqual(['io0']);
