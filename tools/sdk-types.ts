@@ -8,7 +8,8 @@ interface Schema {
   readonly $ref?: string;
   readonly allOf?: readonly Schema[];
   readonly type?: string;
-  readonly enum?: readonly string[];
+  readonly enum?: readonly unknown[];
+  readonly anyOf?: readonly Schema[];
   readonly items?: Schema;
   readonly properties?: Readonly<Record<string, Schema>>;
   readonly additionalProperties?: Schema;
@@ -40,10 +41,11 @@ function fields({ properties = {}, required = [] }: Schema, indent: string): str
 }
 
 function typeText(schema: Schema, indent = ''): string {
-  const { $ref, allOf, type, enum: words, items, properties, additionalProperties } = schema;
+  const { $ref, allOf, anyOf, type, enum: values, items, properties, additionalProperties } = schema;
   if ($ref !== undefined) return $ref.replace(/^.*\//, '');
   if (allOf !== undefined) return allOf.map((part) => typeText(part, indent)).join(' & ');
-  if (words !== undefined) return words.map((word) => `'${word}'`).join(' | ');
+  if (anyOf !== undefined) return anyOf.map((part) => typeText(part, indent)).join(' | ');
+  if (values !== undefined) return values.map((value) => JSON.stringify(value).replaceAll('"', "'")).join(' | ');
   if (type === 'integer') return 'number';
   if (items !== undefined) return `Array<${typeText(items, indent)}>`;
   if (properties !== undefined) return fields(schema, indent);

@@ -100,6 +100,16 @@ export class Client {
     if (wait === true) await this.poweredOff({ signal });
   }
 
+  /** Sends every vCPU a non-maskable interrupt. */
+  async nmi(options?: CallOptions): Promise<void> {
+    await this.put('vm.nmi', undefined, options);
+  }
+
+  /** Writes memory and registers to an ELF core file; a machine that runs is paused meanwhile. @param url as `file:///tmp/core` */
+  async coredump(url: string, options?: CallOptions): Promise<void> {
+    await this.put('vm.coredump', { destination_url: url }, options);
+  }
+
   /** Resolves when the machine does not run, or its process has ended. */
   async poweredOff({ signal }: CallOptions = {}): Promise<void> {
     try {

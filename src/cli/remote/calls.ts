@@ -132,6 +132,12 @@ export const CALLS: readonly Call[] = [
     ...{ name: 'power-button', summary: 'Press the ACPI power button', waits: true },
     run: (client, given) => nothing(client.powerButton(given)),
   },
+  plain('nmi', 'Send every vCPU a non-maskable interrupt', (client, options) => client.nmi(options)),
+  {
+    ...{ name: 'coredump', usage: 'FILE_URL', summary: 'Write memory and registers to an ELF core file' },
+    argument: 'required',
+    run: (client, { argument, signal }) => nothing(client.coredump(argument!, { signal })),
+  },
   adds('disk', 'disk', (client, device, options) => client.addDisk(device as DiskConfig, options)),
   adds('net', 'network interface', (client, device, options) => client.addNet(device, options)),
   adds('pmem', 'persistent memory', (client, device, options) => client.addPmem(device as PmemConfig, options)),

@@ -26,6 +26,9 @@ export function infoText({ config, state, memory_actual_size: memory, device_tre
   for (const { id, tap, mac } of net) what.set(id, [tap, mac].filter(Boolean).join(' '));
   for (const { id, file } of pmem) what.set(id, file);
   if (vsock !== undefined) what.set(vsock.id, `${vsock.cid} ${vsock.socket}`);
+  for (const { id, leaving } of Object.values(tree)) {
+    if (leaving === true) what.set(id, `${what.get(id) ?? ''} (asked to go)`.trim());
+  }
   const devices = Object.values(tree).flatMap(({ children, pci_bdf: bdf }) =>
     bdf === undefined ? [] : children.map((id) => [id, bdf, what.get(id) ?? '']),
   );

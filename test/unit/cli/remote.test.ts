@@ -41,7 +41,7 @@ afterEach(async () => {
 
 test('what only has to be done says nothing', async () => {
   await serve();
-  const names = ['boot', 'pause', 'resume', 'power-button', 'reboot', 'shutdown', 'delete', 'shutdown-vmm'];
+  const names = ['boot', 'pause', 'resume', 'power-button', 'nmi', 'reboot', 'shutdown', 'delete', 'shutdown-vmm'];
   for (const name of names) expect(await call(name)).toBe('');
   expect(asked).toEqual([...names.slice(0, -1), 'vmm.shutdown']);
 });
@@ -99,15 +99,17 @@ test('descriptors go with the request that takes them', async () => {
   await expect(call('add-net', 'fd=1')).rejects.toThrow(`No vmm answers at ${socket}: `);
 });
 
-test('sizes', async () => {
+test('sizes, and a core file', async () => {
   await serve();
   await call('resize', '--cpus', '2', '--memory=1G', '--balloon', '64M');
   await call('resize');
+  await call('coredump', 'file:///core');
   await call('resize-disk', '--disk', 'd', '--size', '1K');
   await call('resize-disk', '--size=1K', '--shrink', '--disk=d');
   expect(asked).toEqual([
     { resize: { desired_vcpus: 2, desired_ram: 2 ** 30, desired_balloon: 2 ** 26 } },
     { resize: {} },
+    { coredump: '/core' },
     { id: 'd', size: 1024, shrink: false },
     { id: 'd', size: 1024, shrink: true },
   ]);
@@ -126,7 +128,7 @@ test('tables for people, JSON for programs', async () => {
   const tree: Record<string, object> = {};
   names.forEach((id, slot) => {
     tree[`p${id}`] = { id: `p${id}`, resources: [], children: [id], pci_bdf: `0000:00:0${slot + 1}.0` };
-    tree[id] = { id, resources: [], children: [] };
+    tree[id] = { id, resources: [], children: [], ...(id === '_pmem2' ? { leaving: true } : {}) };
   });
   const info = { config, state: 'Running', memory_actual_size: 2 ** 29, device_tree: tree };
   await serve({
@@ -137,7 +139,11 @@ test('tables for people, JSON for programs', async () => {
   expect(await call('info')).toBe(
     [
       ...['state   Running', 'kernel  /k', 'vCPUs   2 of 4', 'memory  512M', '', 'device   PCI'],
-      ...['_disk0   0000:00:01.0  /d', '_net1    0000:00:02.0  tap0 12:34:56:78:90:ab', '_pmem2   0000:00:03.0  /p'],
+      ...[
+        '_disk0   0000:00:01.0  /d',
+        '_net1    0000:00:02.0  tap0 12:34:56:78:90:ab',
+        '_pmem2   0000:00:03.0  /p (asked to go)',
+      ],
       ...['_vsock3  0000:00:04.0  3 /s', '__rng    0000:00:05.0', ''],
     ].join('\n'),
   );

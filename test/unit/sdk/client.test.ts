@@ -47,11 +47,22 @@ test('every call', async () => {
   await client.pause();
   await client.resume();
   await client.powerButton();
+  await client.nmi();
   await client.reboot();
   await client.shutdown();
   await client.delete();
   await client.shutdownVmm();
-  expect(asked).toEqual(['boot', 'pause', 'resume', 'power-button', 'reboot', 'shutdown', 'delete', 'vmm.shutdown']);
+  expect(asked).toEqual([
+    'boot',
+    'pause',
+    'resume',
+    'power-button',
+    'nmi',
+    'reboot',
+    'shutdown',
+    'delete',
+    'vmm.shutdown',
+  ]);
   asked = [];
   expect(await client.addDisk({ path: '/d' })).toEqual({ id: '_disk7', bdf: '0000:00:07.0' });
   expect(await client.addNet({})).toEqual({ id: '_net7', bdf: '0000:00:07.0' });
@@ -60,10 +71,12 @@ test('every call', async () => {
   await client.removeDevice('_disk7');
   await client.resize({ desired_balloon: 1 });
   await client.resizeDisk('a', 512, { shrink: true });
+  await client.coredump('file:///core');
   expect(asked.slice(4)).toEqual([
     { remove: '_disk7' },
     { resize: { desired_balloon: 1 } },
     { id: 'a', size: 512, shrink: true },
+    { coredump: '/core' },
   ]);
   expect((await client.info()).state).toBe('Running');
   expect(await client.counters()).toEqual({ _disk0: { read_ops: 1 } });
