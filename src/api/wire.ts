@@ -44,7 +44,7 @@ const deviceNode = z.strictObject({
   parent: optional('Name of the one above it', z.string()),
   children: required('Names of the devices below it', z.array(z.string())),
   pci_bdf: optional('Its place on PCI', z.string()),
-  leaving: optional('The guest has been asked to let it go, and has not', z.literal(true)),
+  leaving: optional('The guest has been asked to let it go, and has not', z.boolean()),
 });
 
 export const WIRE = {
