@@ -34,7 +34,10 @@ test('the tables of a machine with all that is described', async () => {
   const { output, vmm } = await runInGuest(host, folder, {
     kernel: generic,
     task: { command: 'cd /tmp; fwts --acpitests -', archives: [await guestTools('fwts')] },
-    vmm: ['--cpus', 'boot=2,max=4', '--platform', 'num_pci_segments=2', '--pvpanic'],
+    vmm: [
+      ...['--cpus', 'boot=2,max=4', '--memory', 'size=512M,hotplug_size=1G'],
+      ...['--platform', 'num_pci_segments=2', '--pvpanic'],
+    ],
   });
   expect(vmm).toBe(0);
   // It got to its end.

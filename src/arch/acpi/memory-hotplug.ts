@@ -7,8 +7,10 @@ import {
   call,
   device,
   eisaId,
+  equal,
   FieldAccess,
   fields,
+  ifThen,
   integer,
   LOCAL0,
   locked,
@@ -85,6 +87,8 @@ function memoryRange(): Aml {
     qwordField(range, MAXIMUM, 'MAXA'),
     qwordField(range, LENGTH, 'LENA'),
     locked('MLCK', store(ARG0, reference('MSEL')), store(reference('MHBA'), base), store(reference('MHLN'), length)),
+    // A range of nothing cannot be where it is (6.4.3.5, table 6.48): an empty slot has none.
+    ifThen(equal(length, integer(0)), returnValue(resourceTemplate())),
     subtract(add(base, length), integer(1), last),
     returnValue(range),
   );

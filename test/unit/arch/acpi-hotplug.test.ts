@@ -198,6 +198,8 @@ describe('memory hotplug by AML', () => {
     expect([...descriptor.subarray(0, 6)]).toEqual([0x8a, 43, 0, 0, 0x0c, CACHEABLE_READ_WRITE]);
     const numbers = [6, 14, 22, 30, 38].map((at) => Number(descriptor.readBigUInt64LE(at)));
     expect(numbers).toEqual([0, base + 7, base + 7 + length - 1, 0, length]);
+    // None where there is no memory: an end tag alone.
+    expect((await evaluate(machine, '\\_SB.MHPC.M007._CRS')).result).toEqual([0x79, 0]);
     const node = await evaluate(machine, '\\_SB.MHPC.M007._PXM', { [MHPC('MHPX')]: 3 });
     expect([node.result, story(node, registers)]).toEqual([3, ['W0=7', 'R10']]);
   });
