@@ -2,6 +2,7 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { ApiError, type CallOptions, ConnectionError, request } from './connection.js';
 import type {
+  DeviceModuleConfig,
   DiskConfig,
   NetConfig,
   PciDeviceInfo,
@@ -37,8 +38,8 @@ export function hasItsMemory({ config, memory_actual_size: actual }: VmInfo): bo
 }
 
 function hasDevice({ config }: VmInfo, id: string): boolean {
-  const { disks = [], net = [], pmem = [], vsock } = config;
-  return [...disks, ...net, ...pmem, vsock].some((device) => device?.id === id);
+  const { disks = [], net = [], pmem = [], device_modules: modules = [], vsock } = config;
+  return [...disks, ...net, ...pmem, ...modules, vsock].some((device) => device?.id === id);
 }
 
 /** Every method throws ApiError for what is refused or fails, ConnectionError where nobody answers, and the signal's reason. */
@@ -147,6 +148,11 @@ export class Client {
   /** @returns its name and place; undefined where the machine does not run, and gets it when it does */
   async addVsock(vsock: VsockConfig, options?: CallOptions): Promise<PciDeviceInfo | undefined> {
     return (await this.put('vm.add-vsock', vsock, options)) as PciDeviceInfo | undefined;
+  }
+
+  /** @returns its name and place; undefined where the machine does not run, and gets it when it does */
+  async addDeviceModule(module: DeviceModuleConfig, options?: CallOptions): Promise<PciDeviceInfo | undefined> {
+    return (await this.put('vm.add-device-module', module, options)) as PciDeviceInfo | undefined;
   }
 
   /** Asks the guest to let a device go. With `wait`, returns when it has. */

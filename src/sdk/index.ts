@@ -4,6 +4,7 @@ export { ApiError, type CallOptions, ConnectionError } from './connection.js';
 export type { Console } from './console.js';
 export type { VmmEvent } from './events.js';
 export type {
+  DeviceModuleConfig,
   DiskConfig,
   NetConfig,
   PciDeviceInfo,

@@ -4,7 +4,14 @@ import { text } from 'node:stream/consumers';
 import { KINDS, OptionError, type ValueKind } from '../../config/option-syntax.js';
 import type { Client } from '../../sdk/client.js';
 import type { CallOptions } from '../../sdk/connection.js';
-import type { DiskConfig, PciDeviceInfo, PmemConfig, VmConfig, VsockConfig } from '../../sdk/types.js';
+import type {
+  DeviceModuleConfig,
+  DiskConfig,
+  PciDeviceInfo,
+  PmemConfig,
+  VmConfig,
+  VsockConfig,
+} from '../../sdk/types.js';
 import { DEVICE_OPTIONS } from '../options.js';
 import { readDevice } from '../parse-run.js';
 import { countersText, infoText, placeText } from './tables.js';
@@ -39,7 +46,7 @@ export interface Call {
   /** Options without a value that it takes, and what each is. */
   readonly switches?: Readonly<Record<string, string>>;
   /** Of whose option the argument has the syntax. */
-  readonly device?: 'disk' | 'net' | 'pmem' | 'vsock';
+  readonly device?: 'disk' | 'net' | 'pmem' | 'vsock' | 'device-module';
   /** @returns undefined: there is nothing to say */
   run(client: Client, given: Given): Promise<Outcome | undefined>;
 }
@@ -142,6 +149,9 @@ export const CALLS: readonly Call[] = [
   adds('net', 'network interface', (client, device, options) => client.addNet(device, options)),
   adds('pmem', 'persistent memory', (client, device, options) => client.addPmem(device as PmemConfig, options)),
   adds('vsock', 'vsock device', (client, device, options) => client.addVsock(device as VsockConfig, options)),
+  adds('device-module', "device of a user's own", (client, device, options) =>
+    client.addDeviceModule(device as DeviceModuleConfig, options),
+  ),
   {
     ...{ name: 'remove-device', usage: 'ID', summary: 'Ask the guest to let a device go' },
     ...{ argument: 'required', waits: true },

@@ -14,7 +14,7 @@ export function placeText(place: PciDeviceInfo | undefined): string {
 }
 
 export function infoText({ config, state, memory_actual_size: memory, device_tree: tree = {} }: VmInfo): string {
-  const { cpus, payload, disks = [], net = [], pmem = [], vsock } = config;
+  const { cpus, payload, disks = [], net = [], pmem = [], device_modules: modules = [], vsock } = config;
   const facts = [
     ['state', state],
     ['kernel', payload.kernel],
@@ -25,6 +25,7 @@ export function infoText({ config, state, memory_actual_size: memory, device_tre
   for (const { id, path } of disks) what.set(id, path);
   for (const { id, tap, mac } of net) what.set(id, [tap, mac].filter(Boolean).join(' '));
   for (const { id, file } of pmem) what.set(id, file);
+  for (const { id, path } of modules) what.set(id, path);
   if (vsock !== undefined) what.set(vsock.id, `${vsock.cid} ${vsock.socket}`);
   for (const { id, leaving } of Object.values(tree)) {
     if (leaving === true) what.set(id, `${what.get(id) ?? ''} (asked to go)`.trim());

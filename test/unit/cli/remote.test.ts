@@ -65,6 +65,7 @@ test("devices have the command line's own syntax, and limits are nested", async 
     '{\n  "id": "_net7",\n  "bdf": "0000:00:07.0"\n}\n',
   );
   expect(await call('add-pmem', 'file=/p,size=2M')).toBe('_pmem7 at 0000:00:07.0\n');
+  expect(await call('add-device-module', 'path=/m')).toBe('_module7 at 0000:00:07.0\n');
   expect(await call('add-vsock', 'cid=3,socket=/s')).toBe('The machine gets it at its next boot\n');
   expect(await call('add-vsock', 'cid=3,socket=/s', '--json')).toBe('');
   const limit = { bandwidth: { size: 2 ** 20, refill_time: 100 } };

@@ -67,12 +67,13 @@ test('every call', async () => {
   expect(await client.addDisk({ path: '/d' })).toEqual({ id: '_disk7', bdf: '0000:00:07.0' });
   expect(await client.addNet({})).toEqual({ id: '_net7', bdf: '0000:00:07.0' });
   expect(await client.addPmem({ file: '/p' })).toEqual({ id: '_pmem7', bdf: '0000:00:07.0' });
+  expect(await client.addDeviceModule({ path: '/m' })).toEqual({ id: '_module7', bdf: '0000:00:07.0' });
   expect(await client.addVsock({ cid: 3, socket: '/s' })).toBeUndefined();
   await client.removeDevice('_disk7');
   await client.resize({ desired_balloon: 1 });
   await client.resizeDisk('a', 512, { shrink: true });
   await client.coredump('file:///core');
-  expect(asked.slice(4)).toEqual([
+  expect(asked.slice(5)).toEqual([
     { remove: '_disk7' },
     { resize: { desired_balloon: 1 } },
     { id: 'a', size: 512, shrink: true },
