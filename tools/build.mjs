@@ -102,14 +102,27 @@ async function makeSdk() {
   await bundle('dist/sdk/index.js', 'src/sdk/index.ts', { format: 'esm' });
   const { documentText, typesText } = await import(path.join(root, 'dist/tools/sdk-types.js'));
   const compilerOptions = { target: ts.ScriptTarget.ES2022, module: ts.ModuleKind.NodeNext, stripInternal: true };
-  for (const name of fs.readdirSync(sources)) {
-    const text = fs.readFileSync(path.join(sources, name), 'utf8');
-    const made = ts.transpileDeclaration(text, { fileName: name, compilerOptions, reportDiagnostics: true });
-    // A file alone, without the library, has methods named by symbols twice.
-    const declared = made.outputText.replace(/^ *\[Symbol\.\w+\]: \(\) => .*;\n/gm, '');
-    const types = name === 'types.ts' ? typesText : declared;
+  const declare = (file) => {
+    const text = fs.readFileSync(file, 'utf8');
+    const fileName = path.basename(file);
+    const made = ts.transpileDeclaration(text, { fileName, compilerOptions, reportDiagnostics: true });
     if (made.diagnostics.length > 0) throw new Error(ts.formatDiagnostics(made.diagnostics, ts.createCompilerHost({})));
+    return made.outputText;
+  };
+  for (const name of fs.readdirSync(sources).filter((file) => file !== 'device.ts')) {
+    const made = declare(path.join(sources, name));
+    // A file alone, without the library, has methods named by symbols twice.
+    const declared = made.replace(/^ *\[Symbol\.\w+\]: \(\) => .*;\n/gm, '');
+    const types = name === 'types.ts' ? typesText : declared;
     writeWhole(path.join(root, 'dist/sdk', name.replace('.ts', '.d.ts')), types, 0o644);
+  }
+  // A user's device is declared by the sources themselves, and by those that they import.
+  const devices = new Set(['sdk/device.ts']);
+  for (const file of devices) {
+    const types = declare(path.join(root, 'src', file));
+    writeWhole(path.join(root, 'dist/sdk/device', file.replace('.ts', '.d.ts')), types, 0o644);
+    for (const [, name] of types.matchAll(/from '(\.[^']+)\.js'/g))
+      devices.add(path.join(path.dirname(file), `${name}.ts`));
   }
   writeWhole(path.join(root, 'dist/sdk/package.json'), '{ "type": "module" }\n', 0o644);
   writeWhole(path.join(root, 'dist/openapi.json'), documentText, 0o644);

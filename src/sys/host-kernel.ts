@@ -271,7 +271,8 @@ export interface HostKernel {
 /** Bits of an epoll event. */
 export const EPOLL = { IN: 0x1, OUT: 0x4, ERR: 0x8, HUP: 0x10, RDHUP: 0x2000, EDGE: 0x8000_0000 } as const;
 /** struct epoll_event: packed on x86_64 alone. Bytes. */
-export const EPOLL_EVENT = process.arch === 'x64' ? { size: 12, data: 4 } : { size: 16, data: 8 };
+export const EPOLL_EVENT: { readonly size: number; readonly data: number } =
+  process.arch === 'x64' ? { size: 12, data: 4 } : { size: 16, data: 8 };
 
 /** SIGRTMIN, the first real-time signal: glibc keeps 32 and 33 for itself. */
 export const KICK_SIGNAL = 34;

@@ -11,6 +11,7 @@ import { DOCUMENT } from '../support/api-document.js';
 import { KVM } from '../support/backend.js';
 import { runInGuest, testFolder } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
+import { moduleExample } from '../support/module-example.js';
 import { portWriter, POWER_OFF } from '../support/synthetic-kernel.js';
 
 const { folder, remove } = testFolder();
@@ -103,6 +104,13 @@ describe('its TypeScript API', () => {
       await VirtualMachine.create({ payload: { kernel: 'k' }, cpus: { boot: 1 } });`;
     const found = problems({ ...Object.fromEntries(examples), 'wrong.mts': wrong }, {});
     expect(found).toEqual({ 'wrong.mts': [expect.stringMatching(/'boot' does not exist in type/)] });
+  });
+
+  test("has the types of a user's own device, by which the guide's example is right", () => {
+    const wrong = `import type { DeviceModule } from 'vmm/device';
+      export const describe: DeviceModule['describe'] = ({ config }) => ({ type: config });`;
+    const found = problems({ 'pattern.mjs': moduleExample(), 'own.mts': wrong }, { allowJs: true, checkJs: true });
+    expect(found).toEqual({ 'own.mts': [expect.stringMatching(/is not assignable to type/)] });
   });
 
   test("writes out the types that the API's schemas have", () => {

@@ -40,7 +40,7 @@ export const QueueWord = {
 export const QueueCounter = { requests: 0, interrupts: 1, kicks: 2, kickExits: 3 } as const;
 const COUNTERS = Object.keys(QueueCounter).length;
 /** Even, so that the counters of all queues are aligned if those of the first are. */
-export const QUEUE_WORDS = QueueWord.counters + 2 * COUNTERS;
+export const QUEUE_WORDS: number = QueueWord.counters + 2 * COUNTERS;
 
 /** A queue's counters: whole numbers, exact up to 2^53. @param at the queue's first word, even */
 export function queueCounters(words: Int32Array, at: number): Float64Array {
@@ -64,9 +64,9 @@ export class Chain {
   readableBytes = 0;
   writableBytes = 0;
   /** By buffer: guest address, host address, bytes. Each is RAM as a whole and not empty. */
-  readonly address = new Float64Array(MAX_CHAIN);
-  readonly host = new Float64Array(MAX_CHAIN);
-  readonly length = new Float64Array(MAX_CHAIN);
+  readonly address: Float64Array = new Float64Array(MAX_CHAIN);
+  readonly host: Float64Array = new Float64Array(MAX_CHAIN);
+  readonly length: Float64Array = new Float64Array(MAX_CHAIN);
 
   constructor(readonly memory: GuestMemory) {}
 
