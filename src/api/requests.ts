@@ -22,6 +22,14 @@ export const resizeSchema = z.strictObject(
   { error: '{"desired_vcpus": N, "desired_ram": BYTES, "desired_balloon": BYTES}, of which any may be left out' },
 );
 
+export const resizeZoneSchema = z.strictObject(
+  {
+    id: required('Name of the memory zone', z.string({ error: 'the name of a memory zone' })),
+    desired_ram: required('Memory that it is to have, in bytes', bytes),
+  },
+  { error: '{"id": ZONE, "desired_ram": BYTES}' },
+);
+
 const sizeError = `a multiple of ${SECTOR} bytes`;
 export const resizeDiskSchema = z.strictObject(
   {

@@ -2,7 +2,14 @@
 import type { Logger } from '../vmm/log/logger.js';
 import type { Vmm } from '../vmm/machine/vmm.js';
 import { BodyReader, refusal } from './bodies.js';
-import { coredumpSchema, coreFile, removeDeviceSchema, resizeDiskSchema, resizeSchema } from './requests.js';
+import {
+  coredumpSchema,
+  coreFile,
+  removeDeviceSchema,
+  resizeDiskSchema,
+  resizeSchema,
+  resizeZoneSchema,
+} from './requests.js';
 import type { Route } from './route.js';
 import { readDevice, readVmConfig, writeVmConfig } from './vm-config.js';
 import type { WireName } from './wire.js';
@@ -49,6 +56,10 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
   const info = () => {
     const now = vmm.info();
     return { ...now, config: writeVmConfig(now.config) };
+  };
+  const resizeZone = (body: unknown) => {
+    const { id, desired_ram: size } = reader.read(resizeZoneSchema, body);
+    return vmm.resizeZone(id, size);
   };
   const resizeDisk = (body: unknown) => {
     const { id, desired_size: size, shrink } = reader.read(resizeDiskSchema, body);
@@ -104,6 +115,7 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
         vmm.resize(reader.read(resizeSchema, body)),
       ),
     ],
+    ['vm.resize-zone', tell('The same for one memory zone', 'VmResizeZone', ['unknown'], resizeZone)],
     ['vm.resize-disk', tell('Gives a disk another size, and tells the guest', 'VmResizeDisk', ['unknown'], resizeDisk)],
   ]);
   return table;

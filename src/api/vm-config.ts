@@ -18,7 +18,7 @@ const SYSTEM = ['serial_number', 'uuid', 'manufacturer', 'product_name', 'versio
 
 /** Fields of the reference that the schema has not. One that it gets is looked for here no more. */
 const UNBUILT: Unbuilt = new Map<string, (value: unknown) => boolean>([
-  ...all('', ['generic_vhost_user', 'fs', 'devices', 'user_devices', 'vdpa', 'numa', 'pci_segments']),
+  ...all('', ['generic_vhost_user', 'fs', 'devices', 'user_devices', 'vdpa']),
   ...all('', ['iommu', 'rtc', 'tpm', 'ivshmem', 'pvmemcontrol', 'gdb', 'landlock_enable', 'landlock_rules']),
   ['debug_console', (value) => isObject(value) && value['mode'] === 'Off'],
   ...all('payload.', ['firmware', 'igvm', 'host_data', 'fw_cfg_config']),
@@ -27,7 +27,6 @@ const UNBUILT: Unbuilt = new Map<string, (value: unknown) => boolean>([
   ['cpus.features', (value) => isObject(value) && Object.values(value).every(nothing)],
   ['cpus.core_scheduling', only('Vm', 'Off')],
   ['cpus.profile', only('Host', 'host')],
-  ...all('memory.', ['zones']),
   ...all('disks[].', ['vhost_user', 'vhost_socket']),
   ['disks[].lock_granularity', only('ByteRange')],
   ...all('net[].', ['vhost_user', 'vhost_socket']),

@@ -16,9 +16,10 @@ import {
   vsockSchema,
 } from '../config/device-config.js';
 import { defaulted, optional, required } from '../config/fields.js';
-import { memorySchema } from '../config/memory-config.js';
+import { memorySchema, memoryZoneSchema } from '../config/memory-config.js';
+import { numaSchema, pciSegmentSchema } from '../config/numa-config.js';
 import { cpusSchema, vmConfigSchema } from '../config/vm-config.js';
-import { coredumpSchema, removeDeviceSchema, resizeDiskSchema, resizeSchema } from './requests.js';
+import { coredumpSchema, removeDeviceSchema, resizeDiskSchema, resizeSchema, resizeZoneSchema } from './requests.js';
 
 const { _disable_io_uring: noUring, _disable_aio: noAio, ...disk } = diskSchema.shape;
 const diskConfig = z.strictObject({
@@ -59,6 +60,9 @@ export const WIRE = {
   PayloadConfig: vmConfig.shape.payload,
   CpusConfig: cpusSchema,
   MemoryConfig: memorySchema,
+  MemoryZoneConfig: memoryZoneSchema,
+  NumaConfig: numaSchema,
+  PciSegmentConfig: pciSegmentSchema,
   ConsoleConfig: characterSchema,
   PlatformConfig: platformSchema,
   RateLimitGroupConfig: rateLimitGroupSchema,
@@ -78,6 +82,7 @@ export const WIRE = {
   DeviceNode: deviceNode,
   VmCounters: z.record(z.string(), z.record(z.string(), z.number())),
   VmResize: resizeSchema,
+  VmResizeZone: resizeZoneSchema,
   VmResizeDisk: resizeDiskSchema,
   VmRemoveDevice: removeDeviceSchema,
   VmCoredumpData: coredumpSchema,

@@ -17,7 +17,8 @@ import {
   rngSchema,
   vsockSchema,
 } from '../config/device-config.js';
-import { type MemoryConfig, memorySchema } from '../config/memory-config.js';
+import { type MemoryConfig, memorySchema, memoryZoneSchema } from '../config/memory-config.js';
+import { numaSchema, pciSegmentSchema } from '../config/numa-config.js';
 import { type CpusConfig, HYPERVISORS, cpusSchema, vmConfigSchema } from '../config/vm-config.js';
 
 export const CPUS_SUB_OPTIONS: readonly SubOption<keyof CpusConfig>[] = [
@@ -28,7 +29,7 @@ export const CPUS_SUB_OPTIONS: readonly SubOption<keyof CpusConfig>[] = [
   { name: 'affinity', field: 'affinity', kind: KINDS.affinity },
 ];
 
-export const MEMORY_SUB_OPTIONS: readonly SubOption<keyof MemoryConfig>[] = [
+export const MEMORY_SUB_OPTIONS: readonly SubOption<Exclude<keyof MemoryConfig, 'zones'>>[] = [
   { name: 'size', field: 'size', kind: KINDS.size },
   { name: 'hotplug_method', field: 'hotplug_method', kind: KINDS.hotplugMethod },
   { name: 'hotplug_size', field: 'hotplug_size', kind: KINDS.size },
@@ -87,20 +88,61 @@ const NET_SUB_OPTIONS: readonly SubOption[] = [
 export const EVENT_MONITOR_SUB_OPTIONS: readonly SubOption[] = [text('path'), number('fd')];
 export const END_WITH_SUB_OPTIONS: readonly SubOption[] = [number('fd')];
 
-/** An option of a device: its place in the configuration, and whether there may be several. */
+/** An option of a device or of a part of the machine: its place in the configuration, and whether there may be several. */
 export interface DeviceOption {
   readonly name: string;
+  readonly group: 'Machine:' | 'Devices:';
+  /** The section that the field is in; left out: none. */
+  readonly section?: 'memory';
   readonly field: string;
   readonly several: boolean;
   readonly subOptions: readonly SubOption[];
   readonly shape: Shape;
 }
 
+const numbers = (name: string): SubOption => ({ name, field: name, kind: KINDS.numbers });
 const size = (name: string): SubOption => ({ name, field: name, kind: KINDS.size });
 
 export const DEVICE_OPTIONS: readonly DeviceOption[] = [
   {
+    name: 'memory-zone',
+    group: 'Machine:',
+    section: 'memory',
+    field: 'zones',
+    several: true,
+    subOptions: [
+      ...[text('id'), size('size'), text('file'), toggle('shared'), toggle('hugepages'), size('hugepage_size')],
+      ...[number('host_numa_node'), size('hotplug_size'), size('hotplugged_size')],
+      ...[toggle('prefault'), toggle('reserve'), toggle('mergeable')],
+    ],
+    shape: memoryZoneSchema.shape,
+  },
+  {
+    name: 'numa',
+    group: 'Machine:',
+    field: 'numa',
+    several: true,
+    subOptions: [
+      ...[number('guest_numa_id'), numbers('cpus'), { name: 'distances', field: 'distances', kind: KINDS.distances }],
+      ...[
+        { name: 'memory_zones', field: 'memory_zones', kind: KINDS.texts },
+        numbers('pci_segments'),
+        text('device_id'),
+      ],
+    ],
+    shape: numaSchema.shape,
+  },
+  {
+    name: 'pci-segment',
+    group: 'Machine:',
+    field: 'pci_segments',
+    several: true,
+    subOptions: [number('pci_segment'), number('mmio32_aperture_weight'), number('mmio64_aperture_weight')],
+    shape: pciSegmentSchema.shape,
+  },
+  {
     name: 'platform',
+    group: 'Machine:',
     field: 'platform',
     several: false,
     subOptions: [number('num_pci_segments')],
@@ -108,16 +150,32 @@ export const DEVICE_OPTIONS: readonly DeviceOption[] = [
   },
   {
     name: 'rate-limit-group',
+    group: 'Devices:',
     field: 'rate_limit_groups',
     several: true,
     subOptions: [text('id'), ...LIMIT_SUB_OPTIONS],
     shape: rateLimitGroupSchema.shape,
   },
-  { name: 'disk', field: 'disks', several: true, subOptions: DISK_SUB_OPTIONS, shape: diskSchema.shape },
-  { name: 'net', field: 'net', several: true, subOptions: NET_SUB_OPTIONS, shape: netSchema.shape },
-  { name: 'rng', field: 'rng', several: false, subOptions: [text('src'), ...PCI_SUB_OPTIONS], shape: rngSchema.shape },
+  {
+    name: 'disk',
+    group: 'Devices:',
+    field: 'disks',
+    several: true,
+    subOptions: DISK_SUB_OPTIONS,
+    shape: diskSchema.shape,
+  },
+  { name: 'net', group: 'Devices:', field: 'net', several: true, subOptions: NET_SUB_OPTIONS, shape: netSchema.shape },
+  {
+    name: 'rng',
+    group: 'Devices:',
+    field: 'rng',
+    several: false,
+    subOptions: [text('src'), ...PCI_SUB_OPTIONS],
+    shape: rngSchema.shape,
+  },
   {
     name: 'balloon',
+    group: 'Devices:',
     field: 'balloon',
     several: false,
     subOptions: [size('size'), toggle('deflate_on_oom'), toggle('free_page_reporting'), ...PCI_SUB_OPTIONS],
@@ -125,6 +183,7 @@ export const DEVICE_OPTIONS: readonly DeviceOption[] = [
   },
   {
     name: 'pmem',
+    group: 'Devices:',
     field: 'pmem',
     several: true,
     subOptions: [text('file'), size('size'), toggle('discard_writes'), ...PCI_SUB_OPTIONS],
@@ -132,6 +191,7 @@ export const DEVICE_OPTIONS: readonly DeviceOption[] = [
   },
   {
     name: 'vsock',
+    group: 'Devices:',
     field: 'vsock',
     several: false,
     subOptions: [number('cid'), text('socket'), ...PCI_SUB_OPTIONS],
@@ -139,6 +199,7 @@ export const DEVICE_OPTIONS: readonly DeviceOption[] = [
   },
   {
     name: 'device-module',
+    group: 'Devices:',
     field: 'device_modules',
     several: true,
     subOptions: [text('path'), text('config'), ...PCI_SUB_OPTIONS],
@@ -201,7 +262,7 @@ function formatDefault(value: unknown): string {
 }
 
 /** Sub-options without which there is no device. */
-const REQUIRED = new Set(['path', 'file', 'cid', 'socket']);
+const REQUIRED = new Set(['path', 'file', 'cid', 'socket', 'id', 'guest_numa_id']);
 
 /** What a device has where its options are left out. */
 function deviceDefaults({ field }: DeviceOption): Readonly<Record<string, unknown>> {
@@ -215,6 +276,9 @@ function deviceDefaults({ field }: DeviceOption): Readonly<Record<string, unknow
     pmem: () => pmemSchema.parse({ file: 'any' }),
     vsock: () => vsockSchema.parse({ cid: 3, socket: 'any' }),
     device_modules: () => deviceModuleSchema.parse({ path: 'any' }),
+    zones: () => memoryZoneSchema.parse({ id: 'any' }),
+    numa: () => numaSchema.parse({ guest_numa_id: 0 }),
+    pci_segments: () => pciSegmentSchema.parse({}),
   };
   return Object.fromEntries(Object.entries(examples[field]()).filter(([name]) => !REQUIRED.has(name)));
 }
@@ -267,11 +331,12 @@ export const RUN_FLAGS: readonly Flag[] = [
   { name: 'serial', group: 'Machine:', takes: 'value', help: modeHelp(helpOf(serial), SERIAL_MODES) },
   { name: 'console', group: 'Machine:', takes: 'value', help: modeHelp(helpOf(console), CONSOLE_MODES) },
   ...DEVICE_OPTIONS.map((option): Flag => {
-    const title = helpOf((vmConfigSchema.shape as Shape)[option.field]);
+    const shape: Shape = option.section === 'memory' ? memorySchema.shape : vmConfigSchema.shape;
+    const title = helpOf(shape[option.field]);
     const shown = option.subOptions.filter(({ name }) => !name.startsWith('_'));
     return {
       name: option.name,
-      group: option.name === 'platform' ? 'Machine:' : 'Devices:',
+      group: option.group,
       takes: option.several ? 'list' : 'value',
       get help() {
         return listHelp(title, shown, option.shape, deviceDefaults(option));

@@ -191,28 +191,40 @@ export function readRun(found: Arguments, host: HostFacts): RunCommand {
   const boot = cpus?.fields['boot_vcpus'] ?? 1;
   const serialConfig = serial === undefined ? undefined : readMode('serial', serial, SERIAL_MODES);
   const devices = new Map(DEVICE_OPTIONS.map((option) => [option.field, readDevices(found, option)]));
-  const deviceFields = DEVICE_OPTIONS.flatMap(({ field, several }) => {
-    const all = devices.get(field)!.map(({ list }) => list.fields);
-    return all.length === 0 ? [] : [[field, several ? all : all[0]] as const];
-  });
+  const deviceFields = (wanted: DeviceOption['section']) =>
+    Object.fromEntries(
+      DEVICE_OPTIONS.flatMap(({ section, field, several }) => {
+        const all = devices.get(field)!.map(({ list }) => list.fields);
+        return section !== wanted || all.length === 0 ? [] : [[field, several ? all : all[0]] as const];
+      }),
+    );
 
   const input = {
     payload: { kernel, initramfs: valueOf(found, 'initramfs'), cmdline: valueOf(found, 'cmdline') },
     cpus: { boot_vcpus: boot, max_vcpus: boot, ...cpus?.fields },
-    memory: memory?.fields,
+    memory: { ...memory?.fields, ...deviceFields('memory') },
     serial: serialConfig,
     console: console === undefined ? consoleBeside(serialConfig) : readMode('console', console, CONSOLE_MODES),
-    ...Object.fromEntries(deviceFields),
+    ...deviceFields(undefined),
     watchdog: found['watchdog'] === true,
     pvpanic: found['pvpanic'] === true,
   };
 
   const refuse = (path: readonly PropertyKey[], accepted: string): never => {
     const [section = '', field = ''] = path.map(String);
-    const option = DEVICE_OPTIONS.find((candidate) => candidate.field === section);
-    if (option !== undefined) throw refuseDevice(option, devices.get(section)!, path, accepted);
+    const option = DEVICE_OPTIONS.find((candidate) =>
+      candidate.section === undefined
+        ? candidate.field === section
+        : candidate.section === section && candidate.field === field,
+    );
+    if (option !== undefined) {
+      const place = option.section === undefined ? path : path.slice(1);
+      throw refuseDevice(option, devices.get(option.field)!, place, accepted);
+    }
     const name = section === 'payload' ? field : section;
-    const typed = (section === 'cpus' ? cpus : memory)?.typed.get(field);
+    const given = section === 'cpus' ? cpus : memory;
+    // Zones alone ask for a size of --memory's.
+    const typed = section === 'memory' && given === undefined ? `${field}=` : given?.typed.get(field);
     throw new OptionError(
       typed === undefined ? withValue(name, valueOf(found, name) ?? '') : `--${name} ${typed}`,
       accepted,

@@ -3,7 +3,7 @@
  * same id twice, a PCI segment that does not exist) is checked with the whole machine in vm-config.ts.
  */
 import * as z from 'zod/mini';
-import { defaulted, flag, optional, required, text, wholeNumber } from './fields.js';
+import { defaulted, deviceName, flag, optional, required, text, wholeNumber } from './fields.js';
 
 /** Slots of a PCI segment; slot 0 of segment 0 is the host bridge's. */
 export const PCI_SLOTS = 32;
@@ -29,11 +29,9 @@ export const socketPath = path.check(
   z.refine((name) => Buffer.byteLength(name) <= MAX_SOCKET_PATH, { error: `a path of up to ${MAX_SOCKET_PATH} bytes` }),
 );
 
-const id = text(/^(?!__)[\w.:-]{1,64}$/, 'a name that does not start with __, up to 64 letters, digits, and - _ . :');
-
 /** What every PCI device may be given. */
 const pciFields = {
-  id: optional('Name of the device', id),
+  id: optional('Name of the device', deviceName),
   pci_segment: defaulted('PCI segment', wholeNumber(0, MAX_PCI_SEGMENTS - 1, 'a PCI segment'), 0),
   pci_device_id: optional('Slot on its segment, default the next free', wholeNumber(0, PCI_SLOTS - 1, 'a slot')),
   iommu: defaulted('Offer the guest to translate the addresses of the device', flag, false),
@@ -61,7 +59,7 @@ function limits(config: RateLimiter): boolean {
 }
 
 export const rateLimitGroupSchema = z
-  .strictObject({ id: required('Name, by which disks find it', id), rate_limiter_config: rateLimiter })
+  .strictObject({ id: required('Name, by which disks find it', deviceName), rate_limiter_config: rateLimiter })
   .check(({ value, issues }) => {
     if (limits(value.rate_limiter_config)) return;
     const message = 'a group with a limit of bytes or of operations: a size and a refill time, neither of them 0';
@@ -105,7 +103,7 @@ export const diskSchema = z
         ),
     ),
     rate_limiter_config: rateLimiter,
-    rate_limit_group: optional('Limit that it shares with other disks', id),
+    rate_limit_group: optional('Limit that it shares with other disks', deviceName),
     queue_affinity: queueAffinity,
     backing_files: defaulted('Allow an image that names another one behind it', flag, false),
     sparse: defaulted('Give discarded space back to the host', flag, true),

@@ -74,3 +74,12 @@ export function text(
 ): z.ZodMiniString<string> {
   return z.string({ error }).check(z.regex(pattern, { error }), z.refine(more, { error }));
 }
+
+/** Names that start with __ are those of devices that nobody named. */
+export const deviceName = text(
+  /^(?!__)[\w.:-]{1,64}$/,
+  'a name that does not start with __, up to 64 letters, digits, and - _ . :',
+);
+
+/** A NUL would end the string early in the kernel's eyes. */
+export const filePath = text(/^[^\0]+$/, 'the path of a file');

@@ -4,6 +4,7 @@
  */
 import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { type MemoryZone, zonesOf } from './memory-config.js';
 import { parseIntegerList } from './option-syntax.js';
 import type { VmConfig } from './vm-config.js';
 
@@ -12,6 +13,8 @@ export interface HostFacts {
   readonly cpus: readonly number[];
   /** Huge page sizes in bytes, the default one first. Empty: the kernel has none. */
   readonly hugepageSizes: readonly number[];
+  /** NUMA nodes that have memory, which are read when somebody asks. Empty: the kernel knows none. */
+  readonly numaNodes: readonly number[];
 }
 
 /** A field of the configuration that is wrong, and what is accepted there. */
@@ -62,7 +65,22 @@ export function readHostFacts(root = '/'): HostFacts {
   });
   // Ascending, but the default one first.
   const rank = (size: number): number => (size === defaultSize ? 0 : size);
-  return { cpus, hugepageSizes: sizes.sort((a, b) => rank(a) - rank(b)) };
+  return {
+    cpus,
+    hugepageSizes: sizes.sort((a, b) => rank(a) - rank(b)),
+    get numaNodes() {
+      return readNumaNodes(root);
+    },
+  };
+}
+
+function readNumaNodes(root: string): number[] {
+  try {
+    return parseIntegerList(readText(join(root, 'sys/devices/system/node/has_memory'))) ?? [];
+  } catch {
+    // A kernel without CONFIG_NUMA has no such folder.
+    return [];
+  }
 }
 
 /** The CPUs that the process's cgroup leaves it (cgroup-v2.rst, cpuset.cpus.effective); undefined: it does not say. */
@@ -98,18 +116,35 @@ export function findHostProblem(config: VmConfig, host: HostFacts): ConfigProble
     const accepted = `CPUs that the host lets this process use (${formatIntegerList(host.cpus)}), not ${absent}`;
     return { path, accepted };
   }
-  if (!memory.hugepages) return undefined;
+  for (const [index, zone] of zonesOf(memory).entries()) {
+    const problem = zoneProblem(zone, host);
+    if (problem === undefined) continue;
+    return { path: ['memory', ...(zone.implicit ? [] : ['zones', index]), problem.field], accepted: problem.accepted };
+  }
+  return undefined;
+}
+
+function zoneProblem(zone: MemoryZone, host: HostFacts): { field: keyof MemoryZone; accepted: string } | undefined {
+  const { host_numa_node: node } = zone;
+  if (node !== undefined && !host.numaNodes.includes(node)) {
+    const nodes = host.numaNodes;
+    const accepted =
+      nodes.length === 0
+        ? 'none: the host has no NUMA nodes'
+        : `a node of the host with memory (${formatIntegerList(nodes)})`;
+    return { field: 'host_numa_node', accepted };
+  }
+  if (!zone.hugepages) return undefined;
   const defaultSize = host.hugepageSizes.at(0);
-  if (defaultSize === undefined) return { path: ['memory', 'hugepages'], accepted: 'off: the host has no huge pages' };
-  const pageSize = memory.hugepage_size ?? defaultSize;
+  if (defaultSize === undefined) return { field: 'hugepages', accepted: 'off: the host has no huge pages' };
+  const pageSize = zone.hugepage_size ?? defaultSize;
   if (!host.hugepageSizes.includes(pageSize)) {
     const accepted = `a huge page size of the host: ${host.hugepageSizes.map(formatSize).join(', ')}`;
-    return { path: ['memory', 'hugepage_size'], accepted };
+    return { field: 'hugepage_size', accepted };
   }
   for (const field of ['size', 'hotplug_size', 'hotplugged_size'] as const) {
-    if ((memory[field] ?? 0) % pageSize === 0) continue;
-    const accepted = `a size that is a multiple of the huge page size ${formatSize(pageSize)}`;
-    return { path: ['memory', field], accepted };
+    if ((zone[field] ?? 0) % pageSize === 0) continue;
+    return { field, accepted: `a size that is a multiple of the huge page size ${formatSize(pageSize)}` };
   }
   return undefined;
 }

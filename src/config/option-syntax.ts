@@ -125,6 +125,22 @@ function parseQueueAffinity(text: string): { queue_index: number; host_cpus: num
   return parseAffinity(text)?.map(({ vcpu, host_cpus }) => ({ queue_index: vcpu, host_cpus }));
 }
 
+/** Reads `[node@distance,...]`. */
+function parseDistances(text: string): { destination: number; distance: number }[] | undefined {
+  const distances = [];
+  for (const { vcpu: destination, host_cpus } of parseAffinity(text) ?? []) {
+    if (host_cpus.length !== 1) return undefined;
+    distances.push({ destination, distance: host_cpus[0] });
+  }
+  return distances.length === 0 ? undefined : distances;
+}
+
+/** Reads `[text,text]`, brackets optional. */
+function parseTexts(text: string): string[] | undefined {
+  const parts = splitList(insideBrackets(text) ?? text)?.map((part) => unquote(part.trim()));
+  return parts?.includes('') === false ? parts : undefined;
+}
+
 function parseTopology(text: string): object | undefined {
   const parts = text.split(':').map(parseNumber);
   if (parts.length !== 4 || parts.includes(undefined)) return undefined;
@@ -175,6 +191,12 @@ export const KINDS = {
     accepted: 'a list such as [0@[0,2-4],1@[1]]: queue@[host CPUs]',
     parse: parseQueueAffinity,
   },
+  distances: {
+    placeholder: '[N@D,..]',
+    accepted: 'a list such as [1@20,2@30]: node@distance',
+    parse: parseDistances,
+  },
+  texts: { placeholder: '[TEXT,..]', accepted: 'a list of names such as [a,b]', parse: parseTexts },
   numbers: {
     placeholder: '[N,..]',
     accepted: 'a list of whole numbers such as [3,4]',

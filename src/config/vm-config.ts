@@ -20,8 +20,9 @@ import {
   vsockSchema,
 } from './device-config.js';
 import { MAX_MEMBERS } from '../virtio/limiter-group.js';
-import { defaulted, flag, optional, required, section, text, wholeNumber } from './fields.js';
-import { MAX_PHYS_BITS, MEM_ID, memorySchema } from './memory-config.js';
+import { defaulted, filePath, flag, optional, required, section, text, wholeNumber } from './fields.js';
+import { MAX_PHYS_BITS, MEM_ID, memorySchema, ramSize } from './memory-config.js';
+import { numaProblem, numaSchema, pciSegmentProblem, pciSegmentSchema } from './numa-config.js';
 
 /** An xAPIC id has 8 bits: 255 is the broadcast id and the I/O APIC takes one (Intel SDM vol. 3, 12.6.1). */
 export const MAX_VCPUS = 254;
@@ -30,12 +31,9 @@ const MIN_PHYS_BITS = 36;
 /** Linux is built for at most 8192 CPUs (CONFIG_NR_CPUS_RANGE_END on x86). */
 const MAX_HOST_CPU = 8191;
 
-/** A NUL would end the string early in the kernel's eyes. */
-const path = text(/^[^\0]+$/, 'the path of a file');
-
 const payloadSchema = z.strictObject({
-  kernel: required('Kernel: a bzImage or an ELF vmlinux with a PVH note', path),
-  initramfs: optional('Initial RAM file system', path),
+  kernel: required('Kernel: a bzImage or an ELF vmlinux with a PVH note', filePath),
+  initramfs: optional('Initial RAM file system', filePath),
   cmdline: optional('Kernel command line', text(/^[^\0]*$/, 'text without NUL')),
 });
 
@@ -102,6 +100,8 @@ const vmFields = z.strictObject({
   device_modules: defaulted("A user's own device; may be repeated", z.array(deviceModuleSchema), []),
   watchdog: defaulted('Add a watchdog, which resets a guest that stops feeding it', flag, false),
   pvpanic: defaulted('Add the device through which a guest reports its panic', flag, false),
+  numa: optional('NUMA node of the guest; may be repeated', z.array(numaSchema)),
+  pci_segments: optional("How much of PCI's address space a segment gets; may be repeated", z.array(pciSegmentSchema)),
 });
 
 /** Every device of a configuration that has a PCI function, with its path in the configuration. */
@@ -113,6 +113,11 @@ export function pciDevices(config: z.infer<typeof vmFields>): { path: PropertyKe
   return [
     // First, so that it is another one whose name is refused.
     ...(plugsByDevice ? [{ path: ['memory'], device: { id: MEM_ID, pci_segment: 0 } }] : []),
+    // Also of zones that have no device.
+    ...(memory.zones ?? []).map(({ id }, index) => ({
+      path: ['memory', 'zones', index],
+      device: { id, pci_segment: 0 },
+    })),
     ...several('disks', disks),
     ...several('net', net),
     { path: ['rng'], device: rng },
@@ -184,8 +189,11 @@ export const vmConfigSchema = vmFields.check(({ value, issues }) => {
     }
     if (tap !== undefined) taps.add(tap);
   });
-  if (balloon !== undefined && balloon.size >= memory.size)
+  if (balloon !== undefined && balloon.size >= ramSize(memory))
     refuse(['balloon', 'size'], 'less than the guest has memory');
+  for (const problem of [numaProblem(value), pciSegmentProblem(value)]) {
+    if (problem !== undefined) refuse(problem.path, problem.message);
+  }
 });
 
 /** Sizes are bytes. */

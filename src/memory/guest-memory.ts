@@ -18,9 +18,10 @@ export interface MemoryRange {
 
 /**
  * What the host has behind guest memory: RAM whose pages are this process's own (`private`), RAM in a file that others may map too
- * (`shared`), or the memory of a device (persistent memory). Buffers and rings may lie in the last as well, but no memory map lists it.
+ * (`shared`), RAM that is this process's copy of a file (`copy`), or the memory of a device (persistent memory). Buffers and rings
+ * may lie in the last as well, but no memory map lists it.
  */
-export type MemoryKind = 'private' | 'shared' | 'device';
+export type MemoryKind = 'private' | 'shared' | 'copy' | 'device';
 
 /** A stretch of guest memory that the host has in one piece. */
 export interface MemoryMapping extends MemoryRange {

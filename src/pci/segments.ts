@@ -13,32 +13,39 @@ export interface SegmentWindows {
   readonly mmio64: AddressWindow;
 }
 
-const ALIGN_32 = 0x1000;
-const ALIGN_64 = 0x1_0000_0000;
+/** What a part is a multiple of. Bytes. */
+export const MMIO_UNITS = { mmio32: 0x1000, mmio64: 0x1_0000_0000 } as const;
+
+/** A segment's share of each window, beside those of the others. */
+export type SegmentWeights = Readonly<Record<keyof typeof MMIO_UNITS, number>>;
 
 /**
- * Divides the windows among the segments, in equal parts; the last one gets what is left over.
+ * Divides the windows among the segments by their weights; the last one gets what is left over.
  *
+ * @param weights by segment, whole numbers from 1 on; there are at least as many units as all of them together
  * @param ecam address of the first segment's configuration space, the others' follow
  * @param ecamSize bytes of each
  */
 export function divideSegments(
-  count: number,
+  weights: readonly SegmentWeights[],
   ecam: number,
   ecamSize: number,
-  mmio32: AddressWindow,
-  mmio64: AddressWindow,
+  windows: Readonly<Record<keyof typeof MMIO_UNITS, AddressWindow>>,
 ): SegmentWindows[] {
-  const part = (window: AddressWindow, align: number, index: number): AddressWindow => {
-    const size = Math.floor((window.end - window.start) / (align * count)) * align;
-    const start = window.start + size * index;
-    return { start, end: index === count - 1 ? window.end : start + size };
+  const parts = (name: keyof typeof MMIO_UNITS): AddressWindow[] => {
+    const window = windows[name];
+    const unit = MMIO_UNITS[name];
+    const all = weights.reduce((sum, weight) => sum + weight[name], 0);
+    const share = Math.floor((window.end - window.start) / (unit * all)) * unit;
+    let next = window.start;
+    return weights.map((weight, index) => {
+      const start = next;
+      next += share * weight[name];
+      return { start, end: index === weights.length - 1 ? window.end : next };
+    });
   };
-  return Array.from({ length: count }, (_, index) => ({
-    ecam: ecam + index * ecamSize,
-    mmio32: part(mmio32, ALIGN_32, index),
-    mmio64: part(mmio64, ALIGN_64, index),
-  }));
+  const [low, high] = [parts('mmio32'), parts('mmio64')];
+  return weights.map((_, index) => ({ ecam: ecam + index * ecamSize, mmio32: low[index], mmio64: high[index] }));
 }
 
 /** Gives out addresses of a window, the highest that are free, as the guest's own allocations come from the bottom. */

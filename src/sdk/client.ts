@@ -33,8 +33,9 @@ const isUnknown = (error: unknown) => error instanceof ApiError && error.status 
 
 /** Whether the guest has as much memory as its configuration says. */
 export function hasItsMemory({ config, memory_actual_size: actual }: VmInfo): boolean {
-  const { size = actual, hotplugged_size: plugged = 0 } = config.memory ?? {};
-  return actual === size + plugged - (config.balloon?.size ?? 0);
+  const { size = actual, hotplugged_size: plugged = 0, zones = [] } = config.memory ?? {};
+  const zoned = zones.reduce((sum, { size: ram = 0, hotplugged_size: more = 0 }) => sum + ram + more, 0);
+  return actual === size + plugged + zoned - (config.balloon?.size ?? 0);
 }
 
 function hasDevice({ config }: VmInfo, id: string): boolean {
@@ -172,6 +173,13 @@ export class Client {
     await this.#askUntil(ask, hasItsMemory, signal);
     // vCPUs that are to go are not seen from outside, but nothing can be asked for until they have gone.
     while (wanted.desired_vcpus !== undefined && (await this.#isRefused(ask))) await this.changed(signal);
+  }
+
+  /** What a memory zone is to have in all, in bytes. With `wait`, returns when it has that. */
+  async resizeZone(id: string, size: number, { wait, signal }: WaitOptions = {}): Promise<void> {
+    const ask = async () => this.put('vm.resize-zone', { id, desired_ram: size }, { signal });
+    if (wait === true) await this.#askUntil(ask, hasItsMemory, signal);
+    else await ask();
   }
 
   /**

@@ -236,6 +236,8 @@ export interface HostKernel {
   /** A mapping that another thread made. Its `unmap` is that thread's business. */
   attach(handle: MappingHandle): HostMapping;
   advise(mapping: HostMapping, advice: MemoryAdvice): void;
+  /** Has all pages of a mapping come from one NUMA node of the host, those that are there already as well. */
+  bindToNode(mapping: HostMapping, node: number): void;
   /** An anonymous file for shared guest memory. */
   memfd(name: string, options: MemfdOptions): number;
 

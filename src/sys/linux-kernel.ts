@@ -66,6 +66,7 @@ function defineOthers() {
     epollWait: libc.func('int epoll_wait(int epoll, uintptr_t events, int most, int timeout)'),
     // glibc has no wrappers for these. Both supported ABIs pass a variadic integer where a fixed one would go.
     syscall6: libc.func('syscall', 'long', ['long', 'long', 'long', 'long', 'long', 'long', 'long']),
+    mbind: libc.func('syscall', 'long', ['long', 'uintptr_t', 'size_t', 'long', 'void *', 'unsigned long', 'long']),
     syscallBuffer: libc.func('syscall', 'long', ['long', 'long', 'void *']),
     socket: libc.func('int socket(int domain, int type, int protocol)'),
     bind: libc.func('int bind(int fd, const void *address, uint32_t length)'),
@@ -123,8 +124,16 @@ const EPOLL_CTL_DEL = 2;
 const EPOLL_CTL_MOD = 3;
 const SYS =
   process.arch === 'x64'
-    ? { ioSetup: 206, ioDestroy: 207, ioGetevents: 208, ioSubmit: 209, ioUringSetup: 425, ioUringEnter: 426 }
-    : { ioSetup: 0, ioDestroy: 1, ioSubmit: 2, ioGetevents: 4, ioUringSetup: 425, ioUringEnter: 426 };
+    ? {
+        ioSetup: 206,
+        ioDestroy: 207,
+        ioGetevents: 208,
+        ioSubmit: 209,
+        ioUringSetup: 425,
+        ioUringEnter: 426,
+        mbind: 237,
+      }
+    : { ioSetup: 0, ioDestroy: 1, ioSubmit: 2, ioGetevents: 4, ioUringSetup: 425, ioUringEnter: 426, mbind: 235 };
 const AF_UNIX = 1;
 const AF_INET = 2;
 const SOCK_STREAM = 1;
@@ -158,6 +167,11 @@ const ADVICE: Record<MemoryAdvice, number> = { mergeable: 12, hugepage: 14, nohu
 const MADV_POPULATE_WRITE = 23;
 const MADV_DONTNEED = 4;
 const MADV_REMOVE = 9;
+const MPOL_BIND = 2;
+/** MPOL_MF_STRICT and MPOL_MF_MOVE. */
+const MPOL_MF_STRICT_MOVE = 0x3;
+/** Of 1024 nodes, as many as Linux has at most. */
+const NODE_SET_BYTES = 128;
 const SIG_BLOCK = 0;
 const SIG_UNBLOCK = 1;
 /** glibc's struct sigaction: the handler at 0, a signal set, the flags and the restorer. */
@@ -579,6 +593,16 @@ export class LinuxKernel implements HostKernel {
     const { address, length } = mapping.handle;
     // SAFETY: a live mapping's own range; none of these advices discards data.
     check('madvise', io().madvise(address, length, ADVICE[advice]) as number);
+  }
+
+  bindToNode({ handle: { address, length } }: HostMapping, node: number): void {
+    const nodes = new Uint8Array(NODE_SET_BYTES);
+    nodes[node >> 3] = 1 << (node & 7);
+    // SAFETY: a whole mapping of this process; the set has the bits that the kernel is told, of which it reads one less.
+    check(
+      'mbind',
+      io().mbind(SYS.mbind, address, length, MPOL_BIND, nodes, NODE_SET_BYTES * 8 + 1, MPOL_MF_STRICT_MOVE) as number,
+    );
   }
 
   memfd(name: string, options: MemfdOptions): number {

@@ -1,4 +1,5 @@
 /** Lives of machines without a hypervisor: what happens to them is the test's to say. */
+import { ramSize } from '../../src/config/memory-config.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
 import { MEMORY_SLOTS } from '../../src/arch/acpi/config.js';
 import type { Dimm, Dimms } from '../../src/vmm/memory/dimms.js';
@@ -122,7 +123,8 @@ export class FakeLives {
   #make({ config }: Parts, resources: Resources, cpus: CpuEvents, io: IoEvents): MachineLife {
     this.#fail('make');
     const slots = new Map([...resources.disks, ...resources.net].map(({ id }, index) => [id, index + 1]));
-    const { size, hotplug_size: room } = config.memory;
+    const ram = ramSize(config.memory);
+    const room = config.memory.hotplug_size;
     const dimms = new FakeDimms(room ?? 0, async () => {
       await Promise.resolve();
       this.#fail('plug memory');
@@ -186,7 +188,7 @@ export class FakeLives {
       unplugVcpu: () => Promise.resolve(),
       dimms: dimms.real,
       get memorySize() {
-        return size + dimms.size;
+        return ram + dimms.size;
       },
       fits: (memory) => memory.size < 2 ** 40,
       deviceCounters: () => [{ id: '_disk0', queues: [], device: { read_ops: 1 } }],

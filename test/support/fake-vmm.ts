@@ -42,6 +42,7 @@ export function fakeVmm(asked: (what: unknown) => void, release: Promise<void> =
     },
     logCounters: () => undefined,
     resize: (wanted) => say({ resize: wanted }),
+    resizeZone: (id, size) => say({ zone: id, size }),
     resizeDisk: async (id, size, shrink) => {
       if (id === 'none') throw new RequestError('The machine has no disk none', 'unknown');
       if (id === 'stuck') throw new RequestError('No space', 'failed');

@@ -1,6 +1,6 @@
 /**
  * ACPI tables of an aarch64 machine (ACPI 6.4, chapter 5; Arm DEN 0049 for IORT; the SPCR specification): FADT, MADT, GTDT, MCFG,
- * SPCR, IORT, DSDT. Power-off and reset go through PSCI.
+ * SRAT and SLIT, SPCR, IORT, DSDT. Power-off and reset go through PSCI.
  *
  * Processors do not come and go.
  *
@@ -19,10 +19,12 @@ import {
   string,
 } from '../acpi/aml.js';
 import { GedEvent, type PciSegmentWindows } from '../acpi/config.js';
-import { genericEvents, hostBridge, powerButton, processor, pvpanicDevice } from '../acpi/devices.js';
+import { genericEvents, hostBridge, powerButton, processor, proximity, pvpanicDevice } from '../acpi/devices.js';
+import { affinity, buildSlit, buildSrat } from '../acpi/numa.js';
 import { MEMORY_SCAN, memoryHotplug } from '../acpi/memory-hotplug.js';
 import { PCI_SCAN, pciHotplug } from '../acpi/pci-hotplug.js';
 import { buildMcfg, HEADER_SIZE, type PlacedTable, placeTables, sealTable } from '../acpi/tables.js';
+import { type NumaNode, nodeOf } from '../numa.js';
 import * as layout from './layout.js';
 
 export interface Arm64AcpiConfig {
@@ -30,6 +32,8 @@ export interface Arm64AcpiConfig {
   readonly mpidrs: readonly number[];
   readonly serial: boolean;
   readonly pvpanic: boolean;
+  /** Ascending; none: the machine has no SRAT. */
+  readonly numa: readonly NumaNode[];
   /** By segment number. */
   readonly segments: readonly PciSegmentWindows[];
   /** Guest physical addresses of the hotplug controllers' registers. */
@@ -53,6 +57,7 @@ export function buildArm64Acpi(
     buildMadt(config),
     buildGtdt(),
     buildMcfg(config.segments),
+    ...(config.numa.length === 0 ? [] : [buildSrat(config.numa, processorAffinity), buildSlit(config.numa)]),
     ...(config.serial ? [buildSpcr()] : []),
     buildIort(config),
   ]);
@@ -112,6 +117,15 @@ function buildMadt({ mpidrs }: Arm64AcpiConfig): Uint8Array {
   });
   const its = entry(0x0f, 20, (view) => view.setBigUint64(8, BigInt(gic.its), true));
   return sealTable('APIC', 5, Buffer.concat([Buffer.alloc(8), ...processors, distributor, redistributors, its]));
+}
+
+/** 5.2.16.4: a vCPU by the GICC structure's _UID. */
+function processorAffinity(node: number, vcpu: number): Uint8Array {
+  return affinity(3, 18, (view) => {
+    view.setUint32(2, node, true);
+    view.setUint32(6, vcpu, true);
+    view.setUint32(10, 1, true); // enabled
+  });
 }
 
 /** 5.2.25: the timers of the architecture alone. */
@@ -183,16 +197,24 @@ function buildIort({ segments }: Arm64AcpiConfig): Uint8Array {
 }
 
 function dsdtTerms(config: Arm64AcpiConfig): Aml {
-  const { mpidrs, serial, pvpanic, segments, memoryHotplug: memoryRegisters } = config;
+  const { mpidrs, serial, pvpanic, segments, numa, memoryHotplug: memoryRegisters } = config;
   const scans = new Map<GedEvent, string>([[GedEvent.Pci, PCI_SCAN]]);
   if (memoryRegisters !== undefined) scans.set(GedEvent.Memory, MEMORY_SCAN);
-  const coherent = [name('_CCA', integer(1))];
+  const coherent = name('_CCA', integer(1));
   const spaces = segments.map(({ ecam }) => memory32Fixed(ecam, layout.ECAM_SEGMENT_SIZE));
   return scope(
     '\\_SB',
-    ...mpidrs.map((_, id) => processor(id)),
+    ...mpidrs.map((_, id) => processor(id, ...proximity(nodeOf(numa, 'vcpus', id)))),
     pciHotplug(config.pciHotplug, segments.length),
-    ...segments.map((windows, segment) => hostBridge(windows, segment, layout.SPI_INTX.map(gsi), [], coherent)),
+    ...segments.map((windows, segment) =>
+      hostBridge(
+        windows,
+        segment,
+        layout.SPI_INTX.map(gsi),
+        [],
+        [coherent, ...proximity(nodeOf(numa, 'segments', segment))],
+      ),
+    ),
     // Reserves the configuration spaces, without which Linux does not use them.
     device(
       'MBRD',

@@ -5,6 +5,7 @@
 import type { MemoryRange } from '../../memory/guest-memory.js';
 import type { PciSegmentWindows, Window } from '../acpi/config.js';
 import { INTX_LINES, intxLine } from '../pci-intx.js';
+import { type NumaNode, nodeDistance, nodeOf } from '../numa.js';
 import type { Topology } from '../topology.js';
 import { type Cell, FdtWriter } from './fdt-writer.js';
 import * as layout from './layout.js';
@@ -20,6 +21,8 @@ export interface DevicetreeConfig {
   readonly seed: Uint8Array;
   readonly serial: boolean;
   readonly pvpanic: boolean;
+  /** Ascending. */
+  readonly numa: readonly NumaNode[];
   /** By segment number. */
   readonly segments: readonly PciSegmentWindows[];
   /** By which a kernel that is told `acpi=force` finds the tables (Documentation/arch/arm/uefi.rst). */
@@ -78,12 +81,7 @@ export function buildDevicetree(config: DevicetreeConfig): Uint8Array {
     fdt.property('interrupt-parent', [PHANDLE_GIC]);
     writeChosen(fdt, config);
     writeCpus(fdt, config);
-    for (const { address, size } of config.ram) {
-      fdt.node(`memory@${hex(address)}`, () => {
-        fdt.property('device_type', 'memory');
-        fdt.property('reg', pair(address, size));
-      });
-    }
+    writeMemory(fdt, config);
     fdt.node('psci', () => {
       fdt.property('compatible', ['arm,psci-1.0', 'arm,psci-0.2']);
       fdt.property('method', 'hvc');
@@ -108,6 +106,43 @@ export function buildDevicetree(config: DevicetreeConfig): Uint8Array {
   return fdt.finish(config.mpidrs[0]);
 }
 
+/**
+ * numa.txt: the nodes, unless some memory is of none, where Linux takes none at all. Those of devices alone are known by ACPI's
+ * tables.
+ */
+function nodesOf({ numa, ram }: DevicetreeConfig): NumaNode[] {
+  const nodes = numa.filter(({ device }) => device === undefined);
+  const sum = (ranges: readonly MemoryRange[]) => ranges.reduce((bytes, { size }) => bytes + size, 0);
+  return sum(nodes.flatMap((node) => node.ram)) === sum(ram) ? nodes : [];
+}
+
+function writeNode(fdt: FdtWriter, node: number | undefined): void {
+  if (node !== undefined) fdt.property('numa-node-id', [node]);
+}
+
+function writeMemory(fdt: FdtWriter, config: DevicetreeConfig): void {
+  const nodes = nodesOf(config);
+  const parts =
+    nodes.length > 0
+      ? nodes.flatMap(({ id, ram }) => ram.map((range) => ({ id, range })))
+      : config.ram.map((range) => ({ id: undefined, range }));
+  for (const { id, range } of parts) {
+    fdt.node(`memory@${hex(range.address)}`, () => {
+      fdt.property('device_type', 'memory');
+      fdt.property('reg', pair(range.address, range.size));
+      writeNode(fdt, id);
+    });
+  }
+  if (nodes.length < 2) return;
+  fdt.node('distance-map', () => {
+    fdt.property('compatible', 'numa-distance-map-v1');
+    fdt.property(
+      'distance-matrix',
+      nodes.flatMap(({ id: from }) => nodes.flatMap(({ id: to }) => [from, to, nodeDistance(nodes, from, to)])),
+    );
+  });
+}
+
 function writeChosen(fdt: FdtWriter, { cmdline, initrd, seed, serial, efi }: DevicetreeConfig): void {
   fdt.node('chosen', () => {
     fdt.property('bootargs', cmdline);
@@ -129,7 +164,9 @@ function writeChosen(fdt: FdtWriter, { cmdline, initrd, seed, serial, efi }: Dev
   });
 }
 
-function writeCpus(fdt: FdtWriter, { mpidrs, topology }: DevicetreeConfig): void {
+function writeCpus(fdt: FdtWriter, config: DevicetreeConfig): void {
+  const { mpidrs, topology } = config;
+  const nodes = nodesOf(config);
   fdt.node('cpus', () => {
     fdt.property('#address-cells', [2]);
     fdt.property('#size-cells', [0]);
@@ -140,6 +177,7 @@ function writeCpus(fdt: FdtWriter, { mpidrs, topology }: DevicetreeConfig): void
         fdt.property('enable-method', 'psci');
         fdt.property('reg', [BigInt(mpidr)]);
         fdt.property('phandle', [PHANDLE_CPUS + id]);
+        writeNode(fdt, nodeOf(nodes, 'vcpus', id));
       });
     });
     writeCpuMap(fdt, topology, mpidrs.length);
@@ -245,8 +283,8 @@ function writeDevices(fdt: FdtWriter, { serial, pvpanic }: DevicetreeConfig): vo
   }
 }
 
-function writeHostBridge(fdt: FdtWriter, { segments }: DevicetreeConfig, segment: number): void {
-  const { ecam, mmio32, mmio64 } = segments[segment];
+function writeHostBridge(fdt: FdtWriter, config: DevicetreeConfig, segment: number): void {
+  const { ecam, mmio32, mmio64 } = config.segments[segment];
   const range = (space: number, { start, end }: Window): Cell[] => [space, BigInt(start), ...pair(start, end - start)];
   fdt.node(`pcie@${hex(ecam)}`, () => {
     fdt.property('compatible', 'pci-host-ecam-generic');
@@ -256,6 +294,7 @@ function writeHostBridge(fdt: FdtWriter, { segments }: DevicetreeConfig, segment
     fdt.property('linux,pci-domain', [segment]);
     fdt.property('bus-range', [0, 0]);
     fdt.property('dma-coherent', true);
+    writeNode(fdt, nodeOf(nodesOf(config), 'segments', segment));
     fdt.property('reg', pair(ecam, layout.ECAM_SEGMENT_SIZE));
     fdt.property('ranges', [...range(PCI_MEMORY_32, mmio32), ...range(PCI_MEMORY_64, mmio64)]);
     writeInterruptMap(fdt, segment);

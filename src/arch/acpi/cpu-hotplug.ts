@@ -26,9 +26,14 @@ const CONTROLLER = { path: '\\_SB.PRES', letter: 'C', lock: 'CPLK', enabled: 'CP
 /**
  * The controller of all processors (src/devices/cpu-hotplug.ts), and they themselves.
  *
+ * @param more terms of each processor beyond these
  * @param interruptControllers the MADT's entry for each possible processor as if it were there, by number: _MAT, 6.2.10
  */
-export function cpuHotplug(registers: number, interruptControllers: readonly Aml[]): Aml {
+export function cpuHotplug(
+  registers: number,
+  interruptControllers: readonly Aml[],
+  more: (id: number) => readonly Aml[],
+): Aml {
   return (
     controller(
       'PRES',
@@ -51,6 +56,7 @@ export function cpuHotplug(registers: number, interruptControllers: readonly Aml
       ...interruptControllers.map((entry, id) =>
         processor(
           id,
+          ...more(id),
           method('_STA', 0, returnValue(call('CSTA', integer(id)))),
           // Linux takes a new processor's APIC id from here.
           name('_MAT', buffer(entry)),

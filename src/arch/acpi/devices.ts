@@ -116,6 +116,11 @@ export function processorName(id: number): string {
   return `C${hex(id, 3)}`;
 }
 
+/** 6.2.14: the NUMA node of a device; no term where the machine has none. */
+export function proximity(node: number | undefined): Aml[] {
+  return node === undefined ? [] : [name('_PXM', integer(node))];
+}
+
 /** @param more terms beyond these */
 export function processor(id: number, ...more: Aml[]): Aml {
   return device(processorName(id), name('_HID', string('ACPI0007')), name('_UID', integer(id)), ...more);

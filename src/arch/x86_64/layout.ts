@@ -65,8 +65,8 @@ export const RAM_WINDOWS: readonly MemoryRange[] = [
 ];
 
 /** End of the 64-bit MMIO space is this much below 2^physical bits; the platform area is taken from its top. */
-export const PLATFORM_AREA_SIZE = 0x10_0000;
-export const MMIO64_TOP_GAP = 0x1_0000;
+const PLATFORM_AREA_SIZE = 0x10_0000;
+const MMIO64_TOP_GAP = 0x1_0000;
 
 /** Where the platform devices above all RAM lie, for a guest with this many physical address bits. */
 export interface PlatformArea {

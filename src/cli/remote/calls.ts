@@ -170,6 +170,14 @@ export const CALLS: readonly Call[] = [
     },
   },
   {
+    ...{ name: 'resize-zone', summary: 'Say what a memory zone is to have', waits: true },
+    options: { id: 'ID: which', size: 'SIZE: in all' },
+    run: (client, given) => {
+      const size = needed('resize-zone', '--size SIZE', valueOf(given, 'size', KINDS.size));
+      return nothing(client.resizeZone(needed('resize-zone', '--id ID', given.options['id']), size, given));
+    },
+  },
+  {
     ...{ name: 'resize-disk', summary: 'Give a disk another size, and tell the guest' },
     switches: { shrink: 'What is behind a smaller size may be lost' },
     options: { disk: 'ID: which', size: 'SIZE: a multiple of 512; smaller only with --shrink' },

@@ -8,7 +8,7 @@
  * next unplugged. UNPLUGGED_INACCESSIBLE (the driver may not even read them) is therefore no protection. It is offered where
  * reading takes pages of the host, which is so for shared memory and huge pages, and spares those that a dump would take.
  *
- * The usable region is always all of it. Not offered: ACPI_PXM, as there is one node.
+ * The usable region is always all of it. ACPI_PXM is offered where the machine has NUMA nodes.
  */
 import {
   type DeviceContext,
@@ -22,10 +22,11 @@ import {
 import type { Chain, VirtQueue } from '../queue/queue.js';
 import { serveQueue } from '../queue/serve.js';
 
-const MemFeature = { unpluggedInaccessible: 1 } as const;
-/** 5.15.4: offsets of the configuration. The node's number, at 8, means nothing without ACPI_PXM. */
+const MemFeature = { acpiPxm: 0, unpluggedInaccessible: 1 } as const;
+/** 5.15.4: offsets of the configuration. The node's number means nothing without ACPI_PXM. */
 const CONFIG = {
   blockSize: 0,
+  node: 8,
   address: 16,
   regionSize: 24,
   usableSize: 32,
@@ -57,9 +58,11 @@ export interface MemSetup {
   readonly requested: number;
   /** Reading unplugged blocks takes pages of the host. */
   readonly readsCost: boolean;
+  /** Its NUMA node in the guest, as ACPI's tables have it; left out: the machine has none. */
+  readonly node?: number | undefined;
 }
 
-export function memDescription({ start, size, blockSize, requested, readsCost }: MemSetup): VirtioDescription {
+export function memDescription({ start, size, blockSize, requested, readsCost, node }: MemSetup): VirtioDescription {
   const config = new Uint8Array(CONFIG.bytes);
   const view = new DataView(config.buffer);
   const set = (at: number, value: number) => view.setBigUint64(at, BigInt(value), true);
@@ -68,11 +71,15 @@ export function memDescription({ start, size, blockSize, requested, readsCost }:
   set(CONFIG.regionSize, size);
   set(CONFIG.usableSize, size);
   set(CONFIG.requestedSize, requested);
+  if (node !== undefined) view.setUint16(CONFIG.node, node, true);
   return {
     type: VirtioType.Mem,
     // RAM, as a memory controller has it.
     classCode: 0x050000,
-    features: readsCost ? [MemFeature.unpluggedInaccessible] : [],
+    features: [
+      ...(node === undefined ? [] : [MemFeature.acpiPxm]),
+      ...(readsCost ? [MemFeature.unpluggedInaccessible] : []),
+    ],
     queueSizes: [128],
     config,
     writable: [],

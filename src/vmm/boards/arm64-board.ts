@@ -6,17 +6,20 @@ import { buildDevicetree, type EfiPlace, SEED_SIZE } from '../../arch/aarch64/de
 import { buildEfi } from '../../arch/aarch64/efi.js';
 import * as layout from '../../arch/aarch64/layout.js';
 import { type MemoryConfig, zonesOf } from '../../config/memory-config.js';
+import type { NumaNode } from '../../arch/numa.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { Arm64Hypervisor, Arm64Vcpu, Arm64Vm } from '../../hypervisor/hypervisor.js';
 import type { GuestMemory } from '../../memory/guest-memory.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
-import { type AddressWindow, divideSegments, type SegmentWindows } from '../../pci/segments.js';
+import type { AddressWindow, SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
 import { type Board, configuredTopology } from './board.js';
+import type { MemoryFiles } from '../host/memory-file.js';
+import { numaNodes, type PlacedFunction, segmentsOf } from './numa.js';
 import { MachineError } from '../machine/machine-error.js';
-import { plugsDimms, sizeOptions } from '../memory/hotplug.js';
+import { plugsDimms, sizesOf } from '../memory/hotplug.js';
 import { layoutMemory, type MemoryLayout } from '../memory/memory-layout.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
@@ -35,12 +38,16 @@ export class Arm64Board implements Board {
   readonly #ipaBits: number;
   #vcpus: Arm64Vcpu[] = [];
 
-  /** @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError */
+  /**
+   * @param files that memory zones are in
+   * @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError
+   */
   constructor(
     hypervisor: Arm64Hypervisor,
     private readonly config: VmConfig,
+    private readonly files: MemoryFiles = new Map(),
   ) {
-    const { cpus, memory, platform } = config;
+    const { cpus, memory } = config;
     const ipaBits = Math.min(hypervisor.ipaBits, cpus.max_phys_bits);
     this.#ipaBits = ipaBits;
     if (cpus.max_vcpus > layout.MAX_VCPUS) {
@@ -48,24 +55,24 @@ export class Arm64Board implements Board {
         `--cpus max=${cpus.max_vcpus}: accepted are at most ${layout.MAX_VCPUS}, which the GIC has room for`,
       );
     }
-    if (memory.size < layout.KERNEL - layout.RAM_START + layout.KERNEL_ALIGNMENT) {
-      throw new MachineError(`--memory size=${memory.size}: accepted is a size that holds the kernel, 6M at the least`);
+    this.memory = place(memory, files);
+    const [low] = this.memory.ram;
+    if (low.address !== layout.RAM_START || low.size < layout.KERNEL - layout.RAM_START + layout.KERNEL_ALIGNMENT) {
+      throw new MachineError(`${sizesOf(memory)}: accepted is a size that holds the kernel, 6M at the least`);
     }
-    this.memory = place(memory);
     if (!this.fits(memory)) {
-      throw new MachineError(`${sizeOptions(memory)}: more than a guest of ${ipaBits} physical address bits can have`);
+      throw new MachineError(`${sizesOf(memory)}: more than a guest of ${ipaBits} physical address bits can have`);
     }
     const mmio64 = this.#mmio64(this.memory);
     const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
-    const { num_pci_segments: count } = platform;
-    this.segments = divideSegments(count, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, mmio64);
+    this.segments = segmentsOf(config, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, { mmio32, mmio64 });
     const { distributor, redistributors, its } = layout.gicLayout(cpus.boot_vcpus);
     this.vm = hypervisor.createVm({ ipaBits, gic: { distributor, redistributors, its, spis: layout.SPIS } });
     this.intx = IntxLines.powerOn(layout.SPI_INTX, this.vm.signals);
   }
 
   fits(memory: MemoryConfig): boolean {
-    const { start, end } = this.#mmio64(place(memory));
+    const { start, end } = this.#mmio64(place(memory, this.files));
     // Each segment's part is a multiple of 4 GiB.
     return end - start >= this.config.platform.num_pci_segments * 2 ** 32;
   }
@@ -107,7 +114,8 @@ export class Arm64Board implements Board {
     });
   }
 
-  boot(memory: GuestMemory): boolean {
+  boot(memory: GuestMemory, functions: readonly PlacedFunction[]): boolean {
+    const numa = numaNodes(this.config, this.memory, functions);
     const { payload, serial, pvpanic } = this.config;
     const { kernel, initramfs, cmdline = '' } = payload;
     const { entry, initrd } = loadArm64Payload({ kernel, initramfs, cmdline }, memory);
@@ -121,7 +129,8 @@ export class Arm64Board implements Board {
       serial: serial.mode !== 'Off',
       pvpanic,
       segments: this.segments,
-      efi: ACPI_WANTED.test(cmdline) ? this.#writeAcpi(memory) : undefined,
+      numa,
+      efi: ACPI_WANTED.test(cmdline) ? this.#writeAcpi(memory, numa) : undefined,
     });
     memory.write(layout.FDT, devicetree);
     // The others wait for the first one to start them (PSCI CPU_ON).
@@ -131,7 +140,7 @@ export class Arm64Board implements Board {
   }
 
   /** @returns where the kernel finds what leads to the tables */
-  #writeAcpi(memory: GuestMemory): EfiPlace {
+  #writeAcpi(memory: GuestMemory, numa: readonly NumaNode[]): EfiPlace {
     const { serial, pvpanic } = this.config;
     const end = layout.ACPI + layout.ACPI_MAX;
     const mpidrs = this.#vcpus.map((vcpu) => vcpu.mpidr());
@@ -140,6 +149,7 @@ export class Arm64Board implements Board {
       serial: serial.mode !== 'Off',
       pvpanic,
       segments: this.segments,
+      numa,
       pciHotplug: layout.PCI_HOTPLUG,
       memoryHotplug: this.#plugsDimms ? layout.MEMORY_HOTPLUG : undefined,
     };
@@ -154,6 +164,6 @@ export class Arm64Board implements Board {
   }
 }
 
-function place(memory: MemoryConfig): MemoryLayout {
-  return layoutMemory(zonesOf(memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START);
+function place(memory: MemoryConfig, files: MemoryFiles): MemoryLayout {
+  return layoutMemory(zonesOf(memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START, files);
 }

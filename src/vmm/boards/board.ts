@@ -8,6 +8,7 @@ import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import type { MemoryLayout } from '../memory/memory-layout.js';
+import type { PlacedFunction } from './numa.js';
 import type { PlatformHandle } from './platform.js';
 
 /** A machine's processors, interrupt controllers, firmware tables and memory map: what its architecture decides. */
@@ -39,10 +40,11 @@ export interface Board {
   /**
    * Puts the firmware's tables and the payload into memory and the first vCPU at the payload's entry; after `createVcpus`.
    *
+   * @param functions of PCI that are there from the start
    * @returns whether the first vCPU is to wait until all others can answer it
    * @throws BootError naming the option that is to blame
    */
-  boot(memory: GuestMemory): boolean;
+  boot(memory: GuestMemory, functions: readonly PlacedFunction[]): boolean;
 }
 
 /** The shape of the vCPUs that can ever be present. */

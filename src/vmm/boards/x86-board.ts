@@ -9,21 +9,24 @@ import { buildMpTable } from '../../arch/x86_64/mptable.js';
 import { initialMsrs } from '../../arch/x86_64/msrs.js';
 import { RESET_CODE } from '../../arch/x86_64/reset-vector.js';
 import { buildSmbios } from '../../arch/x86_64/smbios.js';
+import type { NumaNode } from '../../arch/numa.js';
 import type { Topology } from '../../arch/topology.js';
 import { apicId, MAX_APIC_ID } from '../../arch/x86_64/topology.js';
-import { type MemoryConfig, zonesOf } from '../../config/memory-config.js';
+import { type MemoryConfig, ramSize, zonesOf } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { X86Hypervisor, X86Vcpu, X86Vm } from '../../hypervisor/hypervisor.js';
 import type { CpuidEntry } from '../../hypervisor/x86-state.js';
 import type { GuestMemory } from '../../memory/guest-memory.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
-import { divideSegments, type SegmentWindows } from '../../pci/segments.js';
+import type { SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Board, configuredTopology } from './board.js';
+import type { MemoryFiles } from '../host/memory-file.js';
 import { MachineError } from '../machine/machine-error.js';
-import { plugsDimms, sizeOptions } from '../memory/hotplug.js';
+import { plugsDimms, sizesOf } from '../memory/hotplug.js';
 import { layoutMemory, type MemoryLayout } from '../memory/memory-layout.js';
+import { numaNodes, type PlacedFunction, segmentsOf } from './numa.js';
 import { createX86Platform, type X86PlatformHandle } from './x86-platform.js';
 
 /** The guest's 64-bit PCI window starts on a multiple of this. Bytes. */
@@ -45,10 +48,14 @@ export class X86Board implements Board {
   readonly #topology: Topology;
   readonly #vcpus: X86Vcpu[] = [];
 
-  /** @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError */
+  /**
+   * @param files that memory zones are in
+   * @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError
+   */
   constructor(
     hypervisor: X86Hypervisor,
     private readonly config: VmConfig,
+    private readonly files: MemoryFiles = new Map(),
   ) {
     this.#topology = vcpuTopology(config);
     this.vm = hypervisor.createVm({
@@ -60,7 +67,7 @@ export class X86Board implements Board {
       this.#supported = this.vm.supportedCpuid();
       this.#physicalBits = Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits);
       this.#area = layout.platformArea(this.#physicalBits, plugsDimms(config.memory));
-      this.memory = place(config.memory);
+      this.memory = place(config.memory, files);
       this.#checkMemory();
       this.segments = this.#segments();
       this.intx = IntxLines.powerOn(layout.IRQ_INTX, this.vm.signals);
@@ -73,26 +80,25 @@ export class X86Board implements Board {
   /** @throws MachineError */
   #checkMemory(): void {
     const { memory } = this.config;
-    if (memory.size < layout.HIGH_MEMORY) {
-      throw new MachineError(`--memory size=${memory.size}: accepted is a size that holds the kernel, 1M at the least`);
+    const [low] = this.memory.ram;
+    if (low.address !== 0 || low.size < layout.HIGH_MEMORY) {
+      throw new MachineError(`${sizesOf(memory)}: accepted is a size that holds the kernel, 1M at the least`);
     }
     if (!this.fits(memory)) {
       throw new MachineError(
-        `${sizeOptions(memory)}: more than a guest of ${this.#physicalBits} physical address bits can have`,
+        `${sizesOf(memory)}: more than a guest of ${this.#physicalBits} physical address bits can have`,
       );
     }
   }
 
   fits(memory: MemoryConfig): boolean {
-    return place(memory).end <= 2 ** this.#physicalBits - layout.PLATFORM_AREA_SIZE;
+    return mmio64Start(place(memory, this.files)) < this.#area.start;
   }
 
   #segments(): SegmentWindows[] {
-    const { start: end } = this.#area;
-    const mmio64 = { start: Math.ceil(this.memory.end / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT, end };
+    const mmio64 = { start: mmio64Start(this.memory), end: this.#area.start };
     const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
-    const { num_pci_segments: count } = this.config.platform;
-    return divideSegments(count, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, mmio64);
+    return segmentsOf(this.config, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, { mmio32, mmio64 });
   }
 
   createVcpus(): X86Vcpu[] {
@@ -159,8 +165,8 @@ export class X86Board implements Board {
     });
   }
 
-  boot(memory: GuestMemory): boolean {
-    const rsdp = this.#writeTables(memory);
+  boot(memory: GuestMemory, functions: readonly PlacedFunction[]): boolean {
+    const rsdp = this.#writeTables(memory, numaNodes(this.config, this.memory, functions));
     const { kernel, initramfs, cmdline = '' } = this.config.payload;
     const entry = loadPayload({ kernel, initramfs, cmdline, rsdp }, memory);
     // The others wait for the first one to start them (INIT, SIPI).
@@ -171,13 +177,14 @@ export class X86Board implements Board {
   }
 
   /** @returns the RSDP's address */
-  #writeTables(memory: GuestMemory): number {
+  #writeTables(memory: GuestMemory, numa: readonly NumaNode[]): number {
     const { cpus, serial, pvpanic, memory: ram } = this.config;
     const apicIds = Array.from({ length: cpus.max_vcpus }, (_, id) => apicId(id, this.#topology));
     const area = this.#area;
     const acpi = buildAcpiTables({
       apicIds,
       bootVcpus: cpus.boot_vcpus,
+      numa,
       pciSegments: this.segments,
       gedAddress: area.ged,
       pciHotplug: area.pciHotplug,
@@ -187,7 +194,7 @@ export class X86Board implements Board {
       pvpanic,
     });
     for (const { address, bytes } of acpi.tables) memory.write(address, bytes);
-    const smbios = buildSmbios({ memorySize: ram.size, vcpus: cpus.boot_vcpus });
+    const smbios = buildSmbios({ memorySize: ramSize(ram), vcpus: cpus.boot_vcpus });
     memory.write(layout.SMBIOS, smbios);
     const mpTable = Math.ceil((layout.SMBIOS + smbios.length) / 16) * 16;
     memory.write(mpTable, buildMpTable({ apicIds: apicIds.slice(0, cpus.boot_vcpus), address: mpTable }));
@@ -196,8 +203,13 @@ export class X86Board implements Board {
   }
 }
 
-function place(memory: MemoryConfig): MemoryLayout {
-  return layoutMemory(zonesOf(memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START);
+function place(memory: MemoryConfig, files: MemoryFiles): MemoryLayout {
+  return layoutMemory(zonesOf(memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START, files);
+}
+
+/** Guest physical address. */
+function mmio64Start({ end }: MemoryLayout): number {
+  return Math.ceil(end / MMIO64_ALIGNMENT) * MMIO64_ALIGNMENT;
 }
 
 /** CPUID 0x8000_0008 EAX bits 7 to 0: physical address bits. */

@@ -204,7 +204,11 @@ export class DeviceManager {
       simple(entropyPlan(config.rng, rng)),
       ...pmem.map((resource) => this.#plan({ kind: 'pmem', resource })),
       ...(vsock === undefined ? [] : [this.#plan({ kind: 'vsock', resource: vsock })]),
-      ...zones.flatMap(({ zone, hotplug }) => (hotplug === undefined ? [] : [simple(memPlan(zone, hotplug))])),
+      ...zones.flatMap(({ zone, hotplug }) => {
+        if (hotplug === undefined) return [];
+        const node = config.numa?.find(({ memory_zones: names }) => names?.includes(zone.id));
+        return [simple(memPlan(zone, hotplug, node?.guest_numa_id))];
+      }),
       ...(config.balloon === undefined ? [] : [simple(balloonPlan(config.balloon))]),
       ...(config.watchdog ? [simple(watchdogPlan())] : []),
       ...modules.map((resource) => this.#plan({ kind: 'module', resource })),

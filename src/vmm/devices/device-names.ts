@@ -56,10 +56,12 @@ export function deviceNames({
   vsock,
   rng,
   balloon,
+  memory,
   rate_limit_groups: groups,
   device_modules: modules,
 }: VmConfig): Set<string> {
-  const all = [...disks, ...net, ...pmem, vsock, rng, balloon, ...modules, ...groups];
+  // A zone has its name whether or not it has a device.
+  const all = [...disks, ...net, ...pmem, vsock, rng, balloon, ...modules, ...groups, ...(memory.zones ?? [])];
   return new Set(all.map((device) => device?.id).filter((id) => id !== undefined));
 }
 

@@ -159,9 +159,10 @@ export function modulePlan({ id, config, setup, description }: ModuleResource): 
   return { ...USUAL, id, placement: config, description, backend, blocking: true };
 }
 
-export function memPlan(zone: MemoryZone, { address: start, size }: MemoryRange): DevicePlan {
+/** @param node of the guest that the zone is in */
+export function memPlan(zone: MemoryZone, { address: start, size }: MemoryRange, node?: number): DevicePlan {
   const { id, shared, hugepages, prefault, hotplugged_size: requested = 0 } = zone;
-  const setup = { start, size, blockSize: blockSize(zone), requested, readsCost: shared || hugepages };
+  const setup = { start, size, blockSize: blockSize(zone), requested, readsCost: shared || hugepages, node };
   const plugged = new SharedArrayBuffer(bitmapBytes(setup));
   // Of an empty pool, a huge page that is touched would end the process.
   const backend = { kind: 'mem', plugged, populate: prefault || hugepages } as const;

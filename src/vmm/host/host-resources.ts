@@ -1,11 +1,12 @@
 /**
- * What the devices of a machine hold on the host: image files with their locks, taps, sockets. Opened before the guest
+ * What the devices and the memory of a machine hold on the host: image files with their locks, taps, sockets. Opened before the guest
  * starts, so that a mistake is told in one line; kept while the guest reboots; given back at the end.
  */
 import fs from 'node:fs';
 import { fileSize } from '../../block/block-file.js';
 import type { DeviceModuleConfig, DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
 import { PMEM_ALIGNMENT } from '../../config/device-config.js';
+import { zonesOf } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { VHOST_DEVICE, vhostFeatures } from '../../net/vhost.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
@@ -16,6 +17,7 @@ import { nameOf } from '../devices/device-names.js';
 import { MachineError } from '../machine/machine-error.js';
 import { type DiskResource, openDisk } from './disk-resource.js';
 import { FILE_OR_CHARACTER, Holding } from './holding.js';
+import { type MemoryFile, openMemoryFile } from './memory-file.js';
 import { bindSocket } from './unix-socket.js';
 
 export interface NetResource {
@@ -66,6 +68,7 @@ export class HostResources {
   readonly rng: RngResource;
   vsock: VsockResource | undefined;
   readonly modules: ModuleResource[] = [];
+  readonly memoryFiles = new Map<string, MemoryFile>();
   #vhostFeatures: readonly [number, number] | undefined;
 
   /**
@@ -80,6 +83,10 @@ export class HostResources {
     private readonly ioWorker: URL,
   ) {
     try {
+      for (const zone of zonesOf(config.memory)) {
+        const { id, file } = zone;
+        if (file !== undefined) this.memoryFiles.set(id, openMemoryFile(kernel, { ...zone, file }));
+      }
       for (const disk of config.disks) this.addDisk(disk);
       for (const net of config.net) this.addNet(net);
       for (const pmem of config.pmem) this.addPmem(pmem);
@@ -151,7 +158,7 @@ export class HostResources {
     const { disks, net, pmem, vsock } = this;
     // The last one is missing after an error.
     const rng = this.rng as RngResource | undefined;
-    const all = [...disks, ...net, ...pmem, rng, vsock];
+    const all = [...this.memoryFiles.values(), ...disks, ...net, ...pmem, rng, vsock];
     closeAll(all.reverse().map((resource) => () => resource?.close()));
   }
 }

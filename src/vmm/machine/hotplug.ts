@@ -14,7 +14,7 @@ import type { HostResources } from '../host/host-resources.js';
 import type { Logger } from '../log/logger.js';
 import type { MachineLife } from './incarnation.js';
 import { RequestError } from './machine-error.js';
-import { type Resize, resized } from './resize.js';
+import { type Resize, resized, resizedZone } from './resize.js';
 import { Sizes } from './sizes.js';
 
 /** Where a device has been put: Cloud Hypervisor's PciDeviceInfo. */
@@ -174,6 +174,15 @@ export class Hotplug {
       const now = running();
       if (now === undefined) Object.assign(this.config, resized(this.config, wanted));
       else await this.#sizes.change(wanted, now.incarnation);
+    });
+  }
+
+  /** The same for a memory zone. @throws RequestError */
+  resizeZone(id: string, size: number, running: () => Running | undefined): Promise<void> {
+    return this.#next(() => {
+      const now = running();
+      if (now === undefined) Object.assign(this.config, resizedZone(this.config, id, size));
+      else this.#sizes.changeZone(id, size, now.incarnation);
     });
   }
 

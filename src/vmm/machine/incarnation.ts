@@ -67,13 +67,13 @@ export class Incarnation {
     const undo: (() => void)[] = [];
     try {
       checkVcpuCount(config, hypervisor.maxVcpus);
-      this.#board = createBoard(hypervisor, config);
+      this.#board = createBoard(hypervisor, config, resources.memoryFiles);
       const { vm, segments, intx } = this.#board;
       undo.push(() => vm.close());
       const laid = this.#board.memory.zones;
       // DIMMs are mapped when they come.
       const zones = plugsDimms(config.memory) ? laid.map((zone) => ({ ...zone, hotplug: undefined })) : laid;
-      this.#memory = new MemoryManager(kernel, config.memory, zones);
+      this.#memory = new MemoryManager(kernel, config.memory, zones, resources.memoryFiles);
       undo.push(() => this.#memory.close());
       this.#slots = this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
@@ -92,14 +92,19 @@ export class Incarnation {
       });
       undo.push(() => this.#devices.close());
       this.#io = new IoManager(kernel, parts.ioWorker, io);
-      this.#handle = this.#board.createPlatform(this.#devices.devices.map(({ handle }) => handle));
+      const functions = this.#devices.devices.map(({ handle }) => handle);
+      this.#handle = this.#board.createPlatform(functions);
       this.#platform = attachPlatform(this.#handle, kernel, vm.signals, events.onEvent.bind(events));
       this.dimms = this.#dimms(laid[0]);
       if (this.#platform.serial !== undefined) this.serial = new SerialPump(this.#platform.serial, backends.serial);
       const port = this.#devices.console;
       if (port !== undefined) this.console = new SerialPump(consolePort(port, kernel), backends.console);
 
-      this.#held = this.#board.boot(this.#memory.memory);
+      this.#held = this.#board.boot(this.#memory.memory, functions);
+      for (const { device_id: id } of config.numa ?? []) {
+        if (id !== undefined && this.#devices.get(id) === undefined)
+          parts.logger.warn(`--numa device_id=${id}: it is gone, and so is its node`);
+      }
       const affinity = new Map((config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
       this.#cpus = new CpuManager(hypervisor.name, vcpus, affinity, parts.vcpuWorker, events);
     } catch (error) {

@@ -5,6 +5,7 @@
  * configuration; what the devices hold on the host stays, and so do terminals and sockets.
  */
 import type { PlatformEvent } from '../boards/platform-parts.js';
+import { ramSize } from '../../config/memory-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import { FIXED_NAMES } from '../devices/device-names.js';
 import { deviceTree, type RunningInfo } from './device-tree.js';
@@ -84,8 +85,8 @@ export class Machine {
   readonly #falseStarts = new FalseStarts();
   /** Bytes that the guest has put in its balloon. */
   #ballooned = 0;
-  /** Bytes that the guest has plugged by its device. */
-  #plugged = 0;
+  /** Bytes that the guest has plugged by devices, by zone. */
+  readonly #plugged = new Map<string, number>();
 
   private constructor(
     private readonly parts: MachineParts,
@@ -212,11 +213,12 @@ export class Machine {
   }
 
   info(): RunningInfo {
-    const memory = this.#current?.memorySize ?? this.parts.config.memory.size;
+    const memory = this.#current?.memorySize ?? ramSize(this.parts.config.memory);
+    const plugged = [...this.#plugged.values()].reduce((sum, size) => sum + size, 0);
     return {
       config: namedByHost(this.parts, this.host),
       // A guest can tell of a balloon larger than its memory.
-      memory_actual_size: Math.max(memory + this.#plugged - this.#ballooned, 0),
+      memory_actual_size: Math.max(memory + plugged - this.#ballooned, 0),
       device_tree: deviceTree(this.#current?.devicePlaces() ?? [], this.hotplug.leaving),
     };
   }
@@ -288,7 +290,7 @@ export class Machine {
     });
     this.#current = incarnation;
     this.#ballooned = 0;
-    this.#plugged = 0;
+    this.#plugged.clear();
     this.#paused = false;
     const close = async () => {
       try {
@@ -370,7 +372,7 @@ export class Machine {
         if (message.reached) log.log(device, 'info', `${device}: The guest has given back ${message.size} bytes`);
         break;
       case 'memory-plugged':
-        this.#plugged = message.size;
+        this.#plugged.set(device, message.size);
         if (message.reached) log.log(device, 'info', `${device}: The guest has plugged ${message.size} bytes`);
         break;
       case 'resized':

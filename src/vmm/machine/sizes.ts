@@ -2,12 +2,12 @@
  * How many vCPUs and how much memory a machine has: what vm.resize changes. The configuration is what is changed last, so that a reset
  * finds as much as was asked for, whether or not the guest has let go of the rest.
  */
-import { MEM_ID } from '../../config/memory-config.js';
+import { type MemoryZone, ramSize, zonesOf } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { FIXED_NAMES } from '../devices/device-names.js';
 import type { Logger } from '../log/logger.js';
 import { dimmRefusal, type Dimms } from '../memory/dimms.js';
-import { plugsDimms, resizeRefusal } from '../memory/hotplug.js';
+import { plugsDimms, resizeRefusal, ZONES_ALONE } from '../memory/hotplug.js';
 import type { MachineLife } from './incarnation.js';
 import { RequestError } from './machine-error.js';
 import type { Resize } from './resize.js';
@@ -38,6 +38,22 @@ export class Sizes {
     if (ram !== undefined) await this.#resizeMemory(ram, life);
     if (vcpus !== undefined) await this.#resizeVcpus(vcpus, life);
     if (balloon !== undefined) this.#resizeBalloon(balloon, life);
+  }
+
+  /**
+   * Has the guest plug memory of a zone, or unplug some, which takes its time.
+   *
+   * @param desired bytes that the zone is to have in all
+   * @throws RequestError
+   */
+  changeZone(id: string, desired: number, life: MachineLife | undefined): void {
+    const { memory } = this.config;
+    const zone = zonesOf(memory).find((one) => one.id === id && !one.implicit);
+    if (zone === undefined) throw new RequestError(`The machine has no memory zone ${id}`, 'unknown');
+    const refusal = resizeRefusal(zone, desired);
+    if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
+    const config = memory.zones!.find((one) => one.id === id)!;
+    resizeDevice(config, zone, desired, life);
   }
 
   /** @throws RequestError */
@@ -73,7 +89,9 @@ export class Sizes {
   /** @throws RequestError */
   #checkMemory(desired: number, life: MachineLife | undefined): void {
     const { memory } = this.config;
-    const refusal = plugsDimms(memory) ? this.#dimmRefusal(desired, life) : resizeRefusal(memory, desired);
+    const [zone] = zonesOf(memory);
+    if (!zone.implicit) throw new RequestError(ZONES_ALONE, 'invalid');
+    const refusal = plugsDimms(memory) ? this.#dimmRefusal(desired, life) : resizeRefusal(zone, desired);
     if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
   }
 
@@ -98,7 +116,7 @@ export class Sizes {
 
   async #resizeMemory(desired: number, life: MachineLife | undefined): Promise<void> {
     const { memory } = this.config;
-    if (!plugsDimms(memory)) this.#resizeDevice(desired, life);
+    if (!plugsDimms(memory)) resizeDevice(memory, zonesOf(memory)[0], desired, life);
     else if (desired !== memory.size) await this.#resizeDimms(desired, life!.dimms!);
   }
 
@@ -137,21 +155,11 @@ export class Sizes {
     if (this.#leavingDimms.size > 0) throw new RequestError('The guest has let memory go meanwhile', 'busy');
   }
 
-  /** Asks the guest's device to plug memory, or to unplug some. */
-  #resizeDevice(desired: number, life: MachineLife | undefined): void {
-    const { memory } = this.config;
-    // What changes nothing is accepted of a machine that can plug none, too.
-    if (memory.hotplug_size === undefined) return;
-    const size = desired - memory.size;
-    memory.hotplugged_size = size === 0 ? undefined : size;
-    life?.control(MEM_ID, { kind: 'resize', size });
-  }
-
   /** @throws RequestError */
   #checkBalloon({ desired_ram: ram, desired_balloon: desired }: Resize): void {
     const { balloon, memory } = this.config;
     if (desired !== undefined && balloon === undefined) throw new RequestError('The machine has no balloon', 'unknown');
-    const least = plugsDimms(memory) ? (ram ?? memory.size) : memory.size;
+    const least = plugsDimms(memory) ? (ram ?? memory.size) : ramSize(memory);
     if (desired !== undefined && desired >= least) {
       throw new RequestError(`desired_balloon: accepted is less than ${least}`, 'invalid');
     }
@@ -190,4 +198,22 @@ export class Sizes {
     this.#leavingVcpus.clear();
     this.#leavingDimms.clear();
   }
+}
+
+/**
+ * Asks a device of the guest to plug memory, or to unplug some.
+ *
+ * @param config of the zone, where a reset looks
+ */
+function resizeDevice(
+  config: { hotplugged_size?: number | undefined },
+  zone: MemoryZone,
+  desired: number,
+  life: MachineLife | undefined,
+): void {
+  // What changes nothing is accepted of a machine that can plug none, too.
+  if (zone.hotplug_size === undefined) return;
+  const size = desired - zone.size;
+  config.hotplugged_size = size === 0 ? undefined : size;
+  life?.control(zone.id, { kind: 'resize', size });
 }

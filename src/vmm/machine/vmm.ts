@@ -4,8 +4,9 @@
  *
  * What changes the state goes one after the other; what only asks, or leaves the state alone, waits for nothing.
  */
+import { ramSize } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
-import type { DeviceKind } from '../devices/device-names.js';
+import { deviceNames, type DeviceKind, fixedNames } from '../devices/device-names.js';
 import { randomMac } from '../host/taps.js';
 import { leadsTo } from '../host/unix-socket.js';
 import { Hotplug, type PciDeviceInfo } from './hotplug.js';
@@ -87,6 +88,12 @@ export class Vmm {
         onCloseFailed: (id, reason) => logger.warn(`${id}: It may lack what the guest wrote last: ${reason}`),
         onGivenBack: (fd) => kernel.close(fd),
       });
+      const absent =
+        own.numa?.findIndex(
+          ({ device_id: id }) =>
+            id !== undefined && ![deviceNames(own), fixedNames(own)].some((names) => names.has(id)),
+        ) ?? -1;
+      if (absent >= 0) throw new RequestError(`numa[${absent}].device_id: accepted is the name of a device`, 'invalid');
       this.#owned = { config: own, hotplug, used: false, stopping: false };
     });
   }
@@ -226,7 +233,7 @@ export class Vmm {
   info(): VmInfo {
     const owned = this.#configured();
     const { config, machine } = owned;
-    return { config, memory_actual_size: config.memory.size, ...machine?.info(), state: stateOf(owned) };
+    return { config, memory_actual_size: ramSize(config.memory), ...machine?.info(), state: stateOf(owned) };
   }
 
   /** What the devices have done so far, by name: Cloud Hypervisor's VmCounters, and more of them. @throws RequestError */
@@ -245,6 +252,19 @@ export class Vmm {
       this.parts.tell('vm', 'resizing');
       await hotplug.resize(wanted, () => machine.running());
       this.parts.tell('vm', 'resized');
+    });
+  }
+
+  /**
+   * Has the guest plug memory of a zone, or unplug some; it takes its time.
+   *
+   * @param size bytes that the zone is to have in all
+   * @throws RequestError
+   */
+  resizeZone(id: string, size: number): Promise<void> {
+    return this.#next(() => {
+      const { hotplug, machine } = this.#configured();
+      return hotplug.resizeZone(id, size, () => machine?.running());
     });
   }
 

@@ -10,13 +10,15 @@ export class HostPages {
 
   /**
    * Gives a range back to the host: it reads as zeros then. What is no RAM in it stays, as a file behind persistent memory keeps
-   * what it has.
+   * what it has; so does the copy of a file, where the guest would find the file's contents again.
    *
    * @throws SystemError where the host refuses
    */
   discard(address: number, length: number): void {
     // What is shared cannot be given back in this process alone.
-    this.#each(address, length, (host, count, kind) => this.kernel.discardRaw(host, count, kind === 'shared'));
+    this.#each(address, length, (host, count, kind) =>
+      kind === 'copy' ? 0 : this.kernel.discardRaw(host, count, kind === 'shared'),
+    );
   }
 
   /** Has all pages of a range there. @throws SystemError where the host has none left; some may be there then */

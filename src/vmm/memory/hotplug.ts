@@ -1,9 +1,12 @@
 /** Memory that is plugged while the guest runs, by devices (virtio-mem) or by ACPI: in which sizes it comes, and how much of it there may be. */
 import { readHostFacts } from '../../config/host-facts.js';
-import { HOTPLUG_BLOCK, type MemoryConfig, type MemoryZone } from '../../config/memory-config.js';
+import { HOTPLUG_BLOCK, type MemoryConfig, type MemoryZone, zonesOf } from '../../config/memory-config.js';
 
-/** Bytes; undefined: memory of ordinary pages. @param zone or all memory */
-export function hugepageSize({ hugepages, hugepage_size: size }: Omit<MemoryZone, 'id'>): number | undefined {
+/** What says how big the pages are that memory is had by. */
+type PageOptions = Pick<MemoryZone, 'hugepages' | 'hugepage_size'>;
+
+/** Bytes; undefined: memory of ordinary pages. */
+export function hugepageSize({ hugepages, hugepage_size: size }: PageOptions): number | undefined {
   return hugepages ? (size ?? readHostFacts().hugepageSizes[0]) : undefined;
 }
 
@@ -12,22 +15,36 @@ export function plugsDimms({ hotplug_size: size, hotplug_method: method }: Memor
   return size !== undefined && method === 'Acpi';
 }
 
-/** A block's of virtio-mem. Bytes. Huge pages come and go as a whole. @param memory a zone or all of it */
-export function blockSize(memory: Omit<MemoryZone, 'id'>): number {
-  return Math.max(HOTPLUG_BLOCK, hugepageSize(memory) ?? 0);
+/** A block's of virtio-mem. Bytes. Huge pages come and go as a whole. */
+export function blockSize(zone: PageOptions): number {
+  return Math.max(HOTPLUG_BLOCK, hugepageSize(zone) ?? 0);
+}
+
+/** The options that say how much memory a zone has. */
+export function sizeOptions({ id, implicit, size, hotplug_size: more }: MemoryZone): string {
+  const option = implicit ? '--memory ' : `--memory-zone id=${id},`;
+  return `${option}size=${size}${more === undefined ? '' : `,hotplug_size=${more}`}`;
 }
 
 /** The options that say how much memory there is. */
-export function sizeOptions({ size, hotplug_size: more }: MemoryConfig): string {
-  return `--memory size=${size}${more === undefined ? '' : `,hotplug_size=${more}`}`;
+export function sizesOf(memory: MemoryConfig): string {
+  const zones = zonesOf(memory);
+  if (zones[0].implicit) return sizeOptions(zones[0]);
+  const all = zones.reduce((sum, { size, hotplug_size: more = 0 }) => sum + size + more, 0);
+  return `--memory-zone, ${all} bytes in all`;
 }
 
-/** Why a guest with virtio-mem, or with none, cannot have so much memory in all, if that is so. @param desired bytes */
-export function resizeRefusal(memory: MemoryConfig, desired: number): string | undefined {
-  const { size, hotplug_size: most = 0 } = memory;
-  const block = blockSize(memory);
+/** Why `desired_ram` of a machine with zones is refused. */
+export const ZONES_ALONE =
+  'desired_ram: accepted is none, as the machine has memory zones: vm.resize-zone resizes each';
+
+/** Why a zone that has virtio-mem, or nothing, cannot have so much memory in all, if that is so. @param desired bytes */
+export function resizeRefusal(zone: MemoryZone, desired: number): string | undefined {
+  const { size, hotplug_size: most = 0 } = zone;
+  const block = blockSize(zone);
   const wanted = desired - size;
   if (wanted >= 0 && wanted <= most && wanted % block === 0) return undefined;
-  if (most === 0) return `desired_ram: accepted is ${size}: the machine has no hotplug_size`;
+  if (most === 0)
+    return `desired_ram: accepted is ${size}: the ${zone.implicit ? 'machine' : 'zone'} has no hotplug_size`;
   return `desired_ram: accepted is ${size} and up to ${most} more, by multiples of ${block}`;
 }

@@ -1,6 +1,7 @@
 /** Where the zones of guest memory lie in guest addresses: RAM in their order, and what the guest plugs behind all RAM. */
 import { HOTPLUG_ALIGNMENT, type MemoryZone } from '../../config/memory-config.js';
 import { joined, type MemoryRange } from '../../memory/guest-memory.js';
+import type { MemoryFiles } from '../host/memory-file.js';
 import { blockSize, hugepageSize } from './hotplug.js';
 
 /** Of the hosts and guests alike. Bytes. */
@@ -28,13 +29,15 @@ export interface MemoryLayout {
  *
  * @param windows where RAM may lie, ascending; the last has no end
  * @param least guest physical address before which nothing is plugged
+ * @param files that zones are in
  */
 export function layoutMemory(
   zones: readonly MemoryZone[],
   windows: readonly MemoryRange[],
   least: number,
+  files: MemoryFiles = new Map(),
 ): MemoryLayout {
-  const parts = divide(zones, windows);
+  const parts = divide(zones, windows, files);
   const ram = joined(parts.flat());
   const last = ram.at(-1)!;
   let end = Math.max(last.address + last.size, least);
@@ -50,11 +53,11 @@ export function layoutMemory(
 }
 
 /** @returns the parts of each zone */
-function divide(zones: readonly MemoryZone[], windows: readonly MemoryRange[]): MemoryRange[][] {
+function divide(zones: readonly MemoryZone[], windows: readonly MemoryRange[], files: MemoryFiles): MemoryRange[][] {
   let window = 0;
   let taken = 0;
   return zones.map((zone) => {
-    const page = hugepageSize(zone) ?? PAGE_SIZE;
+    const page = Math.max(hugepageSize(zone) ?? PAGE_SIZE, files.get(zone.id)?.pageSize ?? 0);
     const parts: MemoryRange[] = [];
     for (let left = zone.size; left > 0;) {
       const { address, size: whole } = windows[window];

@@ -7,8 +7,9 @@ import type { Vm } from '../../hypervisor/hypervisor.js';
 import { GuestMemory, type MemoryRange, WINDOW_SIZE } from '../../memory/guest-memory.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
 import { errnoName, errnoText, type HostKernel, type HostMapping, SystemError } from '../../sys/host-kernel.js';
+import type { MemoryFile, MemoryFiles } from '../host/memory-file.js';
 import { MachineError } from '../machine/machine-error.js';
-import { hugepageSize as sizeOfHugepages, sizeOptions } from './hotplug.js';
+import { hugepageSize as sizeOfHugepages, sizeOptions, sizesOf } from './hotplug.js';
 import type { CoreMemory } from './core-file.js';
 import type { ZoneLayout } from './memory-layout.js';
 import { type MemoryPart, source } from './memory-part.js';
@@ -20,8 +21,8 @@ interface Stretch {
   readonly mapping: HostMapping;
   /** Of shared memory. */
   readonly fd: number | undefined;
-  /** The file has holes where nothing is. */
-  readonly sparse: boolean;
+  /** What tells where nothing is: holes of `fd`, the pages of this process, or nothing, as a zone's file has its own contents. */
+  readonly holes: 'file' | 'pages' | 'none';
   /** The guest has it from the start. */
   readonly present: boolean;
 }
@@ -34,26 +35,37 @@ export class MemoryManager {
   /**
    * @param zones with their places. What the guest plugs is mapped and known to every thread from the start, too; only its pages
    * come and go.
+   * @param files that zones are in
    * @throws MachineError when the host cannot map the memory asked for
    */
   constructor(
     private readonly kernel: HostKernel,
     private readonly config: MemoryConfig,
     zones: readonly ZoneLayout[],
+    private readonly files: MemoryFiles = new Map(),
   ) {
     try {
-      for (const { zone, ram } of zones) {
-        for (const range of ram) {
-          const { mapping } = this.#allocate(zone, range, true);
-          if (zone.prefault) this.#populate(mapping, 0, range.size);
-        }
+      for (const { zone, ram } of zones) this.#allocateRam(zone, ram);
+      for (const { zone, hotplug } of zones) {
+        if (hotplug !== undefined) attempt(zone, () => this.#allocate(zone, hotplug, false));
       }
-      for (const { zone, hotplug } of zones) if (hotplug !== undefined) this.#allocate(zone, hotplug, false);
     } catch (error) {
-      undoAll(tooMuch(sizeOptions(config), error), [() => this.close()]);
+      undoAll(error, [() => this.close()]);
     }
     const ram = this.#stretches.filter(({ present }) => present);
     this.memory = new GuestMemory(ram.map(({ part: { range, kind }, mapping }) => source(range, mapping, kind)));
+  }
+
+  #allocateRam(zone: MemoryZone, ranges: readonly MemoryRange[]): void {
+    const file = this.files.get(zone.id);
+    let offset = 0;
+    for (const range of ranges) {
+      attempt(zone, () => {
+        const { mapping } = this.#allocate(zone, range, true, file && { ...file, offset });
+        if (zone.prefault) this.#populate(mapping, 0, range.size);
+      });
+      offset += range.size;
+    }
   }
 
   /**
@@ -85,52 +97,76 @@ export class MemoryManager {
     this.#release(this.#stretches.splice(index, 1)[0]);
   }
 
-  /** @param present the guest has all of it at once */
-  #allocate(zone: MemoryZone, range: MemoryRange, present: boolean): Stretch {
+  /** @param present the guest has all of it at once @param file what it is in, and from where on */
+  #allocate(
+    zone: MemoryZone,
+    range: MemoryRange,
+    present: boolean,
+    file?: Pick<MemoryFile, 'fd' | 'pageSize'> & { readonly offset: number },
+  ): Stretch {
     const { address, size } = range;
-    const { shared, hugepages, mergeable } = zone;
-    const hugepageSize = sizeOfHugepages(zone);
+    const { shared, hugepages, host_numa_node: node } = zone;
+    const hugepageSize = file === undefined ? sizeOfHugepages(zone) : undefined;
     // An empty pool of huge pages is an error now, or a fault while the guest runs, which ends the process. What is plugged later is
     // had from the pool then, or not plugged.
     const reserve = present && (zone.reserve ?? hugepages);
-    const fd = shared ? this.kernel.memfd('guest-ram', { size, hugepageSize }) : undefined;
-    const modulo = Math.max(size >= HUGEST_PAGE ? HUGEST_PAGE : HUGE_PAGE, hugepageSize ?? 0);
-    const placement = { like: address, modulo };
+    const own = shared && file === undefined ? this.kernel.memfd('guest-ram', { size, hugepageSize }) : undefined;
+    const page = Math.max(hugepageSize ?? PAGE_SIZE, file?.pageSize ?? 0);
+    // Behind a zone of smaller pages the guest may have it where none of these begins.
+    const misplaced = address % page > 0;
+    const modulo = Math.max(size >= HUGEST_PAGE ? HUGEST_PAGE : HUGE_PAGE, page);
+    const placement = misplaced ? { like: 0, modulo: page } : { like: address, modulo };
+    const backing = { fd: file?.fd ?? own, offset: file?.offset, shared, hugepageSize };
     let mapping: HostMapping;
     try {
-      mapping = this.kernel.map({ length: size, fd, shared, hugepageSize, placement, reserve });
+      mapping = this.kernel.map({ length: size, ...backing, placement, reserve });
     } catch (error) {
-      return undoAll(error, fd === undefined ? [] : [() => this.kernel.close(fd)]);
+      return undoAll(error, own === undefined ? [] : [() => this.kernel.close(own)]);
     }
-    const part = { range, mapping: mapping.handle, kind: shared ? 'shared' : 'private' } as const;
-    const stretch = { part, mapping, fd, sparse: shared && !hugepages, present };
+    // The host has a file's pages again where they were dropped, not zeros.
+    const kind = shared ? 'shared' : file === undefined ? 'private' : 'copy';
+    const holes = file !== undefined ? 'none' : shared && !hugepages ? 'file' : 'pages';
+    const stretch = { part: { range, mapping: mapping.handle, kind }, mapping, fd: own, holes, present } as const;
     this.#stretches.push(stretch);
-    if (!hugepages) this.#advise(mapping, this.config.thp ? 'hugepage' : 'nohugepage');
-    if (mergeable) this.#advise(mapping, 'mergeable');
+    if (page === PAGE_SIZE) this.#advise(zone, mapping, this.config.thp ? 'hugepage' : 'nohugepage');
+    if (zone.mergeable) this.#advise(zone, mapping, 'mergeable');
+    if (node !== undefined) this.#bind(zone, mapping, node);
     return stretch;
   }
 
-  /** Puts pages everywhere: after the advice on huge pages, or there would be small ones already. @throws SystemError */
+  #bind({ id }: MemoryZone, mapping: HostMapping, node: number): void {
+    try {
+      this.kernel.bindToNode(mapping, node);
+    } catch (cause) {
+      if (!(cause instanceof SystemError)) throw cause;
+      throw new MachineError(`--memory-zone id=${id},host_numa_node=${node}: the host does not bind memory to it`, {
+        cause,
+      });
+    }
+  }
+
+  /** Puts pages everywhere: after the advice on huge pages, or there would be small ones already, and after the node. @throws SystemError */
   #populate(mapping: HostMapping, start: number, length: number): void {
     const errno = -this.kernel.populateRaw(Number(mapping.handle.address) + start, length);
     if (errno <= 0) return;
     const code = errnoName(errno);
-    // Linux before 5.14 does not know that advice. Fresh memory is zero: a zero in each page changes nothing else.
+    // Linux before 5.14 does not know that advice. A write to each page that changes nothing, as nobody else has it yet.
     if (code !== 'EINVAL') throw new SystemError(code, errno, 'madvise', errnoText(errno));
     for (let at = start, end = start + length; at < end; at += WINDOW_SIZE) {
       const bytes = new Uint8Array(mapping.view(at, Math.min(WINDOW_SIZE, end - at)));
-      for (let page = 0; page < bytes.length; page += PAGE_SIZE) bytes[page] = 0;
+      for (let page = 0; page < bytes.length; page += PAGE_SIZE) bytes[page] |= 0;
     }
   }
 
-  #advise(mapping: HostMapping, advice: 'hugepage' | 'nohugepage' | 'mergeable'): void {
+  #advise({ id, implicit }: MemoryZone, mapping: HostMapping, advice: 'hugepage' | 'nohugepage' | 'mergeable'): void {
     try {
       this.kernel.advise(mapping, advice);
     } catch (error) {
       // A host kernel built without huge pages has none to give or refuse; without KSM, the user's wish cannot be met.
       if (!(error instanceof SystemError)) throw error;
       if (advice === 'mergeable') {
-        throw new MachineError(`--memory mergeable=on: the host's kernel has no page merging`, { cause: error });
+        const option = implicit ? '--memory ' : `--memory-zone id=${id},`;
+        throw new MachineError(`${option}mergeable=on: the host's kernel has no page merging`, { cause: error });
       }
     }
   }
@@ -148,7 +184,7 @@ export class MemoryManager {
       return slots;
     } catch (error) {
       if (!(error instanceof SystemError)) throw error;
-      throw new MachineError(`${sizeOptions(this.config)}: the hypervisor does not take that much`, {
+      throw new MachineError(`${sizesOf(this.config)}: the hypervisor does not take that much`, {
         cause: error,
       });
     }
@@ -156,11 +192,16 @@ export class MemoryManager {
 
   /** All of it, for a core file. */
   core(): CoreMemory[] {
-    return this.#stretches.map(({ part: { range }, mapping, fd, sparse }) => ({
+    return this.#stretches.map(({ part: { range }, mapping, fd, holes }) => ({
       range,
       hostAddress: Number(mapping.handle.address),
       view: (offset, length) => mapping.view(offset, length),
-      nextData: fd !== undefined && sparse ? (from) => nextData(this.kernel, fd, from) : undefined,
+      nextData:
+        holes === 'none'
+          ? (from) => rest(range, from)
+          : holes === 'file'
+            ? (from) => nextData(this.kernel, fd!, from)
+            : undefined,
     }));
   }
 
@@ -174,9 +215,22 @@ export class MemoryManager {
   }
 }
 
+function rest({ size }: MemoryRange, from: number): MemoryRange | undefined {
+  return from < size ? { address: from, size: size - from } : undefined;
+}
+
 function nextData(kernel: HostKernel, fd: number, from: number): MemoryRange | undefined {
   const address = kernel.firstData(fd, from);
   return address === undefined ? undefined : { address, size: kernel.firstHole(fd, address) - address };
+}
+
+/** @throws MachineError where the host refuses */
+function attempt(zone: MemoryZone, allocate: () => void): void {
+  try {
+    allocate();
+  } catch (error) {
+    throw tooMuch(sizeOptions(zone), error);
+  }
 }
 
 function tooMuch(what: string, error: unknown): unknown {

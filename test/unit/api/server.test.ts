@@ -107,12 +107,15 @@ test('the process and its machine can be told', async () => {
   for (const shrink of [undefined, null, false, true]) {
     expect(await put('vm.resize-disk', { id: '_disk0', desired_size: 1024, shrink })).toEqual(none);
   }
+  expect(await put('vm.resize-zone', { id: 'z', desired_ram: 4096 })).toEqual(none);
+  expect(asked.pop()).toEqual({ zone: 'z', size: 4096 });
   const resized = (shrink: boolean) => ({ id: '_disk0', size: 1024, shrink });
   expect(asked).toEqual([resized(false), resized(false), resized(false), resized(true)]);
 });
 
 const RESIZE =
   'accepted is {"desired_vcpus": N, "desired_ram": BYTES, "desired_balloon": BYTES}, of which any may be left out';
+const RESIZE_ZONE = 'accepted is {"id": ZONE, "desired_ram": BYTES}';
 const SECTORS = 'desired_size: accepted is a multiple of 512 bytes';
 
 test.each([
@@ -123,6 +126,9 @@ test.each([
   ['POST', 'vm.reboot', undefined, 400, 'accepted is GET or PUT'],
   ['PUT', 'vm.reboot', '{}', 400, 'accepted is no body'],
   ['PUT', 'vm.boot', 'null', 400, 'accepted is no body'],
+  ['PUT', 'vm.resize-zone', undefined, 400, RESIZE_ZONE],
+  ['PUT', 'vm.resize-zone', '{"id":5}', 400, 'id: accepted is the name of a memory zone'],
+  ['PUT', 'vm.resize-zone', '{"id":"a","desired_ram":-1}', 400, 'desired_ram: accepted is a number of bytes'],
   ['PUT', 'vm.resize', undefined, 400, RESIZE],
   ['PUT', 'vm.resize', '{', 400, 'accepted is a body in JSON'],
   ['PUT', 'vm.resize', '[]', 400, RESIZE],

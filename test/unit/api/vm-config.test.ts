@@ -172,7 +172,6 @@ test.each([
   ['payload.firmware', { payload: { ...payload, firmware: 'f' } }],
   ['cpus.nested', { cpus: { boot_vcpus: 1, max_vcpus: 1, nested: false } }],
   ['cpus.features', { cpus: { boot_vcpus: 1, max_vcpus: 1, features: { amx: true } } }],
-  ['memory.zones', { memory: { zones: [{ id: 'z', size: 1 }] } }],
   ['disks[1].vhost_user', { disks: [{ path: '/d' }, { path: '/d', vhost_user: true }] }],
   ['net[0].vhost_socket', { net: [{ vhost_socket: 's' }] }],
   ['platform.system_uuid', { platform: { system_uuid: 'u' } }],

@@ -12,13 +12,12 @@ const END = layout.ACPI + layout.ACPI_MAX;
 
 function tablesOf(vcpus: number, segments: number, more: Partial<Arm64AcpiConfig> = {}) {
   const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
-  const windows = divideSegments(segments, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, {
-    start: 2 ** 33,
-    end: 2 ** 40,
-  });
+  const weights = Array.from({ length: segments }, () => ({ mmio32: 1, mmio64: 1 }));
+  const mmio64 = { start: 2 ** 33, end: 2 ** 40 };
+  const windows = divideSegments(weights, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, { mmio32, mmio64 });
   const mpidrs = Array.from({ length: vcpus }, (_, id) => (id & 15) | ((id >> 4) << 8));
   const { PCI_HOTPLUG: pciHotplug } = layout;
-  const config = { mpidrs, serial: true, pvpanic: true, segments: windows, pciHotplug, ...more };
+  const config = { mpidrs, serial: true, pvpanic: true, numa: [], segments: windows, pciHotplug, ...more };
   const { tables } = buildArm64Acpi(config, START, END);
   const signature = (bytes: Uint8Array) => Buffer.from(bytes.subarray(0, 4)).toString('latin1');
   // iasl takes an RSDP for something else: it has no header.
@@ -65,7 +64,7 @@ describe('the ACPI tables of an aarch64 machine', () => {
   });
 
   test('are refused where they have no room', () => {
-    const config = { mpidrs: [0], serial: true, pvpanic: true, segments: [], pciHotplug: 0 };
+    const config = { mpidrs: [0], serial: true, pvpanic: true, numa: [], segments: [], pciHotplug: 0 };
     expect(() => buildArm64Acpi(config, START, START + 256)).toThrow(AcpiError);
   });
 });

@@ -19,6 +19,7 @@ function dsdt(segments: number, vcpus: number): Uint8Array {
     ...area,
     apicIds: Array.from({ length: vcpus }, (_, id) => id * 2),
     bootVcpus: 1,
+    numa: [],
     pciSegments: Array.from({ length: segments }, () => ({ ecam: 0, mmio32: windows, mmio64: windows })),
     gedAddress: area.ged,
     serial: true,

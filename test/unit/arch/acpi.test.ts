@@ -16,6 +16,7 @@ function machine(vcpus: number, segments: number, pvpanic: boolean, bootVcpus = 
   return {
     apicIds: Array.from({ length: vcpus }, (_, id) => id),
     bootVcpus,
+    numa: [],
     pciSegments: Array.from({ length: segments }, (_, segment) => ({
       ecam: layout.ECAM_START + segment * layout.ECAM_SEGMENT_SIZE,
       mmio32: { start: layout.MMIO32_START + segment * share, end: layout.MMIO32_START + (segment + 1) * share },

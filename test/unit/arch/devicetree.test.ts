@@ -10,6 +10,7 @@ import { layoutOf } from '../../support/memory-layouts.js';
 function configOf(more: Partial<DevicetreeConfig> = {}, segments = 1): DevicetreeConfig {
   const mmio32 = { start: layout.MMIO32_START, end: layout.MMIO32_END };
   const mmio64 = { start: 2 ** 33, end: 2 ** 40 };
+  const weights = Array.from({ length: segments }, () => ({ mmio32: 1, mmio64: 1 }));
   return {
     mpidrs: [0],
     topology: { threadsPerCore: 1, coresPerDie: 1, diesPerPackage: 1, packages: 1 },
@@ -18,7 +19,8 @@ function configOf(more: Partial<DevicetreeConfig> = {}, segments = 1): Devicetre
     seed: new Uint8Array(SEED_SIZE).fill(0x5a),
     serial: true,
     pvpanic: false,
-    segments: divideSegments(segments, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, mmio32, mmio64),
+    numa: [],
+    segments: divideSegments(weights, layout.ECAM_START, layout.ECAM_SEGMENT_SIZE, { mmio32, mmio64 }),
     ...more,
   };
 }

@@ -9,7 +9,7 @@ import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import type { MemoryConfig } from '../../../src/config/memory-config.js';
 import type { CpusConfig, VmConfig } from '../../../src/config/vm-config.js';
 
-const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30] };
+const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30], numaNodes: [0, 2] };
 
 function answers(argv: readonly string[]): void {
   try {

@@ -6,7 +6,7 @@ import type { RunCommand } from '../../../src/cli/parse-run.js';
 import { OptionError } from '../../../src/config/option-syntax.js';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 
-const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30] };
+const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30], numaNodes: [0, 2] };
 const parse = (...argv: string[]): ReturnType<typeof parseCommandLine> => parseCommandLine(argv, host);
 
 function run(...argv: string[]): Required<RunCommand> {
@@ -110,6 +110,78 @@ describe('devices', () => {
       vhost: true,
       id: 'n',
     });
+  });
+});
+
+describe('zones, nodes and segments', () => {
+  test('as one writes them', () => {
+    const { config } = run(
+      ...['--kernel', 'k', '--cpus', 'boot=4', '--memory', 'size=0,hotplug_method=virtio-mem,mergeable=on'],
+      ...['--memory-zone', 'id=a,size=1G,file="a,b",host_numa_node=2,hotplug_size=2G,hotplugged_size=1G'],
+      ...['id=b,hugepages=on,hugepage_size=2M,prefault=on,reserve=off,mergeable=off'],
+      ...['--numa', 'guest_numa_id=0,cpus=[0,2-3],memory_zones=[a,"b"],distances=[1@20,0@10]'],
+      ...['--numa', 'guest_numa_id=1,device_id=__rng,pci_segments=1'],
+      ...['--platform', 'num_pci_segments=2', '--pci-segment', 'pci_segment=1,mmio64_aperture_weight=4'],
+    );
+    expect(config.memory).toMatchObject({ size: 0, hotplug_method: 'VirtioMem', mergeable: true });
+    const [a, b] = [2 ** 30, 2 ** 29];
+    const plugs = { hotplug_size: 2 * a, hotplugged_size: a };
+    expect(config.memory.zones).toEqual([
+      { id: 'a', size: a, file: 'a,b', host_numa_node: 2, ...plugs },
+      { id: 'b', size: b, hugepages: true, hugepage_size: 2 ** 21, prefault: true, reserve: false, mergeable: false },
+    ]);
+    const distances = [
+      { destination: 1, distance: 20 },
+      { destination: 0, distance: 10 },
+    ];
+    expect(config.numa).toEqual([
+      { guest_numa_id: 0, cpus: [0, 2, 3], memory_zones: ['a', 'b'], distances },
+      { guest_numa_id: 1, device_id: '__rng', pci_segments: [1] },
+    ]);
+    expect(config.pci_segments).toEqual([{ pci_segment: 1, mmio32_aperture_weight: 1, mmio64_aperture_weight: 4 }]);
+  });
+
+  const ZONE = '--memory size=0 --memory-zone id=a';
+  test.each([
+    ['--memory-zone id=a', '--memory size=: accepted is size 0 where memory zones have it'],
+    ['--memory size=1G --memory-zone id=a', '--memory size=1G: accepted is size 0 where memory zones have it'],
+    [
+      '--memory size=0 --memory-zone size=1G',
+      '--memory-zone size=1G: accepted is id=, a name that does not start with __, up to 64 letters, digits, and - _ . :',
+    ],
+    [
+      `${ZONE} id=b,host_numa_node=1`,
+      '--memory-zone host_numa_node=1: accepted is a node of the host with memory (0,2)',
+    ],
+    [`${ZONE} id=a`, '--memory-zone id=a: accepted is a name that no other zone has'],
+    [
+      `${ZONE},hotplug_size=128M`,
+      '--memory-zone hotplug_size=128M: accepted is a size only with hotplug_method=virtio-mem',
+    ],
+    [
+      `${ZONE},hugepages=on,size=3M`,
+      '--memory-zone size=3M: accepted is a size that is a multiple of the huge page size 2M',
+    ],
+    ['--numa guest_numa_id=0,cpus=[]', '--numa cpus=[]: accepted is a list of whole numbers such as [3,4]'],
+    [
+      '--numa guest_numa_id=0',
+      '--numa guest_numa_id=0: accepted is cpus=, a list, if there is no memory_zones or device_id',
+    ],
+    ['--numa guest_numa_id=0,memory_zones=[a,]', '--numa memory_zones=[a,]: accepted is a list of names such as [a,b]'],
+    [
+      '--numa guest_numa_id=0,cpus=0,distances=[0@[10,20]]',
+      '--numa distances=[0@[10,20]]: accepted is a list such as [1@20,2@30]: node@distance',
+    ],
+    ['--numa guest_numa_id=0,cpus=0,distances=[0@9]', '--numa distances=[0@9]: accepted is distances from 10 to 255'],
+    ['--numa guest_numa_id=0,cpus=0,memory_zones=z', '--numa memory_zones=z: accepted is names of memory zones, mem0'],
+    ['--pci-segment pci_segment=1', '--pci-segment pci_segment=1: accepted is a segment below num_pci_segments=1'],
+    [
+      '--pci-segment mmio32_aperture_weight=0',
+      '--pci-segment mmio32_aperture_weight=0: accepted is a weight from 1 to 4294967295',
+    ],
+  ])('%s', (text, message) => {
+    expect(() => parse('--kernel', 'k', ...text.split(' '))).toThrow(OptionError);
+    expect(() => parse('--kernel', 'k', ...text.split(' '))).toThrow(new Error(message));
   });
 });
 

@@ -105,12 +105,14 @@ test('sizes, and a core file', async () => {
   await call('resize', '--cpus', '2', '--memory=1G', '--balloon', '64M');
   await call('resize');
   await call('coredump', 'file:///core');
+  await call('resize-zone', '--id', 'z', '--size', '2G');
   await call('resize-disk', '--disk', 'd', '--size', '1K');
   await call('resize-disk', '--size=1K', '--shrink', '--disk=d');
   expect(asked).toEqual([
     { resize: { desired_vcpus: 2, desired_ram: 2 ** 30, desired_balloon: 2 ** 26 } },
     { resize: {} },
     { coredump: '/core' },
+    { zone: 'z', size: 2 ** 31 },
     { id: 'd', size: 1024, shrink: false },
     { id: 'd', size: 1024, shrink: true },
   ]);
@@ -204,6 +206,7 @@ test.each([
   [['resize', '--memory', '1T'], '--memory 1T: accepted is a number of bytes, or one followed by K, M or G'],
   [['resize', '--cpus'], '--cpus: accepted is a value after it'],
   [['resize', '--cpus', '1', '--cpus', '2'], '--cpus: accepted is it once'],
+  [['resize-zone', '--size', '1K'], 'resize-zone: accepted is it with --id ID'],
   [['resize-disk', '--size', '1K'], 'resize-disk: accepted is it with --disk ID'],
   [['resize-disk', '--disk', 'd'], 'resize-disk: accepted is it with --size SIZE'],
   [['ping', '--timeout', '0'], '--timeout 0: accepted is a number of seconds'],
@@ -233,7 +236,7 @@ test('the help of all and of each', async () => {
 });
 
 test('the command line hands its words on', () => {
-  const host = { cpus: [], hugepageSizes: [] };
+  const host = { cpus: [], hugepageSizes: [], numaNodes: [] };
   expect(parseCommandLine(['remote', 'boot', '--help'], host)).toEqual({ kind: 'remote', argv: ['boot', '--help'] });
   const help = parseCommandLine(['--help'], host);
   expect(help).toMatchObject({ kind: 'help', text: expect.stringMatching(/vmm remote +Ask and tell a vmm that runs/) });

@@ -18,7 +18,13 @@ describe('readHostFacts', () => {
     put('sys/devices/system/cpu/online', '0-2,5\n');
     put('proc/meminfo', 'MemTotal:  1 kB\nHugepagesize:    2048 kB\nHugetlb: 0 kB\n');
     for (const size of ['1048576', '64', '2048']) put(`sys/kernel/mm/hugepages/hugepages-${size}kB/nr_hugepages`, '0');
-    expect(readHostFacts(root)).toEqual({ cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 16, 2 ** 30] });
+    expect(readHostFacts(root)).toEqual({
+      cpus: [0, 1, 2, 5],
+      hugepageSizes: [2 ** 21, 2 ** 16, 2 ** 30],
+      numaNodes: [],
+    });
+    put('sys/devices/system/node/has_memory', '0,2-3\n');
+    expect(readHostFacts(root).numaNodes).toEqual([0, 2, 3]);
   });
 
   test("CPUs that are online but outside the process's cpuset do not count", () => {
@@ -33,7 +39,7 @@ describe('readHostFacts', () => {
   test('a kernel without huge pages', () => {
     put('sys/devices/system/cpu/online', '0\n');
     put('proc/meminfo', 'MemTotal:  1 kB\n');
-    expect(readHostFacts(root)).toEqual({ cpus: [0], hugepageSizes: [] });
+    expect(readHostFacts(root)).toEqual({ cpus: [0], hugepageSizes: [], numaNodes: [] });
   });
 
   test('says which file is missing or odd', () => {
@@ -47,7 +53,7 @@ describe('readHostFacts', () => {
 });
 
 describe('findHostProblem', () => {
-  const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30] };
+  const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30], numaNodes: [0, 2] };
   const problem = (config: object, facts = host): unknown =>
     findHostProblem(vmConfigSchema.parse({ payload: { kernel: 'k' }, ...config }), facts);
   const cpus = (...host_cpus: number[]): object => ({
@@ -93,6 +99,29 @@ describe('findHostProblem', () => {
       accepted: 'a huge page size of the host: 2M, 1G',
     });
   });
+});
+
+test('what a zone wants of the host is looked for by its own field', () => {
+  const host = { cpus: [0], hugepageSizes: [2 ** 21], numaNodes: [0, 2, 3] };
+  const problem = (zone: object, facts = host) => {
+    const memory = { size: 0, hotplug_method: 'VirtioMem', zones: [{ id: 'a' }, { id: 'b', ...zone }] };
+    return findHostProblem(vmConfigSchema.parse({ payload: { kernel: 'k' }, memory }), facts);
+  };
+  expect(problem({ host_numa_node: 3, hugepages: true })).toBeUndefined();
+  const at = (field: string) => ['memory', 'zones', 1, field];
+  expect(problem({ host_numa_node: 1 })).toEqual({
+    path: at('host_numa_node'),
+    accepted: 'a node of the host with memory (0,2-3)',
+  });
+  expect(problem({ host_numa_node: 0 }, { ...host, numaNodes: [] })).toEqual({
+    path: at('host_numa_node'),
+    accepted: 'none: the host has no NUMA nodes',
+  });
+  expect(problem({ hugepages: true, size: 3 * 2 ** 20 })).toEqual({
+    path: at('size'),
+    accepted: 'a size that is a multiple of the huge page size 2M',
+  });
+  expect(problem({ hugepages: true, hugepage_size: 2 ** 30 })).toMatchObject({ path: at('hugepage_size') });
 });
 
 test('sizes are written with the largest unit that divides them', () => {

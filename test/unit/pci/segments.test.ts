@@ -1,7 +1,13 @@
 /** Slots and addresses of a PCI segment, as devices come and go. */
 import { describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
-import { type AddressWindow, SlotAllocator, WindowAllocator } from '../../../src/pci/segments.js';
+import {
+  type AddressWindow,
+  divideSegments,
+  MMIO_UNITS,
+  SlotAllocator,
+  WindowAllocator,
+} from '../../../src/pci/segments.js';
 
 interface Taken extends AddressWindow {
   readonly align: number;
@@ -22,6 +28,39 @@ const step = fc.oneof(
   fc.record({ take: fc.constant(true), size: fc.integer({ min: 1, max: 20 }), align: fc.constantFrom(1, 2, 4, 8, 16) }),
   fc.record({ take: fc.constant(false), index: fc.nat(20) }),
 );
+
+describe('the windows of segments', () => {
+  const weight = fc.record({ mmio32: fc.integer({ min: 1, max: 9 }), mmio64: fc.integer({ min: 1, max: 9 }) });
+  const room = fc.integer({ min: 200 * 4096, max: 10_000 * 4096 });
+
+  test('follow each other, as large as their weights say; the last one has what is left over', () => {
+    fc.assert(
+      fc.property(fc.array(weight, { minLength: 1, maxLength: 16 }), room, (weights, low) => {
+        const windows = {
+          mmio32: { start: 0x1000_0000, end: 0x1000_0000 + low },
+          mmio64: { start: 2 ** 33, end: 2 ** 33 + low * 2 ** 20 },
+        };
+        const segments = divideSegments(weights, 0xe000_0000, 0x10_0000, windows);
+        expect(segments.map(({ ecam }) => ecam)).toEqual(weights.map((_, index) => 0xe000_0000 + index * 0x10_0000));
+        for (const name of ['mmio32', 'mmio64'] as const) {
+          const all = weights.reduce((sum, one) => sum + one[name], 0);
+          const unit = MMIO_UNITS[name];
+          const share = Math.floor((windows[name].end - windows[name].start) / (unit * all)) * unit;
+          let next = windows[name].start;
+          segments.forEach((segment, index) => {
+            const { start, end } = segment[name];
+            expect(start).toBe(next);
+            expect(start % unit).toBe(0);
+            if (index < segments.length - 1) expect(end - start).toBe(share * weights[index][name]);
+            else expect(end - start).toBeGreaterThanOrEqual(share * weights[index][name]);
+            next = end;
+          });
+          expect(next).toBe(windows[name].end);
+        }
+      }),
+    );
+  });
+});
 
 describe('the addresses of a window', () => {
   test('are the highest that are free: within it, aligned, nobody else’s, and free again when given back', () => {

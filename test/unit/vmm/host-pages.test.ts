@@ -45,6 +45,22 @@ test.each([{ shared: false }, { shared: true }])(
   },
 );
 
+test('a copy of a file stays, as its pages would come back with the file', () => {
+  const fd = kernel.memfd('test', { size: 2 * PAGE });
+  kernel.writeAt(fd, new Uint8Array(2 * PAGE).fill(7), 0);
+  const mapping = kernel.map({ length: 2 * PAGE, fd, shared: false });
+  const part = { address: 0, size: 2 * PAGE, kind: 'copy' as const, hostAddress: Number(mapping.handle.address) };
+  const memory = new GuestMemory([{ ...part, view: (offset, length) => mapping.view(offset, length) }]);
+  const pages = new HostPages(kernel, memory);
+  memory.fill(0, 1, PAGE);
+  pages.discard(0, 2 * PAGE);
+  expect([memory.u8(0), memory.u8(PAGE)]).toEqual([1, 7]);
+  pages.populate(0, 2 * PAGE);
+  expect([memory.u8(0), memory.u8(PAGE)]).toEqual([1, 7]);
+  mapping.unmap();
+  kernel.close(fd);
+});
+
 test('a host that refuses is told', () => {
   const { pages, close } = build(false);
   // Only whole pages can be given back, and had.

@@ -2,7 +2,7 @@ import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
-import { afterEach, beforeEach, expect, jest, test } from '@jest/globals';
+import { afterEach, beforeEach, describe, expect, jest, test } from '@jest/globals';
 import { openImage } from '../../../src/block/formats/open-image.js';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
@@ -65,6 +65,62 @@ test('a folder, a FIFO or a device of another kind in the place of a file', () =
     expect(disk(folder)).toBe(`--disk path=DIR: a folder; ${FILE_OR_BLOCK}`);
     expect(disk(fifo)).toBe(`--disk path=DIR/fifo: a FIFO; ${FILE_OR_BLOCK}`);
   }
+});
+
+describe('the file of a memory zone', () => {
+  const zone = (more: object) => ({ memory: { size: 0, zones: [{ id: 'z', size: 2 * MIB, ...more }] } });
+  const file = (size: number) => {
+    const name = path.join(folder, 'ram');
+    fs.writeFileSync(name, '');
+    fs.truncateSync(name, size);
+    return name;
+  };
+
+  test('is opened once, and has as many bytes as the zone, or more', () => {
+    for (const shared of [false, true]) {
+      for (const size of [2 * MIB, 2 * MIB + 1]) {
+        const resources = open(zone({ file: file(size), shared }));
+        fs.rmSync(path.join(folder, 'ram'));
+        const { fd, pageSize } = resources.memoryFiles.get('z')!;
+        expect([fs.fstatSync(fd).size, pageSize]).toEqual([size, 4096]);
+        resources.close();
+        expect(() => fs.fstatSync(fd)).toThrow('EBADF');
+      }
+      const short = file(2 * MIB - 1);
+      expect(refusal(zone({ file: short, shared }))).toBe(
+        '--memory-zone id=z,file=DIR/ram: it has 2097151 bytes; accepted is a file that has size=2097152',
+      );
+    }
+  });
+
+  test('is a file that there is, and that may be read, or written where it is shared', () => {
+    expect(refusal(zone({ file: folder }))).toBe('--memory-zone id=z,file=DIR: a folder; accepted is a file');
+    expect(refusal(zone({ file: fifo }))).toBe('--memory-zone id=z,file=DIR/fifo: a FIFO; accepted is a file');
+    expect(refusal(zone({ file: '/dev/zero' }))).toBe(
+      '--memory-zone id=z,file=/dev/zero: a character device; accepted is a file',
+    );
+    expect(refusal(zone({ file: path.join(folder, 'none') }))).toBe(
+      '--memory-zone id=z,file=DIR/none: no such file or directory',
+    );
+    const opened = jest.spyOn(kernel, 'open');
+    for (const shared of [false, true]) open(zone({ file: file(2 * MIB), shared })).close();
+    const name = path.join(folder, 'ram');
+    expect(opened.mock.calls.filter(([one]) => one === name).map(([, options]) => options?.readonly)).toEqual([
+      true,
+      false,
+    ]);
+  });
+
+  test('is mapped by whole huge pages where its file system has such', () => {
+    const found = Object.assign(fs.statfsSync('/'), { type: 0x958458f6, bsize: 4 * MIB });
+    jest.spyOn(fs, 'statfsSync').mockReturnValue(found);
+    expect(refusal(zone({ file: file(4 * MIB) }))).toBe(
+      "--memory-zone id=z,file=DIR/ram,size=2097152: accepted is a size that is a multiple of the file's huge page size 4M",
+    );
+    const resources = open(zone({ file: file(4 * MIB), size: 4 * MIB }));
+    expect(resources.memoryFiles.get('z')!.pageSize).toBe(4 * MIB);
+    resources.close();
+  });
 });
 
 test('a path that leads nowhere', () => {

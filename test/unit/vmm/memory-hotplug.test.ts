@@ -12,7 +12,8 @@ const PLUGS = { hotplug_method: 'VirtioMem', hotplug_size: GIB } as const;
 
 const configOf = (options: Partial<MemoryConfig>) =>
   vmConfigSchema.parse({ payload: { kernel: 'k' }, memory: options });
-const memory = (options: Partial<MemoryConfig> = {}) => configOf({ ...PLUGS, ...options }).memory;
+const zoneOf = (options: Partial<MemoryConfig>) => zonesOf(configOf(options).memory)[0];
+const memory = (options: Partial<MemoryConfig> = {}) => zoneOf({ ...PLUGS, ...options });
 
 describe('memory that is plugged', () => {
   test('lies behind RAM, where Linux takes all of it', () => {
@@ -38,7 +39,7 @@ describe('memory that is plugged', () => {
     for (const more of [0, 2 * MIB, GIB]) expect(resizeRefusal(memory(), size + more)).toBeUndefined();
     const line = `desired_ram: accepted is ${size} and up to ${GIB} more, by multiples of ${2 * MIB}`;
     for (const more of [-2 * MIB, MIB, GIB + 2 * MIB]) expect(resizeRefusal(memory(), size + more)).toBe(line);
-    const none = configOf({}).memory;
+    const none = zoneOf({});
     expect(resizeRefusal(none, size)).toBeUndefined();
     expect(resizeRefusal(none, size + 2 * MIB)).toBe(
       `desired_ram: accepted is ${size}: the machine has no hotplug_size`,
@@ -51,12 +52,19 @@ describe('memory that is plugged', () => {
     [{ shared: true }, [1], false],
     [{ hugepages: true, hugepage_size: 2 * MIB }, [1], true],
   ])('is a device of its own, with %j', (options, features, populate) => {
-    const plan = memPlan(zonesOf(memory({ hotplugged_size: 6 * MIB, ...options }))[0], { address: 4 * GIB, size: GIB });
+    const plan = memPlan(memory({ hotplugged_size: 6 * MIB, ...options }), { address: 4 * GIB, size: GIB });
     expect(plan).toMatchObject({ id: 'mem0', blocking: true, description: { features }, backend: { populate } });
     const view = new DataView(plan.description.config.buffer);
     const fields = [0, 16, 24, 48].map((at) => Number(view.getBigUint64(at, true)));
     expect(fields).toEqual([2 * MIB, 4 * GIB, GIB, 6 * MIB]);
     expect(plan.backend).toMatchObject({ plugged: expect.objectContaining({ byteLength: 64 }) });
+  });
+
+  test('is in its NUMA node', () => {
+    const { description } = memPlan(memory(), { address: 4 * GIB, size: GIB }, 258);
+    expect(description.features).toEqual([0]);
+    expect([...description.config.subarray(8, 16)]).toEqual([2, 1, 0, 0, 0, 0, 0, 0]);
+    expect(memPlan(memory({ shared: true }), { address: 4 * GIB, size: GIB }, 0).description.features).toEqual([0, 1]);
   });
 
   test.each([

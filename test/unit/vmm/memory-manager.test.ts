@@ -1,14 +1,15 @@
 import fs from 'node:fs';
 import { describe, expect, test } from '@jest/globals';
 import { readHostFacts } from '../../../src/config/host-facts.js';
-import type { MemoryConfig } from '../../../src/config/memory-config.js';
+import { type MemoryConfig, zonesOf } from '../../../src/config/memory-config.js';
 import type { MemorySlot, Vm } from '../../../src/hypervisor/hypervisor.js';
 import { type HostMapping, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
 import { RAM_WINDOWS } from '../../../src/arch/x86_64/layout.js';
 import { MemoryManager } from '../../../src/vmm/memory/memory-manager.js';
-import { attachMemory } from '../../../src/vmm/memory/memory-part.js';
+import { attachMemory, type MemoryPart } from '../../../src/vmm/memory/memory-part.js';
+import { layoutMemory } from '../../../src/vmm/memory/memory-layout.js';
 import { newDescriptors, openDescriptors } from '../../support/descriptors.js';
 import { layoutOf, memoryOf } from '../../support/memory-layouts.js';
 
@@ -18,6 +19,11 @@ const ramRanges = (size: number) => layoutOf({ size }, RAM_WINDOWS).ram;
 
 function manage(kernel: LinuxKernel, options: Partial<MemoryConfig>): MemoryManager {
   return new MemoryManager(kernel, memoryOf(options), layoutOf(options, RAM_WINDOWS).zones);
+}
+
+/** What the VM gets of it. */
+function partsOf(manager: MemoryManager): readonly MemoryPart[] {
+  return manager.attach({ addMemory: () => undefined } as unknown as Vm).parts;
 }
 
 describe('guest RAM', () => {
@@ -280,6 +286,146 @@ describe('guest RAM', () => {
       manager.close();
     },
   );
+
+  describe('in zones', () => {
+    const MIB = 2 ** 20;
+    /** @param files by zone, with their page sizes */
+    function build(
+      list: object[],
+      files: Record<string, [fd: number, pageSize: number]> = {},
+      kernel = new LinuxKernel(),
+    ) {
+      const options = { size: 0, hotplug_method: 'VirtioMem' as const, zones: list as never };
+      const opened = new Map(
+        Object.entries(files).map(([id, [fd, pageSize]]) => [id, { fd, pageSize, close: () => undefined }] as const),
+      );
+      const { zones } = layoutMemory(zonesOf(memoryOf(options)), RAM_WINDOWS, 4 * GIB, opened);
+      return new MemoryManager(kernel, memoryOf(options), zones, opened);
+    }
+
+    test('has each mapped as it says', () => {
+      const plugs = { hotplug_size: 128 * MIB };
+      const manager = build([
+        { id: 'a', size: MIB, shared: true },
+        { id: 'b', size: 2 * MIB, reserve: true, ...plugs },
+        { id: 'c', size: MIB, prefault: true, shared: true, ...plugs },
+      ]);
+      const handle = partsOf(manager);
+      expect(handle.map(({ range: { address, size }, kind }) => [address, size, kind])).toEqual([
+        [0, MIB, 'shared'],
+        [MIB, 2 * MIB, 'private'],
+        [3 * MIB, MIB, 'shared'],
+        [4 * GIB, 128 * MIB, 'private'],
+        [4 * GIB + 128 * MIB, 128 * MIB, 'shared'],
+      ]);
+      const found = handle.map(({ mapping }) => facts(Number(mapping.address)));
+      expect(found.map(({ flags, resident }) => [flags.includes('nr'), resident])).toEqual([
+        [true, 0],
+        [false, 0],
+        [true, MIB],
+        [true, 0],
+        [true, 0],
+      ]);
+      expect(manager.memory.ranges()).toEqual([{ address: 0, size: 4 * MIB }]);
+      manager.close();
+    });
+
+    test.each([false, true])('in a file that goes on behind the hole, shared: %p', (shared) => {
+      const kernel = new LinuxKernel();
+      const size = 3 * GIB + 8192;
+      const fd = kernel.memfd('zone', { size });
+      kernel.writeAt(fd, Uint8Array.of(1, 2, 3), 3 * GIB - 1);
+      const files = { z: [fd, 4096] as [number, number] };
+      const manager = build([{ id: 'z', size, shared }], files, kernel);
+      const { memory } = manager;
+      expect(memory.mappings().map(({ kind }) => kind)).toEqual(Array(2).fill(shared ? 'shared' : 'copy'));
+      expect([memory.u8(3 * GIB - 1), memory.u8(4 * GIB), memory.u8(4 * GIB + 1)]).toEqual([1, 2, 3]);
+      memory.setU8(4 * GIB + 1, 9);
+      const read = new Uint8Array(1);
+      kernel.readAt(fd, read, 3 * GIB + 1);
+      expect(read[0]).toBe(shared ? 9 : 3);
+      manager.close();
+      // It is the machine's, not one life's.
+      expect(fs.fstatSync(fd).size).toBe(size);
+      kernel.close(fd);
+    });
+
+    test('an older kernel has a file there at once as it is', () => {
+      class Older extends LinuxKernel {
+        override populateRaw(): number {
+          return -22; // EINVAL
+        }
+      }
+      const kernel = new Older();
+      const fd = kernel.memfd('zone', { size: MIB });
+      kernel.writeAt(fd, new Uint8Array(MIB).fill(5), 0);
+      const manager = build([{ id: 'z', size: MIB, prefault: true }], { z: [fd, 4096] }, kernel);
+      expect(facts(manager.memory.hostAddress(0, MIB)).resident).toBe(MIB);
+      expect(manager.memory.read(0, MIB).every((byte) => byte === 5)).toBe(true);
+      manager.close();
+      kernel.close(fd);
+    });
+
+    test('of huge pages where none of them begins in the guest', () => {
+      const asked: Parameters<LinuxKernel['map']>[0][] = [];
+      class Asked extends LinuxKernel {
+        override map(options: Parameters<LinuxKernel['map']>[0]): HostMapping {
+          asked.push(options);
+          return super.map({ ...options, hugepageSize: undefined });
+        }
+      }
+      const huge = { hugepages: true, hugepage_size: 2 * MIB, reserve: false };
+      build(
+        [
+          { id: 'a', size: MIB },
+          { id: 'b', size: 4 * MIB, ...huge },
+        ],
+        {},
+        new Asked(),
+      ).close();
+      build(
+        [
+          { id: 'a', size: 2 * MIB },
+          { id: 'b', size: 4 * MIB, ...huge },
+        ],
+        {},
+        new Asked(),
+      ).close();
+      const like = (at: number) => ({ like: at, modulo: 2 * MIB });
+      expect(asked.map(({ placement, hugepageSize }) => [placement, hugepageSize])).toEqual([
+        [like(0), undefined],
+        [{ like: 0, modulo: 2 * MIB }, 2 * MIB],
+        [like(0), undefined],
+        [like(2 * MIB), 2 * MIB],
+      ]);
+    });
+
+    const [node] = readHostFacts().numaNodes as readonly (number | undefined)[];
+    (node === undefined ? test.skip : test)('has its pages from a node of the host', () => {
+      const policy = (hostAddress: number) =>
+        new RegExp(`^0*${hostAddress.toString(16)} (\\S+)`, 'm').exec(
+          fs.readFileSync('/proc/self/numa_maps', 'latin1'),
+        )![1];
+      const manager = build([
+        { id: 'a', size: MIB },
+        { id: 'b', size: MIB, host_numa_node: node, prefault: true, hotplug_size: 128 * MIB },
+      ]);
+      const [first, second, plugged] = partsOf(manager).map(({ mapping }) => policy(Number(mapping.address)));
+      expect([first, second, plugged]).toEqual(['default', `bind:${node}`, `bind:${node}`]);
+      manager.close();
+      expect(() => build([{ id: 'b', size: MIB, host_numa_node: 1023 }])).toThrow(
+        /^--memory-zone id=b,host_numa_node=1023: the host does not bind memory to it$/,
+      );
+    });
+
+    test('that cannot be had is told by its name', () => {
+      const zones = [
+        { id: 'a', size: MIB },
+        { id: 'b', size: 2 ** 48 },
+      ];
+      expect(() => build(zones)).toThrow(/^--memory-zone id=b,size=\d+: the host cannot map that much$/);
+    });
+  });
 
   test('that the host cannot map is one line that names the option', () => {
     const size = 2 ** 48; // more than a process has addresses

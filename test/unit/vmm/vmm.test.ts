@@ -337,6 +337,62 @@ test('who asks again for fewer vCPUs hears when they have gone', async () => {
   await vmm.resize({ desired_vcpus: 1 });
 });
 
+test('zones are resized one by one, and each is asked for as much again after a reset', async () => {
+  const zones = [
+    { id: 'a', size: 2 ** 20 },
+    { id: 'b', size: 2 ** 20, hotplug_size: 2 ** 28 },
+    { id: 'c', size: 2 ** 20, hotplug_size: 2 ** 28 },
+  ];
+  await vmm.create(config({ memory: { size: 0, hotplug_method: 'VirtioMem', zones }, balloon: { size: 0 } }));
+  const sized = (id: string, size: number) => vmm.resizeZone(id, size);
+  const alone = refusal(/^desired_ram: accepted is none, as the machine has memory zones/, 'invalid');
+  const unknown = refusal(/^The machine has no memory zone mem0$/, 'unknown');
+  await sized('a', 2 ** 21);
+  expect(vmm.info()).toMatchObject({
+    memory_actual_size: 4 * 2 ** 20,
+    config: { memory: { size: 0, zones: [{ size: 2 ** 21 }, { size: 2 ** 20 }, { size: 2 ** 20 }] } },
+  });
+  await expect(sized('a', 4097)).rejects.toEqual(refusal(/^desired_ram: accepted is a multiple of 4096/, 'invalid'));
+  await expect(sized('mem0', 2 ** 21)).rejects.toEqual(unknown);
+  await expect(vmm.resize({ desired_ram: 2 ** 30 })).rejects.toEqual(alone);
+  await vmm.boot();
+  await expect(sized('mem0', 2 ** 21)).rejects.toEqual(unknown);
+  await expect(vmm.resize({ desired_ram: 2 ** 30 })).rejects.toEqual(alone);
+  await expect(sized('a', 2 ** 22)).rejects.toEqual(
+    refusal(/^desired_ram: accepted is 2097152: the zone has no hotplug_size$/, 'invalid'),
+  );
+  await expect(sized('b', 2 ** 20 + 2 ** 20)).rejects.toEqual(
+    refusal(/^desired_ram: accepted is 1048576 and up to 268435456 more, by multiples of 2097152$/, 'invalid'),
+  );
+  await sized('b', 2 ** 20 + 2 ** 28);
+  expect(lives.last.told).toEqual([['b', { kind: 'resize', size: 2 ** 28 }]]);
+  for (const [zone, size] of [['b', 2 ** 21] as const, ['c', 2 ** 28] as const, ['b', 2 ** 27] as const]) {
+    lives.last.io.onDevice(zone, { kind: 'memory-plugged', size, reached: false });
+  }
+  lives.last.io.onDevice('__balloon', { kind: 'balloon-actual', size: 2 ** 20, reached: true });
+  expect(vmm.info().memory_actual_size).toBe(4 * 2 ** 20 + 2 ** 27 + 2 ** 28 - 2 ** 20);
+  await vmm.reboot();
+  expect(vmm.info()).toMatchObject({
+    memory_actual_size: 4 * 2 ** 20,
+    config: { memory: { zones: [{ id: 'a' }, { hotplugged_size: 2 ** 28 }, { id: 'c' }] } },
+  });
+  await sized('b', 2 ** 20);
+  expect(vmm.info().config.memory.zones![1].hotplugged_size).toBeUndefined();
+});
+
+test('zones have names that devices cannot have, and their nodes devices that there are', async () => {
+  const numa = (device_id: string) => [{ guest_numa_id: 0, device_id }];
+  await expect(vmm.create(config({ numa: numa('none') }))).rejects.toEqual(
+    refusal(/^numa\[0\]\.device_id: accepted is the name of a device$/, 'invalid'),
+  );
+  const memory = { size: 0, zones: [{ id: '_disk0' }, { id: 'z' }] };
+  await vmm.create(config({ memory, numa: [...numa('_disk1'), { guest_numa_id: 3, device_id: '__rng' }] }));
+  expect(vmm.info().config.disks[0].id).toBe('_disk1');
+  await expect(vmm.addDevice('disk', { path: 'd', id: 'z' })).rejects.toEqual(
+    refusal(/^id: z is the name/, 'conflict'),
+  );
+});
+
 test('a disk that takes long to resize holds nothing else up, and hears of the end', async () => {
   await vmm.create(config());
   await vmm.boot();

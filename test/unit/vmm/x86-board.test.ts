@@ -91,6 +91,36 @@ describe('the board of an x86_64 machine', () => {
     expect([2 ** 29, most, most + 2 ** 27].map(fits)).toEqual([true, true, false]);
   });
 
+  test('divides addresses among segments by their weights, and refuses those that leave one without', () => {
+    const { hypervisor } = hypervisorOf(40);
+    const make = (count: number, bits = 46, ...segments: object[]) =>
+      new X86Board(
+        hypervisor,
+        vmConfigSchema.parse({
+          payload: { kernel: 'k' },
+          cpus: { boot_vcpus: 1, max_vcpus: 1, max_phys_bits: bits },
+          platform: { num_pci_segments: count },
+          pci_segments: segments,
+        }),
+      ).segments;
+    const size = ({ start, end }: { start: number; end: number }) => end - start;
+    const [first, second] = make(2, 46, { pci_segment: 1, mmio32_aperture_weight: 3, mmio64_aperture_weight: 7 });
+    // Of 640 MiB below 4 GiB, and of 254 times 4 GiB and a part above them.
+    expect([size(first.mmio32), size(second.mmio32)]).toEqual([160 * 2 ** 20, 480 * 2 ** 20]);
+    expect(size(first.mmio64)).toBe(31 * 2 ** 32);
+    expect(second.mmio64.start).toBe(first.mmio64.end);
+    expect(make(1, 36, { mmio64_aperture_weight: 1000 })).toHaveLength(1);
+    expect(make(14, 36)).toHaveLength(14);
+    expect(() => make(16, 36)).toThrow(
+      /^--platform num_pci_segments=16: accepted are at most 14, as the addresses behind memory are no more$/,
+    );
+    expect(() => make(2, 36, { mmio64_aperture_weight: 14 })).toThrow(
+      /^--pci-segment mmio64_aperture_weight: accepted are weights that are 14 at most, those of all 2 segments together, not 15$/,
+    );
+    expect(() => make(2, 46, { mmio32_aperture_weight: 163_840 })).toThrow(/^--pci-segment mmio32_aperture_weight: /);
+    expect(make(2, 46, { mmio32_aperture_weight: 163_839 })).toHaveLength(2);
+  });
+
   test('refuses memory to plug that does not fit', () => {
     const { hypervisor } = hypervisorOf(36);
     const make = (hotplug: number) => new X86Board(hypervisor, configOf(2 ** 29, 46, hotplug));

@@ -1,3 +1,4 @@
+import type { NumaNode } from '../../numa.js';
 import type { PciSegmentWindows } from '../../acpi/config.js';
 
 /** What the tables tell the guest. */
@@ -5,6 +6,8 @@ export interface AcpiConfig {
   /** APIC id of each possible vCPU, by its number. */
   readonly apicIds: readonly number[];
   readonly bootVcpus: number;
+  /** Ascending; none: the machine has no SRAT. */
+  readonly numa: readonly NumaNode[];
   /** By segment number. */
   readonly pciSegments: readonly PciSegmentWindows[];
   /** Guest physical address of the GED's event register. */

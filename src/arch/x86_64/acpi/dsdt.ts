@@ -1,9 +1,10 @@
 /** The DSDT: what the guest cannot find by itself. One function for each device, in the order of the table. */
-import { genericEvents, hostBridge, powerButton, processor, pvpanicDevice } from '../../acpi/devices.js';
+import { genericEvents, hostBridge, powerButton, processor, proximity, pvpanicDevice } from '../../acpi/devices.js';
 import { GedEvent } from '../../acpi/config.js';
 import { CPU_SCAN, cpuHotplug } from '../../acpi/cpu-hotplug.js';
 import { MEMORY_SCAN, memoryHotplug } from '../../acpi/memory-hotplug.js';
 import { PCI_SCAN, pciHotplug } from '../../acpi/pci-hotplug.js';
+import { nodeOf } from '../../numa.js';
 import * as layout from '../layout.js';
 import type { AcpiConfig } from './config.js';
 import { localApic, LocalApicFlags } from './local-apic.js';
@@ -35,12 +36,19 @@ export function dsdtTerms(config: AcpiConfig): Aml {
   const scans = new Map<GedEvent, string>([[GedEvent.Pci, PCI_SCAN]]);
   if (plugsCpus) scans.set(GedEvent.Cpu, CPU_SCAN);
   if (memoryRegisters !== undefined) scans.set(GedEvent.Memory, MEMORY_SCAN);
+  const node = (vcpu: number) => proximity(nodeOf(config.numa, 'vcpus', vcpu));
   return (
     scope(
       '\\_SB',
       pciHotplug(config.pciHotplug, config.pciSegments.length),
       ...config.pciSegments.map((windows, segment) =>
-        hostBridge(windows, segment, layout.IRQ_INTX, segment === 0 ? ports : []),
+        hostBridge(
+          windows,
+          segment,
+          layout.IRQ_INTX,
+          segment === 0 ? ports : [],
+          proximity(nodeOf(config.numa, 'segments', segment)),
+        ),
       ),
       motherboard(config),
       ...(config.serial ? [serialPort()] : []),
@@ -49,14 +57,14 @@ export function dsdtTerms(config: AcpiConfig): Aml {
       ...(config.pvpanic ? [pvpanicDevice(io(layout.PORT_PVPANIC, 1))] : []),
       genericEvents(config.gedAddress, layout.IRQ_GED, scans),
       ...(memoryRegisters === undefined ? [] : [memoryHotplug(memoryRegisters)]),
-      ...(plugsCpus ? [plugged(config)] : config.apicIds.map((_, id) => processor(id))),
+      ...(plugsCpus ? [plugged(config, node)] : config.apicIds.map((_, id) => processor(id, ...node(id)))),
     ) + name('\\_S5', packageOf(integer(SLEEP_TYPE_S5), integer(0), integer(0), integer(0)))
   );
 }
 
-function plugged({ cpuHotplug: registers, apicIds }: AcpiConfig): Aml {
+function plugged({ cpuHotplug: registers, apicIds }: AcpiConfig, node: (vcpu: number) => Aml[]): Aml {
   const entries = apicIds.map((apicId, id) => bytes(...localApic(id, apicId, LocalApicFlags.Enabled)));
-  return cpuHotplug(registers, entries);
+  return cpuHotplug(registers, entries, node);
 }
 
 /** Reserves the fixed registers, and the configuration space, without which Linux does not use it. */

@@ -1,9 +1,6 @@
-/**
- * ACPI tables of a hardware-reduced machine (ACPI 6.5, chapter 5): RSDP, XSDT, FADT, MADT, MCFG, DSDT.
- *
- * Not here yet: SRAT and SLIT, which need a NUMA description.
- */
+/** ACPI tables of a hardware-reduced machine (ACPI 6.5, chapter 5): RSDP, XSDT, FADT, MADT, MCFG, SRAT and SLIT, DSDT. */
 import { buildMcfg, HEADER_SIZE, type PlacedTable, placeTables, sealTable } from '../../acpi/tables.js';
+import { affinity, buildSlit, buildSrat } from '../../acpi/numa.js';
 import * as layout from '../layout.js';
 import type { AcpiConfig } from './config.js';
 import { dsdtTerms } from './dsdt.js';
@@ -69,6 +66,16 @@ function buildMadt({ apicIds, bootVcpus }: AcpiConfig): Uint8Array {
   return sealTable('APIC', 6, Uint8Array.from(body));
 }
 
+/** 5.2.16.1, as the MADT has local APICs, too. Its field for the node's upper bits stays zero: nodes are below 256. */
+function processorAffinity({ apicIds }: AcpiConfig) {
+  return (node: number, vcpu: number): Uint8Array =>
+    affinity(0, 16, (view) => {
+      view.setUint8(2, node);
+      view.setUint8(3, apicIds[vcpu]);
+      view.setUint32(4, 1, true); // enabled
+    });
+}
+
 /**
  * All tables, placed one behind the other from the RSDP's address on.
  *
@@ -79,5 +86,6 @@ export function buildAcpiTables(config: AcpiConfig): { rsdp: number; tables: Pla
     buildFadt(dsdt),
     buildMadt(config),
     buildMcfg(config.pciSegments),
+    ...(config.numa.length === 0 ? [] : [buildSrat(config.numa, processorAffinity(config)), buildSlit(config.numa)]),
   ]);
 }
