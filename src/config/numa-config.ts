@@ -61,6 +61,11 @@ interface Machine {
   readonly pci_segments?: readonly PciSegmentConfig[] | undefined;
 }
 
+/** The number of the node that a memory zone is in; undefined: in none. @param zone its name */
+export function nodeOfZone({ numa = [] }: Pick<Machine, 'numa'>, zone: string): number | undefined {
+  return numa.find(({ memory_zones: names }) => names?.includes(zone))?.guest_numa_id;
+}
+
 /** The first thing that is wrong with the nodes of a machine, if anything. */
 export function numaProblem({ cpus, memory, platform, numa = [] }: Machine): Problem | undefined {
   const nodes = new Set(numa.map(({ guest_numa_id: id }) => id));

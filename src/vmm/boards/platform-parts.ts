@@ -108,8 +108,8 @@ export function memoryHotplug(block: SharedArrayBuffer, emit: (event: PlatformEv
 
 export function dimmEvents(controller: MemoryHotplug, ged: Ged): DimmEvents {
   return {
-    came: (slot, { address, size }) => {
-      controller.plug(slot, address, size, 0);
+    came: (slot, { address, size }, node = 0) => {
+      controller.plug(slot, address, size, node);
       ged.notify(GedEvent.Memory);
     },
     shallGo: (slot) => {

@@ -5,6 +5,7 @@
 import { availableParallelism } from 'node:os';
 import { intxLine } from '../../arch/pci-intx.js';
 import { PMEM_ALIGNMENT } from '../../config/device-config.js';
+import { nodeOfZone } from '../../config/numa-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { HypervisorError, type HypervisorName, type Vm } from '../../hypervisor/hypervisor.js';
 import type { MemoryRange } from '../../memory/guest-memory.js';
@@ -206,8 +207,7 @@ export class DeviceManager {
       ...(vsock === undefined ? [] : [this.#plan({ kind: 'vsock', resource: vsock })]),
       ...zones.flatMap(({ zone, hotplug }) => {
         if (hotplug === undefined) return [];
-        const node = config.numa?.find(({ memory_zones: names }) => names?.includes(zone.id));
-        return [simple(memPlan(zone, hotplug, node?.guest_numa_id))];
+        return [simple(memPlan(zone, hotplug, nodeOfZone(config, zone.id)))];
       }),
       ...(config.balloon === undefined ? [] : [simple(balloonPlan(config.balloon))]),
       ...(config.watchdog ? [simple(watchdogPlan())] : []),

@@ -1,6 +1,7 @@
 /** One life of a machine, from power-on to its next reset or its end: everything that a guest can touch. */
 import type { Vcpu } from '../../hypervisor/hypervisor.js';
 import type { MemoryConfig } from '../../config/memory-config.js';
+import { nodeOfZone } from '../../config/numa-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { monotonicClock } from '../../state/monotonic-clock.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
@@ -123,7 +124,7 @@ export class Incarnation {
       change: (kind, part) => this.#changeMemory(kind, part),
       events: {
         came: (slot, range) => {
-          dimms.came(slot, range);
+          dimms.came(slot, range, nodeOfZone(this.parts.config, zone.id));
           this.#remind();
         },
         shallGo: (slot) => {

@@ -12,7 +12,8 @@ import type { MemorySlots } from './memory-slots.js';
 
 /** What the guest is told. */
 export interface DimmEvents {
-  came(slot: number, range: MemoryRange): void;
+  /** @param node of NUMA, where the machine has such */
+  came(slot: number, range: MemoryRange, node?: number): void;
   /** Asks, or asks again. It is answered by the event `memory-ejected`, if at all. */
   shallGo(slot: number): void;
   /** Takes that back. @returns false: the guest was quicker, and the event comes */

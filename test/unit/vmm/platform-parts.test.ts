@@ -105,10 +105,10 @@ test.each([X86, ARM64])(
     const events: PlatformEvent[] = [];
     const main = attachPlatform(handle, kernel, vm.signals, () => undefined);
     const { memory } = attachPlatform(handle, kernel, vm.signals, (event) => events.push(event));
-    main.dimms!.came(3, { address: 5 * 2 ** 32, size: 2 ** 33 });
+    main.dimms!.came(3, { address: 5 * 2 ** 32, size: 2 ** 33 }, 7);
     expect(memory.read(ged, 1)).toBe(GedEvent.Memory);
     memory.write(at, 4, 3);
-    expect([0, 4, 8, 12, 16].map((offset) => memory.read(at + offset, 4))).toEqual([0, 5, 0, 2, 0]);
+    expect([0, 4, 8, 12, 16].map((offset) => memory.read(at + offset, 4))).toEqual([0, 5, 0, 2, 7]);
     expect(memory.read(at + 20, 1)).toBe(0b011);
     // It was not asked for.
     memory.write(at + 20, 1, 0b1010);
