@@ -111,8 +111,7 @@ test.each(['virtio-mem', 'acpi'])(
       await agrees(1, least, 0);
       const vcpus = ['vCPU 1', 'vCPU 2', 'vCPU 3'];
       const memory = method === 'acpi' ? ['Memory slot 0'] : [];
-      for (const name of [...names, ...vcpus, ...memory])
-        await guest.waitForLog(new RegExp(`${name}: removed`), from);
+      for (const name of [...names, ...vcpus, ...memory]) await guest.waitForLog(new RegExp(`${name}: removed`), from);
     };
     await round();
     const before = await held();
