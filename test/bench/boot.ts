@@ -9,6 +9,7 @@ import path from 'node:path';
 import { cpio, type CpioEntry } from '../lab/cpio.js';
 import { kernel } from '../lab/kernels.js';
 import { median, row, type Row } from './report.js';
+import { memoryBeyondRam } from './resident.js';
 
 const ROUNDS = 5;
 const RAM_MIB = 512;
@@ -61,18 +62,6 @@ function qemu(machine: string): (guest: Guest, vcpus: number) => string[] {
   ];
 }
 
-/** Resident bytes of a process beyond the mapping that is guest RAM: the one of just that size. */
-function memoryBeyondRam(pid: number): number {
-  let resident = 0;
-  let size = 0;
-  for (const line of fs.readFileSync(`/proc/${pid}/smaps`, 'utf8').split('\n')) {
-    const [, name, kib] = /^(Size|Rss): +(\d+) kB$/.exec(line) ?? [];
-    if (name === 'Size') size = Number(kib);
-    if (name === 'Rss' && size !== RAM_MIB * 1024) resident += Number(kib) * 1024;
-  }
-  return resident;
-}
-
 async function sample(argv: readonly string[]): Promise<Sample> {
   const start = performance.now();
   const child = spawn(argv[0], argv.slice(1), { stdio: ['pipe', 'pipe', 'pipe'] });
@@ -94,7 +83,7 @@ function follow(child: ChildProcess, start: number): Promise<Sample> {
       output += bytes.toString('latin1');
       if (milliseconds > 0 || !output.includes(MARK)) return;
       milliseconds = performance.now() - start;
-      memory = memoryBeyondRam(child.pid!);
+      memory = memoryBeyondRam(child.pid!, RAM_MIB);
       child.stdin!.write('\n');
     });
     child.stderr!.on('data', (bytes: Buffer) => (errors += bytes.toString()));

@@ -12,6 +12,7 @@ import path from 'node:path';
 import { kernel } from '../lab/kernels.js';
 import { writeInitramfs } from '../support/guest-image.js';
 import { median, row, type Row } from './report.js';
+import { memoryBeyondRam } from './resident.js';
 
 const ROUNDS = 7;
 /** Plugs of one life, of which the first meets code that V8 has not compiled. */
@@ -66,17 +67,6 @@ abstract class Subject {
         };
       });
     }
-  }
-
-  /** Resident bytes beyond guest RAM. */
-  resident(): number {
-    let [size, resident] = [0, 0];
-    for (const line of fs.readFileSync(`/proc/${this.child.pid}/smaps`, 'utf8').split('\n')) {
-      const [, name, kib] = /^(Size|Rss): +(\d+) kB$/.exec(line) ?? [];
-      if (name === 'Size') size = Number(kib);
-      if (name === 'Rss' && size !== RAM_MIB * 1024) resident += Number(kib) * 1024;
-    }
-    return resident;
   }
 
   /** Ends as its user would end it: threads make their code caches then. */
@@ -285,7 +275,7 @@ async function sample(subject: Subject, guest: Guest, image: string): Promise<Sa
   try {
     await subject.answers();
     const answer = performance.now() - subject.started;
-    const idle = subject.resident();
+    const idle = memoryBeyondRam(subject.child.pid!, RAM_MIB);
     const from = subject instanceof Ours ? performance.now() : subject.started;
     // What was spent on looking at it.
     const looked = subject instanceof Ours ? 0 : performance.now() - subject.started - answer;
