@@ -1,63 +1,38 @@
 /** `vmm remote`, on the API of a machine that is made up. */
 import fs from 'node:fs';
-import os from 'node:os';
 import path from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
-import { type Api, openApi } from '../../../src/api/server.js';
-import type { ApiVmm } from '../../../src/api/routes.js';
+import { describe, expect, test } from '@jest/globals';
 import { parseCommandLine } from '../../../src/cli/parse.js';
 import { CALLS } from '../../../src/cli/remote/calls.js';
 import { remote } from '../../../src/cli/remote/remote.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { RequestError } from '../../../src/vmm/machine/machine-error.js';
-import { fakeVmm } from '../../support/fake-vmm.js';
+import { ServedVmm } from '../../support/served-vmm.js';
 
 const kernel = new LinuxKernel();
-const quiet = () => undefined;
-const logger = { error: quiet, warn: quiet, info: quiet, debug: quiet };
-let folder: string;
-let socket: string;
-let api: Api | undefined;
-let asked: unknown[];
+const vmm = new ServedVmm(kernel);
 
-async function serve(more: Partial<ApiVmm> = {}): Promise<void> {
-  const vmm = { ...fakeVmm((what) => asked.push(what)), ...more };
-  api = await openApi(kernel, socket, vmm, { version: '1.2.3', logger });
-}
-
-const call = (...words: readonly string[]) => remote(['--api-socket', socket, ...words], kernel);
-
-beforeEach(() => {
-  folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-remote-'));
-  socket = path.join(folder, 'api');
-  asked = [];
-});
-
-afterEach(async () => {
-  await api?.close();
-  api = undefined;
-  fs.rmSync(folder, { recursive: true });
-});
+const call = (...words: readonly string[]) => remote(['--api-socket', vmm.socket, ...words], kernel);
 
 test('what only has to be done says nothing', async () => {
-  await serve();
+  await vmm.serve();
   const names = ['boot', 'pause', 'resume', 'power-button', 'nmi', 'reboot', 'shutdown', 'delete', 'shutdown-vmm'];
   for (const name of names) expect(await call(name)).toBe('');
-  expect(asked).toEqual([...names.slice(0, -1), 'vmm.shutdown']);
+  expect(vmm.asked).toEqual([...names.slice(0, -1), 'vmm.shutdown']);
 });
 
 test('a machine is made of a file', async () => {
-  await serve();
-  const file = path.join(folder, 'config');
+  await vmm.serve();
+  const file = path.join(vmm.folder, 'config');
   fs.writeFileSync(file, '{"payload": {"kernel": "/k"}, "console": {"mode": "Null"}}');
   expect(await call('create', file)).toBe('');
-  expect(asked).toMatchObject([{ create: { payload: { kernel: '/k' }, console: { mode: 'Null' } } }]);
+  expect(vmm.asked).toMatchObject([{ create: { payload: { kernel: '/k' }, console: { mode: 'Null' } } }]);
   fs.writeFileSync(file, '{');
   await expect(call('create', file)).rejects.toThrow(`create ${file}: accepted is a file with a VmConfig in JSON`);
 });
 
 test("devices have the command line's own syntax, and limits are nested", async () => {
-  await serve();
+  await vmm.serve();
   expect(await call('add-disk', 'path="/a,b",readonly=on,image_type=RAW,bw_size=1M,bw_refill_time=100')).toBe(
     '_disk7 at 0000:00:07.0\n',
   );
@@ -69,7 +44,7 @@ test("devices have the command line's own syntax, and limits are nested", async 
   expect(await call('add-vsock', 'cid=3,socket=/s')).toBe('The machine gets it at its next boot\n');
   expect(await call('add-vsock', 'cid=3,socket=/s', '--json')).toBe('');
   const limit = { bandwidth: { size: 2 ** 20, refill_time: 100 } };
-  expect(asked.slice(0, 3)).toEqual([
+  expect(vmm.asked.slice(0, 3)).toEqual([
     { add: 'disk', device: { path: '/a,b', readonly: true, image_type: 'raw', rate_limiter_config: limit } },
     { add: 'net', device: { tap: 't0', num_queues: 4 } },
     { add: 'pmem', device: { file: '/p', size: 2 ** 21 } },
@@ -78,7 +53,7 @@ test("devices have the command line's own syntax, and limits are nested", async 
 
 test('descriptors go with the request that takes them', async () => {
   const seen: unknown[] = [];
-  await serve({
+  await vmm.serve({
     addDevice: (_, device) => {
       const { fds } = device as { fds: number[] };
       seen.push(fds.map((fd) => fs.readlinkSync(`/proc/self/fd/${fd}`)));
@@ -87,7 +62,7 @@ test('descriptors go with the request that takes them', async () => {
       return Promise.resolve({ id: 'n', bdf: '0000:00:01.0' });
     },
   });
-  const files = ['one', 'two'].map((name) => path.join(folder, name));
+  const files = ['one', 'two'].map((name) => path.join(vmm.folder, name));
   const fds = files.map((file) => fs.openSync(file, 'w'));
   const given = `fd=[${fds.join(',')}],num_queues=4`;
   expect(await call('add-net', given)).toBe('n at 0000:00:01.0\n');
@@ -95,20 +70,19 @@ test('descriptors go with the request that takes them', async () => {
   expect(seen).toEqual([files, files]);
   fds.forEach((fd) => fs.closeSync(fd));
   await expect(call('add-net', 'fd=9999')).rejects.toThrow('add-net fd=[9999]: accepted is open descriptors, not 9999');
-  await api!.close();
-  api = undefined;
-  await expect(call('add-net', 'fd=1')).rejects.toThrow(`No vmm answers at ${socket}: `);
+  await vmm.close();
+  await expect(call('add-net', 'fd=1')).rejects.toThrow(`No vmm answers at ${vmm.socket}: `);
 });
 
 test('sizes, and a core file', async () => {
-  await serve();
+  await vmm.serve();
   await call('resize', '--cpus', '2', '--memory=1G', '--balloon', '64M');
   await call('resize');
   await call('coredump', 'file:///core');
   await call('resize-zone', '--id', 'z', '--size', '2G');
   await call('resize-disk', '--disk', 'd', '--size', '1K');
   await call('resize-disk', '--size=1K', '--shrink', '--disk=d');
-  expect(asked).toEqual([
+  expect(vmm.asked).toEqual([
     { resize: { desired_vcpus: 2, desired_ram: 2 ** 30, desired_balloon: 2 ** 26 } },
     { resize: {} },
     { coredump: '/core' },
@@ -134,7 +108,7 @@ test('tables for people, JSON for programs', async () => {
     tree[id] = { id, resources: [], children: [], ...(id === '_pmem2' ? { leaving: true } : {}) };
   });
   const info = { config, state: 'Running', memory_actual_size: 2 ** 29, device_tree: tree };
-  await serve({
+  await vmm.serve({
     info: () => info as never,
     counters: () => ({ _disk0: { read_ops: 1, read_bytes: 4096 }, __rng: { served: 7 } }),
   });
@@ -162,7 +136,7 @@ describe('what is waited for', () => {
 
   test('has been done when it returns', async () => {
     let disks = config.disks;
-    await serve({
+    await vmm.serve({
       info: () => ({ ...info, config: { ...config, disks } }) as never,
       removeDevice: () => {
         setTimeout(() => (disks = []), 200);
@@ -174,7 +148,7 @@ describe('what is waited for', () => {
   });
 
   test('and given up after a while', async () => {
-    await serve({ info: () => info as never });
+    await vmm.serve({ info: () => info as never });
     await expect(call('remove-device', 'data', '--wait', '--timeout', '0.3')).rejects.toThrow(
       'remove-device: not done within 0.3 s',
     );
@@ -182,11 +156,10 @@ describe('what is waited for', () => {
 });
 
 test('refusals of the process', async () => {
-  await serve({ boot: () => Promise.reject(new RequestError('There is no machine', 'unknown')) });
+  await vmm.serve({ boot: () => Promise.reject(new RequestError('There is no machine', 'unknown')) });
   await expect(call('boot')).rejects.toMatchObject({ name: 'ApiError', status: 404, message: 'There is no machine' });
-  await api!.close();
-  api = undefined;
-  await expect(call('boot')).rejects.toThrow(`No vmm answers at ${socket}: connect ENOENT ${socket}`);
+  await vmm.close();
+  await expect(call('boot')).rejects.toThrow(`No vmm answers at ${vmm.socket}: connect ENOENT ${vmm.socket}`);
 });
 
 const LIST = 'what `vmm remote --help` lists';
@@ -215,7 +188,7 @@ test.each([
   [[], `remote: accepted is it with a call: ${LIST}`],
 ])('a mistake is refused: %s', async (words, message) => {
   await expect(call(...words)).rejects.toThrow(message);
-  expect(asked).toEqual([]);
+  expect(vmm.asked).toEqual([]);
 });
 
 test('a call needs a socket', async () => {

@@ -1,48 +1,25 @@
 /** The client, on the API of a machine that is made up. */
-import fs from 'node:fs';
 import net from 'node:net';
-import os from 'node:os';
-import path from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
-import { type Api, openApi } from '../../../src/api/server.js';
-import type { ApiVmm } from '../../../src/api/routes.js';
+import { beforeEach, describe, expect, test } from '@jest/globals';
 import { ApiError, Client, ConnectionError } from '../../../src/sdk/index.js';
-import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { RequestError } from '../../../src/vmm/machine/machine-error.js';
 import { fakeVmm } from '../../support/fake-vmm.js';
+import { ServedVmm } from '../../support/served-vmm.js';
 
 const quiet = () => undefined;
-const logger = { error: quiet, warn: quiet, info: quiet, debug: quiet };
-let folder: string;
-let socket: string;
-let api: Api | undefined;
-let asked: unknown[];
+const vmm = new ServedVmm();
 let client: Client;
 
-async function serve(more: Partial<ApiVmm> = {}): Promise<void> {
-  const vmm = { ...fakeVmm((what) => asked.push(what)), ...more };
-  api = await openApi(new LinuxKernel(), socket, vmm, { version: '1.2.3', logger });
-}
-
 beforeEach(() => {
-  folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-sdk-'));
-  socket = path.join(folder, 'api');
-  client = new Client(socket);
-  asked = [];
-});
-
-afterEach(async () => {
-  await api?.close();
-  api = undefined;
-  fs.rmSync(folder, { recursive: true });
+  client = new Client(vmm.socket);
 });
 
 test('every call', async () => {
-  await serve();
+  await vmm.serve();
   expect((await client.ping()).version).toBe('1.2.3');
   await client.create({ payload: { kernel: '/k' }, serial: { mode: 'Null' } });
-  expect(asked).toMatchObject([{ create: { payload: { kernel: '/k' } } }]);
-  asked = [];
+  expect(vmm.asked).toMatchObject([{ create: { payload: { kernel: '/k' } } }]);
+  vmm.asked = [];
   await client.boot();
   await client.pause();
   await client.resume();
@@ -52,7 +29,7 @@ test('every call', async () => {
   await client.shutdown();
   await client.delete();
   await client.shutdownVmm();
-  expect(asked).toEqual([
+  expect(vmm.asked).toEqual([
     'boot',
     'pause',
     'resume',
@@ -63,7 +40,7 @@ test('every call', async () => {
     'delete',
     'vmm.shutdown',
   ]);
-  asked = [];
+  vmm.asked = [];
   expect(await client.addDisk({ path: '/d' })).toEqual({ id: '_disk7', bdf: '0000:00:07.0' });
   expect(await client.addNet({})).toEqual({ id: '_net7', bdf: '0000:00:07.0' });
   expect(await client.addPmem({ file: '/p' })).toEqual({ id: '_pmem7', bdf: '0000:00:07.0' });
@@ -73,7 +50,7 @@ test('every call', async () => {
   await client.resize({ desired_balloon: 1 });
   await client.resizeDisk('a', 512, { shrink: true });
   await client.coredump('file:///core');
-  expect(asked.slice(5)).toEqual([
+  expect(vmm.asked.slice(5)).toEqual([
     { remove: '_disk7' },
     { resize: { desired_balloon: 1 } },
     { id: 'a', size: 512, shrink: true },
@@ -84,7 +61,7 @@ test('every call', async () => {
 });
 
 test('a refusal has its status and its causes', async () => {
-  await serve();
+  await vmm.serve();
   const error = await client.resizeDisk('none', 512).catch((reason: unknown) => reason);
   expect(error).toBeInstanceOf(ApiError);
   expect(error).toMatchObject({ name: 'ApiError', status: 404, causes: ['The machine has no disk none'] });
@@ -93,7 +70,7 @@ test('a refusal has its status and its causes', async () => {
 describe('where nobody answers', () => {
   test('there is no socket', async () => {
     await expect(client.ping()).rejects.toThrow(ConnectionError);
-    await expect(client.ping()).rejects.toThrow(`No vmm answers at ${socket}: connect ENOENT`);
+    await expect(client.ping()).rejects.toThrow(`No vmm answers at ${vmm.socket}: connect ENOENT`);
   });
 
   test.each([
@@ -104,14 +81,14 @@ describe('where nobody answers', () => {
     ['it refuses in other words', 'HTTP/1.1 503 \r\nContent-Length: 3\r\n\r\n"x"', ApiError],
   ])('%s', async (_, answer, kind) => {
     const server = net.createServer((connection) => connection.once('data', () => connection.end(answer)));
-    await new Promise<void>((resolve) => server.listen(socket, resolve));
+    await new Promise<void>((resolve) => server.listen(vmm.socket, resolve));
     await expect(client.ping()).rejects.toThrow(kind);
     server.close();
   });
 
   test('who waits no longer has the reason of the signal', async () => {
     const server = net.createServer();
-    await new Promise<void>((resolve) => server.listen(socket, resolve));
+    await new Promise<void>((resolve) => server.listen(vmm.socket, resolve));
     const abort = new AbortController();
     const waiting = client.ping({ signal: abort.signal });
     server.once('connection', (connection) => {
@@ -132,27 +109,27 @@ describe('what is waited for', () => {
     const disks = [{ path: 'd', id: 'data' }];
     let times = 0;
     const removeDevice = () => {
-      asked.push('remove');
+      vmm.asked.push('remove');
       // It had booted when it was asked first.
       if (++times === 2) disks.pop();
       return times === 1 ? Promise.resolve() : busy();
     };
-    await serve({
+    await vmm.serve({
       removeDevice,
       info: info({ config: { payload: { kernel: 'k' }, disks, net: [], pmem: [] } }),
     });
     await client.removeDevice('data', { wait: true });
-    expect(asked).toEqual(['remove', 'remove']);
+    expect(vmm.asked).toEqual(['remove', 'remove']);
   });
 
   test('one that is not there is refused at once', async () => {
-    await serve({ removeDevice: () => Promise.reject(new RequestError('No device', 'unknown')) });
+    await vmm.serve({ removeDevice: () => Promise.reject(new RequestError('No device', 'unknown')) });
     await expect(client.removeDevice('x', { wait: true })).rejects.toThrow('No device');
   });
 
   test('a guest that never does it, until the signal', async () => {
     const config = { payload: { kernel: 'k' }, disks: [{ path: 'd', id: 'data' }], net: [], pmem: [] };
-    await serve({ info: info({ config }) });
+    await vmm.serve({ info: info({ config }) });
     const signal = AbortSignal.timeout(300);
     await expect(client.removeDevice('data', { wait: true, signal })).rejects.toMatchObject({ name: 'TimeoutError' });
   });
@@ -163,7 +140,7 @@ describe('what is waited for', () => {
     let actual = 10;
     const memory = { size: 100, hotplugged_size: 20 };
     const config = { payload: { kernel: 'k' }, memory, balloon: { size: 5 }, disks: [], net: [], pmem: [] };
-    await serve({
+    await vmm.serve({
       resize: () => {
         asks++;
         return left-- > 0 ? busy() : Promise.resolve();
@@ -184,7 +161,7 @@ describe('what is waited for', () => {
       },
     ],
   ])('a machine that is off: %s', async (_, off) => {
-    await serve({ info: off });
+    await vmm.serve({ info: off });
     await client.powerButton({ wait: true });
   });
 
