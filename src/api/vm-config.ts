@@ -46,7 +46,7 @@ export function readVmConfig(reader: BodyReader, body: unknown): VmConfig {
   if (!isObject(input) || Array.isArray(input)) throw refusal([], 'a VmConfig, {"payload": {"kernel": PATH}, ...}');
   const { disks, net } = input;
   if (Array.isArray(disks)) input['disks'] = disks.map(diskFromWire);
-  if (Array.isArray(net)) input['net'] = net.map((device) => netFromWire(reader, device));
+  if (Array.isArray(net)) input['net'] = net.map((device) => netFromWire(device, reader));
   input['console'] ??= consoleBeside(input['serial']);
   const checked = checkConfig(reader.known(vmConfigSchema, input, UNBUILT), readHostFacts());
   if ('config' in checked) return checked.config;
@@ -54,22 +54,23 @@ export function readVmConfig(reader: BodyReader, body: unknown): VmConfig {
   throw refusal(path, accepted, taken ? 'conflict' : 'invalid');
 }
 
-/** The kinds of devices that are added one by one, and where they are among the fields above. */
+const unchanged = (device: unknown) => device;
+
+/** The kinds of devices that are added one by one, where they are among the fields above, and what the wire has otherwise. */
 const DEVICES = {
-  disk: { schema: diskSchema, place: 'disks[].' },
-  net: { schema: netSchema, place: 'net[].' },
-  pmem: { schema: pmemSchema, place: 'pmem[].' },
-  vsock: { schema: vsockSchema, place: 'vsock.' },
-  module: { schema: deviceModuleSchema, place: 'device_modules[].' },
+  disk: { schema: diskSchema, place: 'disks[].', fromWire: diskFromWire },
+  net: { schema: netSchema, place: 'net[].', fromWire: netFromWire },
+  pmem: { schema: pmemSchema, place: 'pmem[].', fromWire: unchanged },
+  vsock: { schema: vsockSchema, place: 'vsock.', fromWire: unchanged },
+  module: { schema: deviceModuleSchema, place: 'device_modules[].', fromWire: unchanged },
 };
 
 /** The body of vm.add-disk and the like, with no field that is not the device's. @throws RequestError */
 export function readDevice(reader: BodyReader, kind: keyof typeof DEVICES, body: unknown): object {
   const input = withoutNulls(body);
   if (!isObject(input) || Array.isArray(input)) throw refusal([], 'the configuration of a device');
-  const { schema, place } = DEVICES[kind];
-  const device = kind === 'disk' ? diskFromWire(input) : kind === 'net' ? netFromWire(reader, input) : input;
-  return reader.known(schema, device, UNBUILT, place) as object;
+  const { schema, place, fromWire } = DEVICES[kind];
+  return reader.known(schema, fromWire(input, reader), UNBUILT, place) as object;
 }
 
 /** Its image type is a word, in any case, and "Unknown" if none is said; two fields for tests have other names. */
@@ -87,7 +88,7 @@ function diskFromWire(disk: unknown): unknown {
 }
 
 /** A client's own numbers of descriptors mean nothing here. */
-function netFromWire(reader: BodyReader, net: unknown): unknown {
+function netFromWire(net: unknown, reader: BodyReader): unknown {
   if (!isObject(net)) return net;
   const { fds, ...rest } = net;
   if (fds !== undefined) reader.ignore('net[].fds', 'descriptors come beside the request (SCM_RIGHTS)');
