@@ -6,7 +6,7 @@ import packageJson from '../../package.json' with { type: 'json' };
 import { kernel, type Kernel } from '../lab/kernels.js';
 import { addOpenTap } from '../support/add-open-tap.js';
 import { askApi, DONE, untilListens } from '../support/api-client.js';
-import { Conversation, LISTEN } from '../support/conversation.js';
+import { Conversation, LISTEN, opens } from '../support/conversation.js';
 import { Guest, testFolder, VMM } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
 import { ECHO } from '../support/synthetic-kernel.js';
@@ -138,7 +138,7 @@ test('disks, the balloon and memory change their size under a running guest, and
   await host.check(`truncate -s 1M ${scratch}/late`);
   const place = await remote(host, 'add-disk', `path=${scratch}/late,id=late,readonly=on`);
   expect(place).toMatch(/^late at 0000:00:[0-9a-f]{2}\.0\n$/);
-  await shell.run('until [ -b /dev/vdc ]; do sleep 0.1; done');
+  await shell.run(opens('/dev/vdc'));
   expect(await remote(host, 'info')).toMatch(new RegExp(`^late +${place.slice(8, -1)} +${scratch}/late$`, 'm'));
   expect(await remote(host, 'remove-device', 'late', '--wait')).toBe('');
   await shell.run('[ ! -e /dev/vdc ]');

@@ -4,7 +4,7 @@ import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { kernel, type Kernel } from '../lab/kernels.js';
 import { addOpenTap } from '../support/add-open-tap.js';
 import { ApiClient, DONE } from '../support/api-client.js';
-import { Conversation, LISTEN } from '../support/conversation.js';
+import { Conversation, LISTEN, opens } from '../support/conversation.js';
 import { holdings } from '../support/descriptors.js';
 import { Guest, testFolder } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
@@ -139,12 +139,12 @@ test('a plug while the guest boots, one that the guest never answers, two client
   const early = { path: `${scratch}/disk0`, id: 'early' };
   expect(await api.put('vm.add-disk', early)).toMatchObject({ status: 200, body: { id: 'early' } });
   await shell.listens();
-  await shell.run('until [ -b /dev/vda ]; do sleep 0.1; done');
+  await shell.run(opens('/dev/vda'));
 
   const disk = { path: `${scratch}/disk1`, id: 'same' };
   const both = await Promise.all([api.put('vm.add-disk', disk), other.put('vm.add-disk', disk)]);
   expect(both.map(({ status }) => status).sort()).toEqual([200, 409]);
-  await shell.run('until [ -b /dev/vdb ]; do sleep 0.1; done');
+  await shell.run(opens('/dev/vdb'));
 
   const pid = await guest.process.pid;
   const descriptors = () => host.check(`ls /proc/${pid}/fd | wc -l`);
@@ -241,7 +241,7 @@ test('a plug while the guest boots, one that the guest never answers, two client
   expect(await shell.run('ls /sys/block; nproc')).not.toContain('vd');
   await shell.run('[ $(nproc) = 2 ]');
   expect(await api.put('vm.add-disk', disk)).toMatchObject({ status: 200, body: { id: 'same' } });
-  await shell.run('until [ -b /dev/vda ]; do sleep 0.1; done');
+  await shell.run(opens('/dev/vda'));
   expect(await api.put('vmm.shutdown')).toEqual(DONE);
   await Promise.all([api.close(), other.close()]);
   expect(await guest.end()).toMatchObject({ status: 0 });

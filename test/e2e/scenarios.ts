@@ -10,7 +10,7 @@ import { transformSync } from 'esbuild';
 import { type Flavour, type Kernel, kernel } from '../lab/kernels.js';
 import { ApiClient, askApi, DONE } from '../support/api-client.js';
 import type { Backend } from '../support/backend.js';
-import { Conversation, LISTEN } from '../support/conversation.js';
+import { Conversation, LISTEN, opens } from '../support/conversation.js';
 import { holdings } from '../support/descriptors.js';
 import { expectFacts } from '../support/facts.js';
 import { Guest, type GuestOptions, runInGuest, testFolder } from '../support/guest.js';
@@ -355,7 +355,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
       expect(await api.put('vm.resize', { desired_ram: 640 * MIB })).toMatchObject({ status: 400 });
       // What a program has is in memory that can be unplugged again, where there is some.
       const { id } = await come('disk', { path: path('raw'), readonly: true });
-      await shell.run('until [ -b /dev/vda ]; do sleep 0.1; done');
+      await shell.run(opens('/dev/vda'));
       const read = 'dd if=/dev/vda bs=8M iflag=direct 2>/dev/null | md5sum';
       expect(await shell.run(read)).toContain(sum);
       expect(await api.put('vm.remove-device', { id })).toEqual(DONE);
@@ -412,7 +412,7 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
     expect(await api.put('vm.pause')).toEqual(DONE);
     const paused = performance.now();
     const { id } = await come('disk', { path: path('raw'), readonly: true });
-    shell.begin('until [ -b /dev/vda ]; do sleep 0.1; done; head -c 9 /dev/vda');
+    shell.begin(`${opens('/dev/vda')}; head -c 9 /dev/vda`);
     await core(told);
     for (let times = 0; times < 20; times++) expect(await api.get('vm.info')).toMatchObject({ status: 200 });
     const resumed = performance.now();

@@ -8,6 +8,9 @@ while echo "@@done-$?@@"; read -r line; do
   eval "$line" </dev/null
 done`;
 
+/** Waits in the guest for a device: its node is there a moment before the kernel lets it be opened. */
+export const opens = (node: string) => `until true 2>/dev/null <${node}; do sleep 0.1; done`;
+
 export class Conversation {
   #from = 0;
 
