@@ -56,6 +56,8 @@ export interface X86VcpuState {
   /** PDPTE0 to 3, where PAE paging is on without long mode: Intel SDM volume 3, 4.4.1. */
   readonly pdptrs: readonly bigint[] | undefined;
   readonly xcr0: bigint;
+  /** SSP, where the processor has shadow stacks: Intel SDM volume 1, 17.2. */
+  readonly ssp: bigint | undefined;
   /** The XSAVE area as the hypervisor gives it: Intel SDM volume 1, 13.4. */
   readonly xsave: Uint8Array;
   /** The local APIC's registers, 16 bytes apart: Intel SDM volume 3, 11.4.1. */
@@ -66,6 +68,8 @@ export interface X86VcpuState {
   readonly msrs: readonly Msr[];
   /** IA32_TSC when the VM's time was stopped. */
   readonly tsc: bigint;
+  /** Its frequency, where the hypervisor tells it. */
+  readonly tscKhz: number | undefined;
   /** A guest's guests, if it has any, in the hypervisor's own form. */
   readonly nested: Uint8Array | undefined;
   /** The hypervisor's enlightenments, if the guest uses any, in its own form. */
@@ -76,8 +80,6 @@ export interface X86VcpuState {
 export interface X86VmState {
   /** Nanoseconds that the paravirtual clock showed: kvmclock, or the reference time of the Microsoft hypervisor. */
   readonly clock: bigint;
-  /** Frequency of the time-stamp counters, where the hypervisor tells it. */
-  readonly tscKhz: number | undefined;
   /** The hypervisor's own interrupt controllers and timer, by name, in its own form; none where the machine brings them. */
   readonly controllers: Readonly<Record<string, Uint8Array>>;
 }
