@@ -8,13 +8,13 @@
  *
  * They take no other access. A number that no vCPU has can be selected; its status is 0.
  */
-import { type StateLayout, stateLayout } from '../state/state-block.js';
+import { type StateLayout, stateLayout, upTo } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler } from './bus.js';
-import { HotplugStatus } from './hotplug-status.js';
+import { HotplugStatus, MOST_STATUS } from './hotplug-status.js';
 
 /** @param vcpus that can ever be there */
 export function cpuHotplugLayout(vcpus: number): StateLayout<'selected' | 'status'> {
-  return stateLayout('acpi-cpu-hotplug', 1, { selected: 1, status: vcpus });
+  return stateLayout('acpi-cpu-hotplug', 1, { selected: 1, status: upTo(MOST_STATUS, vcpus) });
 }
 
 const SELECTED = 0;

@@ -4,11 +4,11 @@
  * The values 0x40 (kernel entered) and 0x41 (user space reached) are a convention of virtual machines; the first time of
  * each value is told to main. Kernels of old wrote here to wait a microsecond, so repeats are not told.
  */
-import { type StateBlock, stateLayout } from '../state/state-block.js';
+import { type StateBlock, stateLayout, upTo } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler } from './bus.js';
 
 export const debugPortLayout = stateLayout('debug-port', 1, {
-  last: 1,
+  last: upTo(0xff),
   /** One bit for each value that was seen. */
   seen: 8,
 });

@@ -3,10 +3,10 @@
  * reads it, which clears it, and notifies the devices concerned.
  */
 import { GedEvent } from '../arch/acpi/config.js';
-import { type StateBlock, stateLayout } from '../state/state-block.js';
+import { type StateBlock, stateLayout, upTo } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler, type InterruptLine } from './bus.js';
 
-export const gedLayout = stateLayout('acpi-ged', 1, { events: 1 });
+export const gedLayout = stateLayout('acpi-ged', 1, { events: upTo(0xff) });
 
 export { GedEvent };
 
@@ -32,6 +32,11 @@ export class Ged implements BusDevice {
     if ((Atomics.load(this.state.words, gedLayout.at.events) & (Cpu | Memory | Pci)) === 0) return false;
     this.line.raise();
     return true;
+  }
+
+  /** Its state has been loaded: raises the line for what the guest may not have heard of. */
+  restored(): void {
+    if (Atomics.load(this.state.words, gedLayout.at.events) !== 0) this.line.raise();
   }
 
   read(_offset: number, size: AccessSize): number {

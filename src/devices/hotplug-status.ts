@@ -19,6 +19,8 @@ const EJECT = 1 << 3;
 /** Main has asked that it goes. Beyond the byte that the guest reads. */
 const ASKED = 1 << 8;
 const ACKNOWLEDGED = INSERTING | REMOVING;
+/** The greatest status that there is. */
+export const MOST_STATUS = ENABLED | ACKNOWLEDGED | ASKED;
 
 export abstract class HotplugStatus<F extends string = never> {
   /**
@@ -52,6 +54,13 @@ export abstract class HotplugStatus<F extends string = never> {
   /** Main has asked that it goes and neither was answered nor withdrew. */
   asked(index: number): boolean {
     return (Atomics.load(this.state.words, this.state.layout.at.status + index) & ASKED) !== 0;
+  }
+
+  /** The numbers of all that main has asked for. */
+  allAsked(): number[] {
+    return Array.from({ length: this.state.layout.length.status }, (_, index) => index).filter((index) =>
+      this.asked(index),
+    );
   }
 
   /** @returns undefined: there is none of this number */

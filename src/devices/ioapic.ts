@@ -8,7 +8,7 @@
  * pin is lost, as in the chip. Not modelled: polarity (high is always active, as KVM has it), arbitration, ExtINT.
  */
 import type { LevelInputs, VmSignals } from '../hypervisor/hypervisor.js';
-import { type StateBlock, stateLayout } from '../state/state-block.js';
+import { type StateBlock, stateLayout, upTo } from '../state/state-block.js';
 import type { AccessSize, BusDevice } from './bus.js';
 
 export const IOAPIC_SIZE = 0x1000;
@@ -44,12 +44,12 @@ const MSI_ASSERT = 1 << 14;
 const MSI_LEVEL = 1 << 15;
 
 export const ioapicLayout = stateLayout('ioapic', 2, {
-  select: 1,
-  id: 1,
+  select: upTo(0xff),
+  id: upTo(ID_BITS),
   /** Low and high half of each redirection entry. */
-  entries: PINS * 2,
+  entries: upTo([ENTRY_WRITABLE | ENTRY_REMOTE_IRR, DESTINATION_BITS], PINS * 2),
   /** The pins that are held high, a bit each. */
-  high: 1,
+  high: upTo(2 ** PINS - 1),
 });
 const at = ioapicLayout.at;
 
@@ -62,6 +62,11 @@ export class Ioapic implements BusDevice, LevelInputs {
   powerOn(): void {
     const { words } = this.state;
     for (let pin = 0; pin < PINS; pin++) words[at.entries + pin * 2] = ENTRY_MASKED;
+  }
+
+  /** Its state has been loaded: the hypervisor gets to know each pin's message. */
+  restored(): void {
+    for (let pin = 0; pin < PINS; pin++) this.#route(pin);
   }
 
   read(offset: number, size: AccessSize): number {

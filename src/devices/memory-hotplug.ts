@@ -10,16 +10,16 @@
  * The first five are read as 32 bits each. They take no other access. A number that no slot has can be selected; all of it reads 0.
  */
 import { MEMORY_SLOTS } from '../arch/acpi/config.js';
-import { stateLayout } from '../state/state-block.js';
+import { stateLayout, upTo } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler } from './bus.js';
-import { HotplugStatus } from './hotplug-status.js';
+import { HotplugStatus, MOST_STATUS } from './hotplug-status.js';
 
 /** Of a slot: the registers from base to proximity domain, in their order. */
 const SLOT_WORDS = 5;
 
 export const memoryHotplugLayout = stateLayout('acpi-memory-hotplug', 1, {
   selected: 1,
-  status: MEMORY_SLOTS,
+  status: upTo(MOST_STATUS, MEMORY_SLOTS),
   slots: MEMORY_SLOTS * SLOT_WORDS,
 });
 

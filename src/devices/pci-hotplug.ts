@@ -15,14 +15,14 @@
  * until the guest lets go, main withdraws it, or another device comes to the slot; main may repeat it. What has been let
  * go or withdrawn is not told any more.
  */
-import { type StateBlock, stateLayout } from '../state/state-block.js';
+import { type StateBlock, stateLayout, upTo } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler } from './bus.js';
 
 const SEGMENTS = 16;
 
 /** But for the first, a bitmap of slots for each segment. */
 export const pciHotplugLayout = stateLayout('acpi-pci-hotplug', 1, {
-  selected: 1,
+  selected: upTo(SEGMENTS - 1),
   /** Not told yet: what came, and what shall go. */
   up: SEGMENTS,
   down: SEGMENTS,
@@ -60,6 +60,12 @@ export class PciHotplug implements BusDevice {
   /** Main has asked for the slot and neither was answered nor withdrew. */
   asked(segment: number, slot: number): boolean {
     return (Atomics.load(this.state.words, at.asked + segment) & (1 << slot)) !== 0;
+  }
+
+  /** All that main has asked for, by segment and slot. */
+  allAsked(): [number, number][] {
+    const all = Array.from({ length: SEGMENTS * 32 }, (_, index): [number, number] => [index >> 5, index & 31]);
+    return all.filter(([segment, slot]) => this.asked(segment, slot));
   }
 
   /** Takes a request back. @returns false: there is none, or the guest was quicker and the callback has been called */

@@ -11,7 +11,7 @@
  * again, the transmit FIFO is full, so a stuck host slows the guest down instead of blocking its vCPU.
  */
 import { ByteRing } from '../state/byte-ring.js';
-import { type StateBlock, stateLayout } from '../state/state-block.js';
+import { hostOnly, type StateBlock, stateLayout, upTo } from '../state/state-block.js';
 import type { AccessSize, BusDevice, InterruptLine } from './bus.js';
 import { identification, identify, isRegister, truncated } from './primecell.js';
 import type { SerialDoorbell } from './serial-16550.js';
@@ -20,25 +20,25 @@ const FIFO_DEPTH = 32;
 const TX_SIZE = 4096;
 
 export const pl011Layout = stateLayout('pl011', 1, {
-  ilpr: 1,
-  ibrd: 1,
-  fbrd: 1,
-  lcr: 1,
-  cr: 1,
-  ifls: 1,
-  imsc: 1,
-  ris: 1,
-  dmacr: 1,
+  ilpr: upTo(0xff),
+  ibrd: upTo(0xffff),
+  fbrd: upTo(0x3f),
+  lcr: upTo(0xff),
+  cr: upTo(0xffff),
+  ifls: upTo(0x3f),
+  imsc: upTo(0x7ff),
+  ris: upTo(0x7ff),
+  dmacr: upTo(0x7),
   /** RSR's overrun bit. */
-  overrun: 1,
+  overrun: upTo(1),
   /** MIS at the last look, to find new causes. */
-  causes: 1,
+  causes: hostOnly(),
   /** The sender was told that there is no room. */
-  starved: 1,
-  rxHead: 1,
-  rxCount: 1,
-  txHead: 1,
-  txCount: 1,
+  starved: hostOnly(),
+  rxHead: upTo(FIFO_DEPTH - 1),
+  rxCount: upTo(FIFO_DEPTH),
+  txHead: upTo(TX_SIZE - 1),
+  txCount: upTo(TX_SIZE),
   rx: FIFO_DEPTH / 4,
   tx: TX_SIZE / 4,
 });
@@ -172,6 +172,15 @@ export class Pl011 implements BusDevice {
     this.state.unlock();
     if (raise) this.line.raise();
     return count;
+  }
+
+  /** Its state has been loaded: raises the line for what its driver may not have heard of. */
+  restored(): void {
+    this.state.lock();
+    const raise = this.#newCause();
+    this.state.unlock();
+    if (raise) this.line.raise();
+    this.doorbell.output();
   }
 
   #readRegister(offset: number): number {

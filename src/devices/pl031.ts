@@ -4,7 +4,7 @@
  * Modelled: the time, setting it, all registers. Not modelled: the alarm: RTCMR holds what is written to it, but nothing
  * compares it, so that no interrupt ever comes and the device has no interrupt line. The clock always runs (RTCCR is 1).
  */
-import { type StateBlock, stateLayout } from '../state/state-block.js';
+import { type StateBlock, stateLayout, upTo } from '../state/state-block.js';
 import type { AccessSize, BusDevice } from './bus.js';
 import { identification, identify, isRegister, truncated } from './primecell.js';
 
@@ -13,7 +13,7 @@ export const pl031Layout = stateLayout('pl031', 1, {
   offset: 1,
   match: 1,
   load: 1,
-  imsc: 1,
+  imsc: upTo(1),
 });
 
 const at = pl031Layout.at;

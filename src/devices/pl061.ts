@@ -4,7 +4,7 @@
  * Modelled: all registers, inputs that main drives, edge and level interrupts, an interrupt output that pulses an edge. Not
  * modelled: what outputs would drive, interrupts of lines that are outputs, and mode control (GPIOAFSEL reads back).
  */
-import { type StateBlock, stateLayout } from '../state/state-block.js';
+import { hostOnly, type StateBlock, stateLayout, upTo } from '../state/state-block.js';
 import type { AccessSize, BusDevice, InterruptLine } from './bus.js';
 import { identification, identify, isRegister, truncated } from './primecell.js';
 
@@ -14,18 +14,18 @@ export const BUTTON_MILLISECONDS = 100;
 
 export const pl061Layout = stateLayout('pl061', 1, {
   /** Levels of the inputs, and of the outputs. */
-  inputs: 1,
-  outputs: 1,
-  dir: 1,
-  is: 1,
-  ibe: 1,
-  iev: 1,
-  ie: 1,
-  afsel: 1,
+  inputs: upTo(0xff),
+  outputs: upTo(0xff),
+  dir: upTo(0xff),
+  is: upTo(0xff),
+  ibe: upTo(0xff),
+  iev: upTo(0xff),
+  ie: upTo(0xff),
+  afsel: upTo(0xff),
   /** Edges that were seen. */
-  edges: 1,
+  edges: upTo(0xff),
   /** GPIOMIS at the last look, to find new causes. */
-  causes: 1,
+  causes: hostOnly(),
 });
 
 const at = pl061Layout.at;
@@ -64,6 +64,12 @@ export class Pl061 implements BusDevice {
     // GPIOIBE: both edges; else GPIOIEV says which.
     const wanted = words[at.ibe] | ~(words[at.iev] ^ words[at.inputs]);
     words[at.edges] |= changed & wanted & ~words[at.is] & ~words[at.dir];
+    this.#unlockAndRaise();
+  }
+
+  /** Its state has been loaded: raises the line for what its driver may not have heard of. */
+  restored(): void {
+    this.state.lock();
     this.#unlockAndRaise();
   }
 

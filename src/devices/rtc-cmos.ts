@@ -5,13 +5,13 @@
  * interrupts (alarm, periodic, update ended): their enable bits read back as 0, and drivers fall back to reading the time.
  * Update-in-progress is never set: the time is taken from the host when a register is read.
  */
-import { type StateBlock, stateLayout } from '../state/state-block.js';
+import { type StateBlock, stateLayout, upTo } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler } from './bus.js';
 
 const MEMORY_SIZE = 128;
 
 export const rtcLayout = stateLayout('rtc-cmos', 2, {
-  index: 1,
+  index: upTo(0x7f),
   /** What the guest's clock is ahead of the host's, seconds, signed, 64 bits: 32 end at 68 years. Low word first. */
   offset: 2,
   memory: MEMORY_SIZE / 4,

@@ -10,8 +10,7 @@
  * again, the transmitter is not empty, so a stuck host slows the guest down instead of blocking its vCPU.
  */
 import { ByteRing } from '../state/byte-ring.js';
-import type { StateBlock } from '../state/state-block.js';
-import { stateLayout } from '../state/state-block.js';
+import { hostOnly, type StateBlock, stateLayout, upTo } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler, type InterruptLine } from './bus.js';
 
 const RX_SIZE = 256;
@@ -20,26 +19,26 @@ const TX_SIZE = 4096;
 const FIFO_DEPTH = 16;
 
 export const serialLayout = stateLayout('serial-16550', 1, {
-  ier: 1,
-  fcr: 1,
-  lcr: 1,
-  mcr: 1,
-  scr: 1,
-  dll: 1,
-  dlm: 1,
-  overrun: 1,
+  ier: upTo(0xff),
+  fcr: upTo(0xff),
+  lcr: upTo(0xff),
+  mcr: upTo(0xff),
+  scr: upTo(0xff),
+  dll: upTo(0xff),
+  dlm: upTo(0xff),
+  overrun: upTo(1),
   /** Delta bits of the modem status, which loopback alone can set. */
-  modemDelta: 1,
+  modemDelta: upTo(0xf),
   /** The THR empty interrupt: set when the register becomes empty, cleared by reading IIR. */
-  thrEmpty: 1,
+  thrEmpty: upTo(1),
   /** Interrupt causes at the last look, to find new ones. */
-  causes: 1,
+  causes: hostOnly(),
   /** The sender was told that there is no room. */
-  starved: 1,
-  rxHead: 1,
-  rxCount: 1,
-  txHead: 1,
-  txCount: 1,
+  starved: hostOnly(),
+  rxHead: upTo(RX_SIZE - 1),
+  rxCount: upTo(RX_SIZE),
+  txHead: upTo(TX_SIZE - 1),
+  txCount: upTo(TX_SIZE),
   rx: RX_SIZE / 4,
   tx: TX_SIZE / 4,
 });
@@ -150,6 +149,15 @@ export class Serial16550 implements BusDevice {
     this.state.unlock();
     if (raise) this.line.raise();
     return count;
+  }
+
+  /** Its state has been loaded: raises the line for what its driver may not have heard of. */
+  restored(): void {
+    this.state.lock();
+    const raise = this.#newCause();
+    this.state.unlock();
+    if (raise) this.line.raise();
+    this.doorbell.output();
   }
 
   #readRegister(offset: number): number {

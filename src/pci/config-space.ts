@@ -2,7 +2,7 @@
  * PCI configuration: segments of 32 single-function devices, reached through ECAM and, segment 0, through the ports
  * (PCI Local Bus 3.0, 3.2.2.3.2 and 6.1; PCI Express Base 5.0, 7.2.2).
  */
-import { type StateBlock, stateLayout } from '../state/state-block.js';
+import { type StateBlock, stateLayout, upTo } from '../state/state-block.js';
 import { type AccessSize, type BusDevice, filler } from '../devices/bus.js';
 
 export const SLOTS = 32;
@@ -81,7 +81,7 @@ export class PciEcam implements BusDevice {
   }
 }
 
-export const pciPortsLayout = stateLayout('pci-config-ports', 2, { address: 1, resetControl: 1 });
+export const pciPortsLayout = stateLayout('pci-config-ports', 2, { address: 1, resetControl: upTo(0xff) });
 export const PCI_CONFIG_PORTS = 8;
 
 const ENABLE = 0x8000_0000;

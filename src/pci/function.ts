@@ -44,6 +44,12 @@ export interface FunctionDescription {
 /** Words of a function in its device's state block. */
 export const FunctionWord = { command: 0, interruptLine: 1, bars: 2 } as const;
 export const FUNCTION_WORDS = FunctionWord.bars + BAR_REGISTERS;
+/** The greatest value of each that a guest can have written. */
+export const FUNCTION_LIMITS: readonly number[] = [
+  COMMAND_WRITABLE,
+  0xff,
+  ...new Array<number>(BAR_REGISTERS).fill(0xffff_ffff),
+];
 
 /** What a device adds to its function. Calls come on vCPU threads; those that write configuration hold the block's lock. */
 export interface FunctionDevice {
@@ -100,6 +106,14 @@ export class PciFunction implements PciDevice {
   /** It answers nowhere. */
   powerOff(): void {
     this.#words[this.at + FunctionWord.command] = 0;
+  }
+
+  /** Its state has been loaded: what stands there is what a guest can have put there. */
+  restored(): void {
+    this.#words[this.at + FunctionWord.command] &= COMMAND_WRITABLE;
+    for (let index = 0; index < BAR_REGISTERS; index++) {
+      this.#words[this.at + FunctionWord.bars + index] &= this.#writableBar(index);
+    }
   }
 
   get decoding(): boolean {
@@ -175,20 +189,20 @@ export class PciFunction implements PciDevice {
     return bar?.wide === true ? (value | BAR_64_BIT) >>> 0 : value;
   }
 
-  /** Bits below the size are fixed: a driver that writes ones reads the size (6.2.5.1). */
   #writeBarRegister(index: number, value: number, mask: number): void {
-    const { bars } = this.description;
     const word = this.at + FunctionWord.bars + index;
-    for (const bar of bars) {
-      let fixed: number;
-      if (bar.index === index) fixed = bar.size >= 2 ** 32 ? 0 : ~(bar.size - 1);
-      else if (bar.wide && bar.index + 1 === index) fixed = bar.size >= 2 ** 32 ? ~(bar.size / 2 ** 32 - 1) : ~0;
-      else continue;
-      const before = this.#words[word];
-      this.#words[word] = merge(before, value, mask) & fixed;
-      if (this.decoding && this.#words[word] !== before) this.device.decodingChanged?.();
-      return;
+    const before = this.#words[word];
+    this.#words[word] = merge(before, value, mask) & this.#writableBar(index);
+    if (this.decoding && this.#words[word] !== before) this.device.decodingChanged?.();
+  }
+
+  /** Bits below the size are fixed: a driver that writes ones reads the size (6.2.5.1). @returns the others of a register, as ones */
+  #writableBar(index: number): number {
+    for (const bar of this.description.bars) {
+      if (bar.index === index) return bar.size >= 2 ** 32 ? 0 : ~(bar.size - 1);
+      if (bar.wide && bar.index + 1 === index) return bar.size >= 2 ** 32 ? ~(bar.size / 2 ** 32 - 1) : ~0;
     }
+    return 0;
   }
 
   /** Which BAR answers at an address. @returns undefined: none of this function's */

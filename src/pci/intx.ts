@@ -8,15 +8,16 @@
 import { intxLine } from '../arch/pci-intx.js';
 import { Ioapic, ioapicLayout } from '../devices/ioapic.js';
 import type { LevelInputs, VmSignals } from '../hypervisor/hypervisor.js';
-import { StateBlock, stateLayout } from '../state/state-block.js';
+import { hostOnly, StateBlock, stateLayout } from '../state/state-block.js';
 
 const MAX_SEGMENTS = 16;
 
+/** Nothing of it is saved: it follows from what the functions are. */
 export const intxLayout = stateLayout('pci-intx', 1, {
   /** For each segment, the slots that hold their line, a bit each. */
-  holders: MAX_SEGMENTS,
+  holders: hostOnly(MAX_SEGMENTS),
   /** The lines that are high, a bit each. */
-  high: 1,
+  high: hostOnly(),
 });
 const at = intxLayout.at;
 
@@ -69,6 +70,14 @@ export class IntxLines {
       words[at.high] ^= 1 << line;
       this.inputs.setLevel(this.pins[line], high);
     }
+    this.state.unlock();
+  }
+
+  /** States have been loaded, and each function has been updated: the interrupt controller hears of all levels again. */
+  restored(): void {
+    const { words } = this.state;
+    this.state.lock();
+    this.pins.forEach((pin, line) => this.inputs.setLevel(pin, (words[at.high] & (1 << line)) !== 0));
     this.state.unlock();
   }
 

@@ -17,6 +17,8 @@ import type { StateBlock } from '../state/state-block.js';
 /** 4.1.5.1.2 of virtio 1.3, and common sense: no vector. */
 export const NO_VECTOR = 0xffff;
 export const MSIX_ENTRY_BYTES = 16;
+/** The greatest value of each word of an entry. */
+export const MSIX_ENTRY_LIMITS: readonly number[] = [0xffff_ffff, 0xffff_ffff, 0xffff_ffff, 1];
 const ENTRY_WORDS = 4;
 const VECTOR_CONTROL = 3;
 const MASKED = 1;

@@ -5,6 +5,33 @@
  * A block is an array of 32-bit words with names. Word 0 is its lock.
  */
 
+/** What a field of a block is made of. */
+export interface Field {
+  /** Its length, in 32-bit words. */
+  readonly words: number;
+  /** The greatest value that a saved word may have; several: those of its words in turn, over and over. Left out: any. */
+  readonly most?: number | readonly number[];
+  /** About this host or this process, and no state of the guest's: it is not saved, and all zeros in a machine that is restored. */
+  readonly host?: true;
+}
+
+/**
+ * A field whose words are used as indices, counts or sizes: what is loaded is never more than what the device itself would put there.
+ *
+ * @param most as {@link Field}'s
+ */
+export function upTo(most: number | readonly number[], words = 1): Field {
+  return { words, most };
+}
+
+/** A field that is not saved. */
+export function hostOnly(words = 1): Field {
+  return { words, host: true };
+}
+
+/** Limits of a double in two words: neither NaN nor negative, and below 2^53. */
+export const DOUBLE: readonly number[] = [0xffff_ffff, 0x433f_ffff];
+
 /** Names and places of a block's words. Made once per device type by {@link stateLayout}. */
 export interface StateLayout<F extends string = string> {
   readonly name: string;
@@ -16,6 +43,7 @@ export interface StateLayout<F extends string = string> {
   readonly at: Readonly<Record<F, number>>;
   /** Length of each field in words. */
   readonly length: Readonly<Record<F, number>>;
+  readonly fields: Readonly<Record<F, Field>>;
 }
 
 /** A block as it is saved: field name to its words, as unsigned numbers. */
@@ -25,7 +53,7 @@ export interface SavedState {
   readonly fields: Readonly<Record<string, readonly number[]>>;
 }
 
-/** The saved state is of another device or version, or has a field that this version does not know. */
+/** The saved state is of another device or version, or holds what no device of this version can have saved. The message is one line. */
 export class StateError extends Error {
   readonly code = 'STATE_MISMATCH';
 }
@@ -33,20 +61,25 @@ export class StateError extends Error {
 /**
  * Lays out the words of a block, in the order given, after the lock.
  *
- * @param fields name of each field and its length in 32-bit words
+ * @param fields name of each field, and what it is; a number alone is a length in 32-bit words
  */
 export function stateLayout<F extends string>(
   name: string,
   version: number,
-  fields: Readonly<Record<F, number>>,
+  fields: Readonly<Record<F, number | Field>>,
 ): StateLayout<F> {
   const at = {} as Record<F, number>;
+  const length = {} as Record<F, number>;
+  const all = {} as Record<F, Field>;
   let words = 1;
   for (const field of Object.keys(fields) as F[]) {
+    const is: number | Field = fields[field];
+    all[field] = typeof is === 'number' ? { words: is } : is;
     at[field] = words;
-    words += fields[field];
+    length[field] = all[field].words;
+    words += length[field];
   }
-  return { name, version, words, at, length: fields };
+  return { name, version, words, at, length, fields: all };
 }
 
 const UNLOCKED = 0;
@@ -83,28 +116,48 @@ export class StateBlock<F extends string = string> {
     this.words.fill(0, 1);
   }
 
+  /** What a machine needs to go on elsewhere. While nobody changes the block. */
   save(): SavedState {
-    const fields: Record<string, number[]> = {};
-    for (const field of Object.keys(this.layout.at) as F[]) {
-      const start = this.layout.at[field];
-      fields[field] = Array.from(this.words.subarray(start, start + this.layout.length[field]), (word) => word >>> 0);
+    const { at, length, fields } = this.layout;
+    const saved: Record<string, number[]> = {};
+    for (const field of Object.keys(fields) as F[]) {
+      if (fields[field].host === true) continue;
+      saved[field] = Array.from(this.words.subarray(at[field], at[field] + length[field]), (word) => word >>> 0);
     }
-    return { name: this.layout.name, version: this.layout.version, fields };
+    return { name: this.layout.name, version: this.layout.version, fields: saved };
   }
 
-  /** A field that the saved state lacks keeps its power-on value; one that this version does not know is an error. */
+  /**
+   * Takes the place of the power-on state. A field that the saved state lacks keeps its power-on value; one that this version does not
+   * know is an error.
+   *
+   * @param saved as it was read: nothing of it is trusted
+   * @throws StateError; the block is as before then
+   */
   load(saved: SavedState): void {
-    if (saved.name !== this.layout.name || saved.version !== this.layout.version) {
-      throw new StateError(
-        `State of ${saved.name} version ${saved.version} does not fit ${this.layout.name} version ${this.layout.version}`,
-      );
+    const { name, version, fields, at } = this.layout;
+    if (saved.name !== name || saved.version !== version) {
+      throw new StateError(`State of ${saved.name} version ${saved.version} does not fit ${name} version ${version}`);
     }
     for (const [field, words] of Object.entries(saved.fields)) {
-      const start = (this.layout.at as Record<string, number | undefined>)[field];
-      if (start === undefined || words.length !== this.layout.length[field as F]) {
-        throw new StateError(`State of ${saved.name} has an unknown field ${field}`);
-      }
-      this.words.set(words, start);
+      if (!Object.hasOwn(fields, field)) throw new StateError(`State of ${name} has an unknown field ${field}`);
+      checkWords(`State of ${name}, ${field}`, fields[field as F], words);
     }
+    for (const field of Object.keys(fields) as F[]) {
+      if (fields[field].host === true) this.words.fill(0, at[field], at[field] + fields[field].words);
+    }
+    for (const [field, words] of Object.entries(saved.fields)) this.words.set(words, at[field as F]);
   }
+}
+
+/** @throws StateError */
+function checkWords(where: string, { words: length, most = 0xffff_ffff, host }: Field, words: unknown): void {
+  if (host === true) throw new StateError(`${where}: it is never saved`);
+  if (!Array.isArray(words) || words.length !== length) throw new StateError(`${where}: not ${length} words`);
+  words.forEach((word: unknown, index) => {
+    const limit = typeof most === 'number' ? most : most[index % most.length];
+    if (typeof word !== 'number' || !Number.isInteger(word) || word < 0 || word > limit) {
+      throw new StateError(`${where}: its word ${index} is not a number from 0 to ${limit}`);
+    }
+  });
 }

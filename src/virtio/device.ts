@@ -141,6 +141,17 @@ export interface Timer {
   stop(): void;
 }
 
+/** A device whose state has been loaded, before its driver goes on with it. */
+export interface RestoredDevice {
+  /** As its description says, but for what its driver has written. The driver is told if it is not what it was. */
+  readonly config: Uint8Array;
+  readonly own: Int32Array;
+  /** The driver works with it. */
+  readonly ready: boolean;
+  /** The same, and has negotiated a feature. */
+  has(feature: number): boolean;
+}
+
 /** What a device is built with. */
 export interface DeviceContext {
   /** The device's name, such as `_disk0`. */

@@ -26,7 +26,7 @@ export function testFunction(kernel: HostKernel, pin: number, call?: number): Vi
     slot: 3,
     description,
     offered: offeredFeatures(description, false),
-    state: new StateBlock(transportLayout('_test0', 1, 1)).buffer,
+    state: new StateBlock(transportLayout(description)).buffer,
     doorbells: [kernel.eventfd()],
     workers: [kernel.eventfd()],
     wideBar: true,

@@ -58,6 +58,8 @@ export class ConsoleDevice implements VirtioDevice {
       context.kernel.drainEvent(options.wake);
       for (const queue of this.#queues) if (queue !== undefined) this.kick(queue);
     });
+    // In a machine that was restored nobody has heard of it.
+    if (options.pipe.output.used > 0) context.emit({ kind: 'console-output' });
   }
 
   activate({ queues }: Driver): void {

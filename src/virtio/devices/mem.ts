@@ -10,10 +10,12 @@
  *
  * The usable region is always all of it. ACPI_PXM is offered where the machine has NUMA nodes.
  */
+import { StateBlock, stateLayout } from '../../state/state-block.js';
 import {
   type DeviceContext,
   type DeviceQueue,
   type Driver,
+  type RestoredDevice,
   type Timer,
   type VirtioDescription,
   type VirtioDevice,
@@ -87,13 +89,31 @@ export function memDescription({ start, size, blockSize, requested, readsCost, n
   };
 }
 
-/** Bytes of {@link MemOptions.plugged}: 64 KiB for 1 TiB in blocks of 2 MiB. */
-export function bitmapBytes({ size, blockSize }: Pick<MemSetup, 'size' | 'blockSize'>): number {
-  return Math.ceil(size / blockSize / 8);
+/** Where the bits of {@link pluggedBlocks} begin. Bytes. */
+const BITS_AT = 4;
+
+/** A bit for each block, and all are clear: 64 KiB for 1 TiB in blocks of 2 MiB. */
+export function pluggedBlocks({ size, blockSize }: Pick<MemSetup, 'size' | 'blockSize'>): StateBlock {
+  return new StateBlock(stateLayout('virtio-mem-plugged', 1, { blocks: Math.ceil(size / blockSize / 32) }));
+}
+
+/** What the device makes of its state that was loaded. @param plugged as it was loaded, too */
+export function memRestored({ size, blockSize }: MemSetup, plugged: StateBlock): (device: RestoredDevice) => void {
+  return ({ config }) => {
+    const count = countBits(new Uint8Array(plugged.buffer, BITS_AT), 0, size / blockSize);
+    const view = new DataView(config.buffer, config.byteOffset);
+    view.setBigUint64(CONFIG.pluggedSize, BigInt(count * blockSize), true);
+  };
+}
+
+function countBits(bits: Uint8Array, first: number, count: number): number {
+  let sum = 0;
+  for (let bit = first; bit < first + count; bit++) sum += (bits[bit >>> 3] >>> (bit & 7)) & 1;
+  return sum;
 }
 
 export interface MemOptions {
-  /** A bit for each block. A reset of the device changes nothing in it (5.15.5.2). */
+  /** Of {@link pluggedBlocks}. A reset of the device changes nothing in it (5.15.5.2). */
   readonly plugged: SharedArrayBuffer;
   /** Guest physical address and bytes, whole blocks. @throws Error where the host refuses */
   readonly discard: (address: number, length: number) => void;
@@ -122,13 +142,15 @@ export class MemDevice implements VirtioDevice {
   ) {
     const { buffer, byteOffset } = context.config;
     this.#config = new DataView(buffer, byteOffset, CONFIG.bytes);
-    this.#plugged = new Uint8Array(options.plugged);
+    this.#plugged = new Uint8Array(options.plugged, BITS_AT);
     this.#start = this.#read(CONFIG.address);
     this.#size = this.#read(CONFIG.regionSize);
     this.#blockSize = this.#read(CONFIG.blockSize);
     this.#again = context.loop.timer(() => {
       if (this.#queue !== undefined) this.kick(this.#queue);
     });
+    // In a machine that was restored nobody has heard of it.
+    if (this.#read(CONFIG.pluggedSize) > 0) this.#tell();
   }
 
   #read(at: number): number {
@@ -200,9 +222,7 @@ export class MemDevice implements VirtioDevice {
 
   /** Blocks of a range that are plugged. */
   #count(first: number, count: number): number {
-    let sum = 0;
-    for (let block = first; block < first + count; block++) sum += (this.#plugged[block >>> 3] >>> (block & 7)) & 1;
-    return sum;
+    return countBits(this.#plugged, first, count);
   }
 
   /** 5.15.6.1 */

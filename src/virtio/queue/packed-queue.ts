@@ -57,6 +57,11 @@ export class PackedQueue implements VirtQueue {
   ) {
     const size = words[at + QueueWord.size];
     if (size <= 0 || size > MAX_QUEUE_SIZE) throw new RangeError(`a packed queue of size ${size}`);
+    // Of a state that was loaded: the queue itself never gets there.
+    for (const word of [QueueWord.available, QueueWord.used]) {
+      const slot = words[at + word] & 0x7fff;
+      if (slot >= size) throw new RangeError(`slot ${slot} of a packed queue of size ${size}`);
+    }
     this.size = size;
     this.chain = new Chain(memory);
     this.#builder = new ChainBuilder(memory, this.chain);

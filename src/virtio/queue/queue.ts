@@ -5,6 +5,8 @@
  * breaks the queue: `pop` says so, `fault` says why, and the device asks the driver for a reset (2.1.2).
  */
 import type { GuestMemory } from '../../memory/guest-memory.js';
+import { NO_VECTOR } from '../../pci/msix.js';
+import { DOUBLE } from '../../state/state-block.js';
 
 /**
  * Most buffers in one chain. A driver may not make a chain longer than its queue (2.7.5.3.1); this bounds the work that
@@ -41,6 +43,18 @@ export const QueueCounter = { requests: 0, interrupts: 1, kicks: 2, kickExits: 3
 const COUNTERS = Object.keys(QueueCounter).length;
 /** Even, so that the counters of all queues are aligned if those of the first are. */
 export const QUEUE_WORDS: number = QueueWord.counters + 2 * COUNTERS;
+
+/** The greatest value of each: of what a driver can have set, and what a queue makes of it. */
+export const QUEUE_LIMITS: readonly number[] = [
+  MAX_QUEUE_SIZE,
+  1,
+  NO_VECTOR,
+  ...new Array<number>(QueueWord.available - QueueWord.descriptorLow).fill(0xffff_ffff),
+  0xffff,
+  0xffff,
+  0x7fff_ffff,
+  ...new Array<readonly number[]>(COUNTERS).fill(DOUBLE).flat(),
+];
 
 /** A queue's counters: whole numbers, exact up to 2^53. @param at the queue's first word, even */
 export function queueCounters(words: Int32Array, at: number): Float64Array {

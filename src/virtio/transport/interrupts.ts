@@ -75,6 +75,17 @@ export class Interrupts {
 
   // The calls below hold the block's lock.
 
+  /** What the host's kernel holds for the driver is noted in the block. */
+  collectPending(): void {
+    this.#kernelVectors?.collectPending();
+  }
+
+  /** The state has been loaded: the hypervisor and the interrupt controller hear what it says. */
+  restored(): void {
+    this.msix.allChanged();
+    this.intx.update();
+  }
+
   /** Queues have other vectors. */
   queueVectorsChanged(): void {
     this.#kernelVectors?.queuesChanged();

@@ -11,6 +11,7 @@ import type { IntxLines } from '../../pci/intx.js';
 import { MSIX_ENTRY_BYTES, type Msix } from '../../pci/msix.js';
 import { StateBlock } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
+import type { RestoredDevice } from '../device.js';
 import { CommonConfig } from './common-config.js';
 import { Interrupts } from './interrupts.js';
 import type { VirtioPciHandle } from './pci-handle.js';
@@ -33,6 +34,7 @@ import {
 } from './pci-registers.js';
 import { QUEUE_WORDS, QueueCounter, queueCounters } from '../queue/queue.js';
 import { Mastering, ResetProtocol } from './reset-protocol.js';
+import { checkRestored, renewConfig } from './restored.js';
 import { configBytes, resetTransport, type TransportLayout, transportLayout, vectorCount } from './transport-state.js';
 
 const VIRTIO_VENDOR = 0x1af4;
@@ -51,7 +53,7 @@ const PATIENCE = 2000;
 export class VirtioPciDevice implements FunctionDevice {
   readonly pci: PciFunction;
   readonly msix: Msix;
-  readonly #state: StateBlock;
+  readonly #state: StateBlock<keyof TransportLayout['at']>;
   readonly #words: Int32Array;
   readonly #at: TransportLayout['at'];
   readonly #config: Uint8Array;
@@ -71,7 +73,7 @@ export class VirtioPciDevice implements FunctionDevice {
   ) {
     const { description } = handle;
     this.#queues = description.queueSizes.length;
-    const layout = transportLayout(handle.id, this.#queues, description.config.length);
+    const layout = transportLayout(description);
     this.#state = new StateBlock(layout, handle.state);
     this.#words = this.#state.words;
     this.#at = layout.at;
@@ -125,6 +127,46 @@ export class VirtioPciDevice implements FunctionDevice {
     this.pci.powerOff();
     this.#placeDoorbells();
     this.#state.unlock();
+  }
+
+  /** The machine is paused: its state is complete now, and stays so. */
+  paused(): void {
+    this.#state.lock();
+    this.#interrupts.collectPending();
+    this.#state.unlock();
+  }
+
+  /** What is saved of it. After `paused`. */
+  get state(): StateBlock {
+    return this.#state;
+  }
+
+  /**
+   * Its state has been loaded into a machine that has not been started: everything outside the block becomes what the driver's writes
+   * would have made it. After the records of vCPUs and VM have been set, as interrupts may be raised.
+   *
+   * @param adapt what the device changes of itself
+   * @throws StateError when the driver has agreed to what this machine's device is not
+   */
+  restored(adapt?: (device: RestoredDevice) => void): void {
+    const { doorbells, kernelInterrupts } = this.handle;
+    checkRestored(this.#state, this.handle);
+    this.#state.lock();
+    this.pci.restored();
+    const changed = renewConfig(this.#state, this.handle, adapt);
+    this.#protocol.restored();
+    this.#placeDoorbells();
+    this.#interrupts.restored();
+    const works = (this.#words[this.#at.session] & 1) !== 0;
+    this.#state.unlock();
+    if (changed) this.#interrupts.config();
+    if (!works) return;
+    // What either side had told the other is told again: once too often does no harm.
+    for (const { queue, eventfd } of kernelInterrupts) {
+      this.kernel.signal(doorbells[queue]);
+      this.kernel.signal(eventfd);
+    }
+    this.#wake();
   }
 
   get interruptStatus(): boolean {

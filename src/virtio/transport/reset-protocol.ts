@@ -124,6 +124,11 @@ export class ResetProtocol {
     return true;
   }
 
+  /** The state has been loaded, and no worker has ever held the queues: if they are to, this is their first session. */
+  restored(): void {
+    this.#newSession();
+  }
+
   /** The session changes if who is to hold the queues does. */
   #newSession(): void {
     const { words, at } = this;

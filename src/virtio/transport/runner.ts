@@ -79,8 +79,7 @@ export class VirtioRunner {
     build: (context: DeviceContext) => VirtioDevice,
   ) {
     const { description, id } = handle;
-    const queues = description.queueSizes.length;
-    const layout = transportLayout(id, queues, description.config.length);
+    const layout = transportLayout(description);
     this.#state = new StateBlock(layout, handle.state);
     this.#words = this.#state.words;
     this.#at = layout.at;
@@ -182,6 +181,9 @@ export class VirtioRunner {
 
   /** The worker will call nothing of the device before `resume`. */
   pause(): void {
+    // A driver has taken its queues back and nobody has seen it: what is saved of a machine that is paused knows no holders.
+    const held = this.#words[this.#at.holders + this.#worker];
+    if (held !== 0 && held !== Atomics.load(this.#words, this.#at.session)) this.#letGo();
     if (this.#device.holdsChains !== true) return;
     this.#deactivate();
     this.#paused = true;
@@ -209,8 +211,9 @@ export class VirtioRunner {
   }
 
   #activate(): void {
-    this.#broken = false;
-    if (this.#paused) return;
+    // Also of a state that was loaded: nothing but a reset mends it.
+    this.#broken = (Atomics.load(this.#words, this.#at.status) & Status.needsReset) !== 0;
+    if (this.#paused || this.#broken) return;
     try {
       this.#queues = this.handle.description.queueSizes.map((_, index) => this.#openQueue(index));
     } catch (error) {

@@ -1,11 +1,10 @@
 /** The state block of a virtio device behind PCI: everything that its driver can see or set. */
-import { FUNCTION_WORDS } from '../../pci/function.js';
-import { type MsixPlace, msixWords, NO_VECTOR } from '../../pci/msix.js';
-import type { StateBlock } from '../../state/state-block.js';
-import { type StateLayout, stateLayout } from '../../state/state-block.js';
+import { FUNCTION_LIMITS, FUNCTION_WORDS } from '../../pci/function.js';
+import { MSIX_ENTRY_LIMITS, type MsixPlace, msixWords, NO_VECTOR } from '../../pci/msix.js';
+import { DOUBLE, hostOnly, type StateBlock, type StateLayout, stateLayout, upTo } from '../../state/state-block.js';
 import { DEVICE_COUNTERS, DEVICE_LATENCIES, type DeviceContext, OWN_WORDS, type VirtioDescription } from '../device.js';
 import { LATENCY_NUMBERS, Latency, latencyCounters } from '../latency.js';
-import { QUEUE_WORDS, QueueWord } from '../queue/queue.js';
+import { QUEUE_LIMITS, QUEUE_WORDS, QueueWord } from '../queue/queue.js';
 
 type Fields =
   | 'alignment'
@@ -58,49 +57,50 @@ export function vectorCount(queues: number): number {
   return queues + 1;
 }
 
-/** @param configBytes length of the device's configuration space */
-export function transportLayout(name: string, queues: number, configBytes: number): TransportLayout {
+/** Of a device of this kind, whatever its name: a state is loaded by the same kind alone. */
+export function transportLayout({ type, queueSizes, config }: VirtioDescription): TransportLayout {
+  const queues = queueSizes.length;
   const vectors = vectorCount(queues);
   const msix = msixWords(vectors);
-  return stateLayout<Fields>(name, 1, {
+  return stateLayout<Fields>(`virtio-${type}`, 1, {
     /** The counters of queues and device are doubles: a word more before them, as the lock is one. */
-    alignment: 1,
-    queues: queues * QUEUE_WORDS,
+    alignment: hostOnly(),
+    queues: upTo(QUEUE_LIMITS, queues * QUEUE_WORDS),
     /** Of the device: a set for each queue. */
-    counters: 2 * COUNTER_SET * queues,
-    function: FUNCTION_WORDS,
-    msixControl: 1,
-    msixTable: msix.table,
+    counters: upTo(DOUBLE, 2 * COUNTER_SET * queues),
+    function: upTo(FUNCTION_LIMITS, FUNCTION_WORDS),
+    msixControl: upTo(0xffff),
+    msixTable: upTo(MSIX_ENTRY_LIMITS, msix.table),
     msixPending: msix.pending,
     /** Threads that are sending a vector's message. */
-    msixSenders: vectors,
+    msixSenders: hostOnly(vectors),
     /** Vectors that the host's kernel can raise at present, a bit each. */
-    connected: msix.pending,
+    connected: hostOnly(msix.pending),
     /** The configuration access capability: BAR, offset, length (4.1.4.9). */
     configAccess: 3,
     /** Guest physical address at which the doorbells are registered, in two words; 0: they are not. */
-    doorbells: 2,
+    doorbells: hostOnly(2),
     /** Queues whose doorbells the hypervisor has taken, a bit each. */
-    heard: Math.ceil(queues / 32),
+    heard: hostOnly(Math.ceil(queues / 32)),
     /** How often the driver has written the configuration space. */
-    configWrites: 1,
-    status: 1,
+    configWrites: hostOnly(),
+    status: upTo(0xff),
     /** Whose the queues are, which workers hold them, and what waits for those: reset-protocol.ts. A queue has at most a worker. */
-    session: 1,
-    holders: queues,
-    resetting: 1,
+    session: hostOnly(),
+    holders: hostOnly(queues),
+    resetting: hostOnly(),
     /** How often the driver has reset the device. */
-    resets: 1,
-    impatient: 1,
-    mastering: 1,
+    resets: hostOnly(),
+    impatient: hostOnly(),
+    mastering: upTo(2),
     generation: 1,
-    isr: 1,
+    isr: upTo(3),
     featureSelect: 1,
     driverFeatureSelect: 1,
     driverFeatures: 2,
-    configVector: 1,
-    queueSelect: 1,
-    config: Math.max(Math.ceil(configBytes / 4), 1),
+    configVector: upTo(NO_VECTOR),
+    queueSelect: upTo(0xffff),
+    config: Math.max(Math.ceil(config.length / 4), 1),
     /** Of the device class. */
     own: OWN_WORDS,
   });

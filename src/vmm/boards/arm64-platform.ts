@@ -30,6 +30,8 @@ import {
   type PlatformEvent,
   pvpanic,
   slotEvents,
+  type StateUnits,
+  stateUnits,
 } from './platform-parts.js';
 
 export interface Arm64PlatformOptions {
@@ -87,6 +89,19 @@ export function createArm64Platform(
   };
 }
 
+/** What is saved of the platform's devices. */
+export function arm64Units(handle: Arm64PlatformHandle): StateUnits {
+  const { options } = handle;
+  return stateUnits({
+    serial: options.serial ? [pl011Layout, handle.serial] : undefined,
+    rtc: [pl031Layout, handle.rtc],
+    gpio: [pl061Layout, handle.gpio],
+    ged: [gedLayout, handle.ged],
+    'pci-hotplug': [pciHotplugLayout, handle.pciHotplug],
+    'memory-hotplug': options.memoryHotplug ? [memoryHotplugLayout, handle.memoryHotplug] : undefined,
+  });
+}
+
 /** @param emit called on this thread with what main has to know */
 export function attachArm64Platform(
   handle: Arm64PlatformHandle,
@@ -119,6 +134,9 @@ export function attachArm64Platform(
   const powerButton = () => {
     ged.notify(GedEvent.PowerButton);
     gpio.setInput(POWER_BUTTON_LINE, true);
+    releaseButton();
+  };
+  const releaseButton = () => {
     setTimeout(() => gpio.setInput(POWER_BUTTON_LINE, false), BUTTON_MILLISECONDS).unref();
   };
   return {
@@ -132,5 +150,14 @@ export function attachArm64Platform(
     remind: () => ged.remind(),
     apply: pci.apply,
     setBack: () => undefined,
+    paused: () => undefined,
+    restored: () => {
+      serial?.restored();
+      gpio.restored();
+      ged.restored();
+      // Whoever pressed it is not here to let it go.
+      releaseButton();
+    },
+    asked: () => ({ devices: hotplug.allAsked(), vcpus: [], dimms: dimms?.allAsked() ?? [] }),
   };
 }

@@ -11,7 +11,7 @@ import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
 import { budgetLayout, MessageBudget } from '../../state/message-budget.js';
 import { monotonicClock } from '../../state/monotonic-clock.js';
-import { StateBlock } from '../../state/state-block.js';
+import { StateBlock, type StateLayout } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { VirtioPciDevice } from '../../virtio/transport/pci-transport.js';
@@ -66,6 +66,28 @@ export interface Platform {
   readonly apply: (change: PlatformChange) => void;
   /** Clocks of the machine's own stood still for so many nanoseconds. While no vCPU runs. */
   setBack(nanoseconds: number): void;
+  /**
+   * Clocks of the machine's own stand still, and what they show is in the state, which can be saved.
+   *
+   * @param moment nanoseconds of the monotonic clock
+   */
+  paused(moment: number): void;
+  /**
+   * The platform's units have been loaded, into a machine that has not been started and on main's view alone: the hypervisor, and
+   * whatever is of the host, follows them. Interrupts may be raised: the records of vCPUs and VM have been set before.
+   *
+   * @param moment nanoseconds of the monotonic clock, from which on clocks go on; what passes until the vCPUs run is for `setBack`
+   */
+  restored(moment: number): void;
+  /** What the guest has been asked to let go, and has neither done so nor been told that it may stay. */
+  asked(): AskedToGo;
+}
+
+/** By segment and slot; by number; by slot. */
+export interface AskedToGo {
+  readonly devices: readonly (readonly [number, number])[];
+  readonly vcpus: readonly number[];
+  readonly dimms: readonly number[];
 }
 
 /** For ACPI's guests; others find out by looking at the bus again. */
@@ -79,6 +101,19 @@ export interface VcpuEvents {
   came(vcpu: number): void;
   /** Asks, or asks again. It is answered by the event `vcpu-ejected`, if at all. */
   shallGo(vcpu: number): void;
+}
+
+/** Parts of a machine's state by their names, which stay the same over all versions. */
+export type StateUnits = ReadonlyMap<string, StateBlock>;
+
+/** @param blocks by name; those without a block are devices that the machine does not have */
+export function stateUnits(
+  blocks: Readonly<Record<string, readonly [StateLayout, SharedArrayBuffer] | undefined>>,
+): StateUnits {
+  const units = new Map<string, StateBlock>();
+  for (const [name, block] of Object.entries(blocks))
+    if (block !== undefined) units.set(name, new StateBlock(...block));
+  return units;
 }
 
 /** @param block of the controller */

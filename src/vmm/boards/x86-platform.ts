@@ -35,6 +35,8 @@ import {
   type PlatformEvent,
   pvpanic,
   slotEvents,
+  type StateUnits,
+  stateUnits,
 } from './platform-parts.js';
 
 export interface X86PlatformOptions {
@@ -115,6 +117,25 @@ export function createX86Platform(
   };
 }
 
+/** What is saved of the platform's devices. */
+export function x86Units(handle: X86PlatformHandle): StateUnits {
+  const { options } = handle;
+  return stateUnits({
+    serial: options.serial ? [serialLayout, handle.serial] : undefined,
+    rtc: [rtcLayout, handle.rtc],
+    'debug-port': [debugPortLayout, handle.debugPort],
+    ged: [gedLayout, handle.ged],
+    'acpi-pm': [pmTimerLayout, handle.pmTimer],
+    'pci-config': [pciPortsLayout, handle.pciPorts],
+    'pci-hotplug': [pciHotplugLayout, handle.pciHotplug],
+    'cpu-hotplug':
+      options.cpuHotplugAddress === undefined ? undefined : [cpuHotplugLayout(options.vcpus), handle.cpuHotplug],
+    'memory-hotplug':
+      options.memoryHotplugAddress === undefined ? undefined : [memoryHotplugLayout, handle.memoryHotplug],
+    ioapic: options.ioapic ? [ioapicLayout, handle.intx.ioapic] : undefined,
+  });
+}
+
 /** @param emit called on this thread with what main has to know */
 export function attachX86Platform(
   handle: X86PlatformHandle,
@@ -186,5 +207,13 @@ export function attachX86Platform(
     dimms: dimms && dimmEvents(dimms, ged),
     apply: pci.apply,
     setBack: (nanoseconds) => pmTimer.setBack(nanoseconds),
+    paused: (moment) => pmTimer.paused(moment),
+    restored: (moment) => {
+      pmTimer.restored(moment);
+      ioapic?.restored();
+      serial?.restored();
+      ged.restored();
+    },
+    asked: () => ({ devices: hotplug.allAsked(), vcpus: vcpuHotplug.allAsked(), dimms: dimms?.allAsked() ?? [] }),
   };
 }

@@ -21,6 +21,7 @@ import { VirtioPciDevice } from '../../virtio/transport/pci-transport.js';
 import { QUEUE_WORDS, queueCounters } from '../../virtio/queue/queue.js';
 import { deviceCounters, transportLayout } from '../../virtio/transport/transport-state.js';
 import { StateBlock } from '../../state/state-block.js';
+import type { StateUnits } from '../boards/platform-parts.js';
 import {
   balloonPlan,
   consolePlan,
@@ -308,7 +309,7 @@ export class DeviceManager {
         slot,
         description,
         offered: offeredFeatures(description, placement.iommu === true, plan.featureLimit),
-        state: new StateBlock(transportLayout(id, description.queueSizes.length, description.config.length)).buffer,
+        state: new StateBlock(transportLayout(description)).buffer,
         doorbells: description.queueSizes.map(() => this.#eventfd(undo)),
         workers: [...served.keys()].map(({ wake }) => wake),
         wideBar: !lowBar,
@@ -394,6 +395,32 @@ export class DeviceManager {
     }
   }
 
+  /** What is saved of the devices. */
+  get units(): StateUnits {
+    const units = new Map<string, StateBlock>();
+    for (const [id, { function_, plan }] of this.#placed) {
+      units.set(`virtio:${id}`, function_.state);
+      for (const [part, block] of Object.entries(plan.units ?? {})) units.set(`virtio:${id}:${part}`, block);
+    }
+    return units;
+  }
+
+  /** The machine is paused, and so are its workers: the units are complete now, and can be saved. */
+  paused(): void {
+    for (const { function_ } of this.#placed.values()) function_.paused();
+  }
+
+  /**
+   * The units have been loaded, into a machine whose workers and vCPUs have not been started: the host and the hypervisor follow them.
+   * After the records of vCPUs and VM have been set, and after `Platform.restored`.
+   *
+   * @throws StateError when a device is not what its driver has agreed to
+   */
+  restored(): void {
+    for (const { function_, plan } of this.#placed.values()) function_.restored(plan.restored);
+    this.#lines.restored();
+  }
+
   places(): DevicePlace[] {
     return [...this.#placed.values()].map(({ handle, memory, function_ }) => {
       const { index, size, wide } = virtioBar(handle.wideBar);
@@ -404,8 +431,7 @@ export class DeviceManager {
 
   counters(): DeviceCounters[] {
     return this.devices.map(({ handle: { id, state, description } }) => {
-      const queues = description.queueSizes.length;
-      const layout = transportLayout(id, queues, description.config.length);
+      const layout = transportLayout(description);
       const block = new StateBlock(layout, state);
       return {
         id,

@@ -6,17 +6,18 @@ import type { PciPlacement } from '../../config/device-config.js';
 import type { MemoryZone } from '../../config/memory-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import type { MemoryRange } from '../../memory/guest-memory.js';
+import type { StateBlock } from '../../state/state-block.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { balloonDescription } from '../../virtio/devices/balloon.js';
 import type { BytePipe } from '../../virtio/devices/byte-pipe.js';
 import { consoleDescription } from '../../virtio/devices/console.js';
 import { entropyDescription } from '../../virtio/devices/entropy.js';
-import { bitmapBytes, memDescription } from '../../virtio/devices/mem.js';
+import { memDescription, memRestored, pluggedBlocks } from '../../virtio/devices/mem.js';
 import { netDescription } from '../../virtio/devices/net/description.js';
 import { pmemDescription } from '../../virtio/devices/pmem.js';
 import { vsockDescription } from '../../virtio/devices/vsock/description.js';
 import { watchdogDescription } from '../../virtio/devices/watchdog.js';
-import type { VirtioDescription } from '../../virtio/device.js';
+import type { RestoredDevice, VirtioDescription } from '../../virtio/device.js';
 import { groupState } from '../../virtio/limiter-group.js';
 import type { LimiterOptions } from '../../virtio/rate-limiter.js';
 import type { DiskResource } from '../host/disk-resource.js';
@@ -44,6 +45,10 @@ export interface DevicePlan {
   readonly blocking: boolean;
   /** For the log: what moves its data, then what would do so better and why it cannot. */
   readonly path: readonly string[];
+  /** What is saved of it beside its function's state, by name. */
+  readonly units?: Readonly<Record<string, StateBlock>>;
+  /** What the device makes of its state that was loaded. @throws StateError when no device can have saved it */
+  readonly restored?: (device: RestoredDevice) => void;
   /** The BAR is below 4 GiB, where firmware reaches it. */
   readonly lowBar: boolean;
 }
@@ -54,9 +59,10 @@ const ON_SEGMENT_0 = { pci_segment: 0 };
 
 /** @param wake of main's end of the pipe */
 export function consolePlan(pipe: BytePipe, wake: number): DevicePlan {
-  const backend = { kind: 'console', pipe: pipe.buffer, wake } as const;
+  const backend = { kind: 'console', pipe: pipe.state.buffer, wake } as const;
   const description = consoleDescription(CONSOLE_QUEUE_SIZE);
-  return { ...USUAL, id: FIXED_NAMES.console, placement: ON_SEGMENT_0, description, backend };
+  const saved = { units: { pipe: pipe.state }, restored: () => pipe.restored() };
+  return { ...USUAL, id: FIXED_NAMES.console, placement: ON_SEGMENT_0, description, backend, ...saved };
 }
 
 /** @param group the limit that it shares with others */
@@ -163,11 +169,20 @@ export function modulePlan({ id, config, setup, description }: ModuleResource): 
 export function memPlan(zone: MemoryZone, { address: start, size }: MemoryRange, node?: number): DevicePlan {
   const { id, shared, hugepages, prefault, hotplugged_size: requested = 0 } = zone;
   const setup = { start, size, blockSize: blockSize(zone), requested, readsCost: shared || hugepages, node };
-  const plugged = new SharedArrayBuffer(bitmapBytes(setup));
+  const plugged = pluggedBlocks(setup);
   // Of an empty pool, a huge page that is touched would end the process.
-  const backend = { kind: 'mem', plugged, populate: prefault || hugepages } as const;
+  const backend = { kind: 'mem', plugged: plugged.buffer, populate: prefault || hugepages } as const;
+  const saved = { units: { plugged }, restored: memRestored(setup, plugged) };
   // The host may take its time for the pages of 128 GiB, which one request may be about.
-  return { ...USUAL, id, placement: ON_SEGMENT_0, description: memDescription(setup), backend, blocking: true };
+  return {
+    ...USUAL,
+    id,
+    placement: ON_SEGMENT_0,
+    description: memDescription(setup),
+    backend,
+    blocking: true,
+    ...saved,
+  };
 }
 
 export function balloonPlan(config: NonNullable<VmConfig['balloon']>): DevicePlan {

@@ -38,7 +38,7 @@ test('each worker of a device has a set of its own, and what counts lies beside 
     ...{ size: 4096, queues: 3, queueSize: 16, readonly: false },
     ...{ logicalBlock: 512, physicalBlock: 512 },
   });
-  const block = new StateBlock(transportLayout('d', 3, description.config.length));
+  const block = new StateBlock(transportLayout(description));
   const [first, second] = [workerCounters(block, [0, 2]), workerCounters(block, [1])];
   for (let at = 0; at < DEVICE_COUNTERS; at++) {
     first.counters[at] = 10;

@@ -1,13 +1,13 @@
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import {
-  bitmapBytes,
   BlockState,
   MemCounter,
   memDescription,
   MemDevice,
   MemRequest,
   MemResponse,
+  pluggedBlocks,
   type MemSetup,
 } from '../../../src/virtio/devices/mem.js';
 import {
@@ -56,9 +56,8 @@ describe('the description', () => {
   });
 
   test('has a bit for each block', () => {
-    expect(bitmapBytes(SETUP)).toBe(5);
-    expect(bitmapBytes({ size: 2 ** 40, blockSize: BLOCK })).toBe(2 ** 16);
-    expect(bitmapBytes({ size: 8 * BLOCK, blockSize: BLOCK })).toBe(1);
+    const words = (blocks: number) => pluggedBlocks({ size: blocks * BLOCK, blockSize: BLOCK }).layout.length.blocks;
+    expect([1, 32, 33, 2 ** 19].map(words)).toEqual([1, 1, 2, 2 ** 14]);
   });
 });
 
@@ -82,7 +81,7 @@ describe.each(FORMATS)('the memory device %o', ({ packed }) => {
   /** @param blocks that the driver is asked to plug */
   const start = (blocks: number, populates = false) => {
     context.config.set(memDescription({ ...SETUP, requested: blocks * BLOCK }).config);
-    plugged = new SharedArrayBuffer(bitmapBytes(SETUP));
+    plugged = pluggedBlocks(SETUP).buffer;
     const populate = populates ? host('populate') : undefined;
     device = new MemDevice(context, { plugged, discard: host('discard'), populate });
     activate();
@@ -123,7 +122,7 @@ describe.each(FORMATS)('the memory device %o', ({ packed }) => {
       .map((size) => size / BLOCK);
   const bits = () =>
     Array.from({ length: BLOCKS }, (_, block) => block).filter(
-      (block) => (new Uint8Array(plugged)[block >> 3] & (1 << (block & 7))) !== 0,
+      (block) => (new Uint8Array(plugged, 4)[block >> 3] & (1 << (block & 7))) !== 0,
     );
   const counters = () =>
     Object.fromEntries(Object.entries(MemCounter).map(([name, index]) => [name, context.counters[index]]));

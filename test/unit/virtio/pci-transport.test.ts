@@ -83,7 +83,7 @@ function machine(kernelServed = false) {
     slot: 3,
     description,
     offered: offeredFeatures(description, false),
-    state: new StateBlock(transportLayout('_test0', 2, 8)).buffer,
+    state: new StateBlock(transportLayout(description)).buffer,
     doorbells: [kernel.eventfd(), kernel.eventfd()],
     workers: [wake],
     wideBar: true,
@@ -643,7 +643,7 @@ test('doorbells of all queues are back after the BAR was sized with decoding on'
 test('a driver that reads during a change of the configuration finds another generation', () => {
   const m = machine();
   const before = read(m, 0x15, 1);
-  const { words } = new StateBlock(transportLayout('_test0', 2, 8), m.handle.state);
+  const { words } = new StateBlock(transportLayout(m.handle.description), m.handle.state);
   m.device.changeConfig((config) => {
     config[0] = 9;
     // Whoever reads the generation now waits for the block's lock, until all of the change is there.
@@ -658,7 +658,7 @@ test('counters of queues are exact beyond 32 bits', () => {
   const m = machine();
   const queue = start(m);
   m.runner.update();
-  const { words, layout } = new StateBlock(transportLayout('_test0', 2, 8), m.handle.state);
+  const { words, layout } = new StateBlock(transportLayout(m.handle.description), m.handle.state);
   const counters = queueCounters(words, layout.at.queues);
   counters.fill(2 ** 32 - 1);
   queue.add([{ address: 0x2_0000, length: 4, write: true }]);

@@ -34,7 +34,7 @@ const description: VirtioDescription = {
   counters: [],
   writable: [],
 };
-const layout = transportLayout('_test0', WORKERS, 0);
+const layout = transportLayout(description);
 const block = new StateBlock(layout);
 const { words } = block;
 const { at } = layout;

@@ -41,7 +41,7 @@ function machine() {
     };
     const made: VirtioPciHandle = {
       ...{ id, segment, slot, description, offered: offeredFeatures(description, false) },
-      state: new StateBlock(transportLayout(id, queues, 1)).buffer,
+      state: new StateBlock(transportLayout(description)).buffer,
       ...{ doorbells: [], workers: [], wideBar: bar >= 2 ** 32, interruptLine: 0, kernelInterrupts: [] },
     };
     VirtioPciDevice.powerOn(made, bar, kernel, signals, IntxLines.attach(intx, signals));
