@@ -6,6 +6,7 @@
  * root (src/threads/) attaches to it by its handle. State crosses in hypervisor-neutral records (x86-state.ts), so nothing above names an ioctl.
  */
 import type { MappingHandle } from '../sys/host-kernel.js';
+import type { Arm64VcpuState, Arm64VmState } from './saved-state.js';
 import type { CpuidEntry, Msr, X86Fpu, X86Registers, X86SpecialRegisters } from './x86-state.js';
 
 export type HypervisorName = 'kvm' | 'mshv';
@@ -108,6 +109,10 @@ export interface Arm64Vcpu extends Vcpu {
   /** MPIDR_EL1: the processor's affinity. */
   mpidr(): number;
   registers(): Arm64Registers;
+  /** Its thread is parked. */
+  save(): Arm64VcpuState;
+  /** It has not run. @throws HypervisorError with one line that names what this host cannot have as it was saved */
+  load(state: Arm64VcpuState): void;
 }
 
 export interface Arm64Registers {
@@ -225,6 +230,14 @@ export interface Arm64Vm extends Vm {
   createVcpu(id: number, poweredOff: boolean): Arm64Vcpu;
   /** Makes the interrupt controller, when the last vCPU is there; interrupts may be created from then on. */
   finishVcpus(): void;
+  /** After `stopTime` and the vCPUs, before guest memory: the interrupt controller puts some of its state there. */
+  save(): Arm64VmState;
+  /**
+   * Leaves the VM as after `stopTime`. After `finishVcpus`, with all memory as it was saved and the vCPUs loaded.
+   *
+   * @throws HypervisorError with one line that names what this host cannot have as it was saved
+   */
+  load(state: Arm64VmState): void;
 }
 
 interface AnyHypervisor {

@@ -104,8 +104,8 @@ export interface Arm64VcpuState {
 export interface Arm64VmState {
   /** CNTVCT_EL0 when the VM's time was stopped. */
   readonly counter: bigint;
-  /** Of CNTVCT_EL0, in Hz. */
+  /** Of CNTVCT_EL0, in Hz, as it was measured: half a percent off at most. */
   readonly counterFrequency: number;
-  /** Of the GIC, by group, in the order in which they are to be set. */
+  /** Of the GIC, by group, in the order in which they are to be set. The rest is in guest memory, put there when these were read. */
   readonly gic: Readonly<Record<string, readonly Arm64Register[]>>;
 }

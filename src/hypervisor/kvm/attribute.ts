@@ -7,17 +7,34 @@ import * as abi from './abi.js';
 
 const VALUE_BYTES = 8;
 
-/** @param value set before the request @returns the value after it */
-export function withValue(kernel: HostKernel, value: bigint, request: (address: bigint) => void): bigint {
-  const mapping = kernel.map({ length: VALUE_BYTES, shared: false });
+/** @param use gets zeros with their address; both end with it */
+export function withBuffer<T>(kernel: HostKernel, length: number, use: (bytes: Uint8Array, address: bigint) => T): T {
+  const mapping = kernel.map({ length, shared: false });
   try {
-    const view = new DataView(mapping.view(0, VALUE_BYTES));
-    view.setBigUint64(0, value, true);
-    request(mapping.handle.address);
-    return view.getBigUint64(0, true);
+    return use(new Uint8Array(mapping.view(0, length)), mapping.handle.address);
   } finally {
     mapping.unmap();
   }
+}
+
+/** @param value set before the request @returns the value after it */
+export function withValue(kernel: HostKernel, value: bigint, request: (address: bigint) => void): bigint {
+  return withBuffer(kernel, VALUE_BYTES, (bytes, address) => {
+    const view = new DataView(bytes.buffer);
+    view.setBigUint64(0, value, true);
+    request(address);
+    return view.getBigUint64(0, true);
+  });
+}
+
+/** struct kvm_device_attr */
+export function deviceAttribute(group: number, attribute: bigint, address: bigint): Uint8Array {
+  const argument = new Uint8Array(abi.DEVICE_ATTR_SIZE);
+  const view = new DataView(argument.buffer);
+  view.setUint32(4, group, true);
+  view.setBigUint64(8, attribute, true);
+  view.setBigUint64(16, address, true);
+  return argument;
 }
 
 function request(
@@ -29,12 +46,7 @@ function request(
   value: bigint,
 ): bigint {
   return withValue(kernel, value, (address) => {
-    const argument = new Uint8Array(abi.DEVICE_ATTR_SIZE);
-    const view = new DataView(argument.buffer);
-    view.setUint32(4, group, true);
-    view.setBigUint64(8, BigInt(attribute), true);
-    view.setBigUint64(16, address, true);
-    kernel.ioctlBuffer(fd, code, argument);
+    kernel.ioctlBuffer(fd, code, deviceAttribute(group, BigInt(attribute), address));
   });
 }
 

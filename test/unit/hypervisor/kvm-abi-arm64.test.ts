@@ -20,6 +20,9 @@ const EXPRESSIONS: Readonly<Record<string, string>> = {
   REG_TIMER_CNT: 'KVM_REG_ARM_TIMER_CNT',
   REG_MPIDR_EL1: 'ARM64_SYS_REG(3, 0, 0, 0, 5)',
   VCPU_EVENTS_SIZE: 'sizeof(struct kvm_vcpu_events)',
+  VCPU_EVENTS_SERROR_PENDING_OFFSET: 'offsetof(struct kvm_vcpu_events, exception.serror_pending)',
+  VCPU_EVENTS_SERROR_HAS_ESR_OFFSET: 'offsetof(struct kvm_vcpu_events, exception.serror_has_esr)',
+  VCPU_EVENTS_SERROR_ESR_OFFSET: 'offsetof(struct kvm_vcpu_events, exception.serror_esr)',
   VCPU_EVENTS_EXT_DABT_OFFSET: 'offsetof(struct kvm_vcpu_events, exception.ext_dabt_pending)',
   CREATE_DEVICE_SIZE: 'sizeof(struct kvm_create_device)',
   USER_MEMORY_REGION_SIZE: 'sizeof(struct kvm_userspace_memory_region)',
@@ -33,6 +36,10 @@ const EXPRESSIONS: Readonly<Record<string, string>> = {
 /** What the code writes at fixed places of structures. */
 const PLACES: Readonly<Record<string, number>> = {
   'offsetof(struct kvm_one_reg, addr)': 8,
+  'offsetof(struct kvm_reg_list, reg)': 8,
+  'sizeof(struct kvm_mp_state)': 4,
+  KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT: 32,
+  VGIC_LEVEL_INFO_LINE_LEVEL: 0,
   'offsetof(struct kvm_create_device, fd)': 4,
   'offsetof(struct kvm_create_device, flags)': 8,
   'offsetof(struct kvm_device_attr, group)': 4,

@@ -15,6 +15,7 @@ export {
   KVM_CREATE_VCPU,
   KVM_CREATE_VM,
   KVM_GET_API_VERSION,
+  KVM_GET_DEVICE_ATTR,
   KVM_GET_VCPU_MMAP_SIZE,
   KVM_IOEVENTFD,
   KVM_IOEVENTFD_FLAG_DEASSIGN,
@@ -24,6 +25,7 @@ export {
   KVM_IRQFD_FLAG_DEASSIGN,
   KVM_MSI_VALID_DEVID,
   KVM_RUN,
+  KVM_SET_DEVICE_ATTR,
   KVM_SET_GSI_ROUTING,
   KVM_SET_SIGNAL_MASK,
   KVM_SET_USER_MEMORY_REGION,
@@ -35,9 +37,13 @@ export {
 } from '../abi.js';
 
 export const KVM_ENABLE_CAP = 0x4068aea3;
+export const KVM_GET_MP_STATE = 0x8004ae98;
+export const KVM_SET_MP_STATE = 0x4004ae99;
+export const KVM_GET_VCPU_EVENTS = 0x8040ae9f;
 export const KVM_SET_VCPU_EVENTS = 0x4040aea0;
 export const KVM_GET_ONE_REG = 0x4010aeab;
 export const KVM_SET_ONE_REG = 0x4010aeac;
+export const KVM_GET_REG_LIST = 0xc008aeb0;
 export const KVM_ARM_VCPU_INIT = 0x4020aeae;
 export const KVM_ARM_PREFERRED_TARGET = 0x8020aeaf;
 export const KVM_ARM_VCPU_FINALIZE = 0x4004aec2;
@@ -82,7 +88,10 @@ export const KVM_ARM_VCPU_PTRAUTH_GENERIC = 6;
 export const ONE_REG_SIZE = 16;
 /** Ids of registers: those of struct kvm_regs count in 32-bit words, system registers are op0, op1, CRn, CRm, op2. */
 export const REG_X0 = 0x6030_0000_0010_0000n;
-/** The virtual timer's counter, CNTVCT_EL0: all vCPUs have one offset. */
+/**
+ * The virtual timer's counter, CNTVCT_EL0: all vCPUs have one offset. Its id and that of the timer's compare value are each
+ * other's by a mistake that has become the ABI (api.rst, 4.68).
+ */
 export const REG_TIMER_CNT = 0x6030_0000_0013_df1an;
 /** SP_EL0; SP_EL1 comes after PSTATE. */
 export const REG_SP = 0x6030_0000_0010_003en;
@@ -91,9 +100,25 @@ export const REG_PC = 0x6030_0000_0010_0040n;
 export const REG_PSTATE = 0x6030_0000_0010_0042n;
 export const REG_MPIDR_EL1 = 0x6030_0000_0013_c005n;
 
+/** Parts of an id: how many bytes the value has, as a power of two, and which kind of register it is. */
+export const KVM_REG_SIZE_SHIFT = 52;
+export const KVM_REG_SIZE_MASK = 0x00f0_0000_0000_0000n;
+export const KVM_REG_ARM_COPROC_MASK = 0x0fff_0000n;
+export const KVM_REG_ARM_CORE = 0x10_0000n;
+export const KVM_REG_ARM64_SYSREG = 0x13_0000n;
+export const KVM_REG_ARM_FW = 0x14_0000n;
+export const KVM_REG_ARM_FW_FEAT_BMAP = 0x16_0000n;
+export const KVM_REG_ARM64_SVE_VLS = 0x6060_0000_0015_ffffn;
+
+export const KVM_MP_STATE_RUNNABLE = 0;
+export const KVM_MP_STATE_STOPPED = 5;
+
 /** struct kvm_vcpu_events. */
 export const VCPU_EVENTS_SIZE = 64;
+export const VCPU_EVENTS_SERROR_PENDING_OFFSET = 0;
+export const VCPU_EVENTS_SERROR_HAS_ESR_OFFSET = 1;
 export const VCPU_EVENTS_EXT_DABT_OFFSET = 2;
+export const VCPU_EVENTS_SERROR_ESR_OFFSET = 8;
 export const KVM_EXIT_ARM_NISV = 28;
 
 /** struct kvm_create_device: type at 0, fd at 4, flags at 8. */
@@ -104,12 +129,20 @@ export const KVM_DEV_TYPE_ARM_VGIC_ITS = 8;
 
 /** Groups of the GIC's and the ITS's attributes, and the attributes in them. */
 export const KVM_DEV_ARM_VGIC_GRP_ADDR = 0;
+export const KVM_DEV_ARM_VGIC_GRP_DIST_REGS = 1;
 export const KVM_DEV_ARM_VGIC_GRP_NR_IRQS = 3;
 export const KVM_DEV_ARM_VGIC_GRP_CTRL = 4;
+export const KVM_DEV_ARM_VGIC_GRP_REDIST_REGS = 5;
+export const KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS = 6;
+export const KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO = 7;
+export const KVM_DEV_ARM_VGIC_GRP_ITS_REGS = 8;
 export const KVM_VGIC_V3_ADDR_TYPE_DIST = 2;
 export const KVM_VGIC_V3_ADDR_TYPE_REDIST = 3;
 export const KVM_VGIC_ITS_ADDR_TYPE = 4;
 export const KVM_DEV_ARM_VGIC_CTRL_INIT = 0;
+export const KVM_DEV_ARM_ITS_SAVE_TABLES = 1;
+export const KVM_DEV_ARM_ITS_RESTORE_TABLES = 2;
+export const KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES = 3;
 
 /** A vCPU's attributes. */
 export const KVM_ARM_VCPU_PMU_V3_CTRL = 0;

@@ -10,6 +10,7 @@ import {
   type Vcpu,
   type VcpuHandle,
 } from '../../hypervisor.js';
+import type { Arm64VmState } from '../../saved-state.js';
 import { createKvmVm, openedWith, openKvmDevice } from '../device.js';
 import { setRouting, wireSpis } from '../routes.js';
 import { KvmVmBase } from '../vm.js';
@@ -17,8 +18,10 @@ import * as abi from './abi.js';
 import { setAttribute } from '../attribute.js';
 
 import { register, setRegister } from './attributes.js';
+import { type CounterLook, lookAt, mayBe, measureFrequency } from './counter-frequency.js';
 import { createGic, requireGic } from './gic.js';
-import { hostFeatures, initializeVcpu, KvmArm64Vcpu } from './vcpu.js';
+import { type Gic, loadGic, saveGic } from './gic-state.js';
+import { affinity, hostFeatures, initializeVcpu, KvmArm64Vcpu } from './vcpu.js';
 
 /** The capabilities without which no guest can run here. `vmm doctor` reports them one by one. */
 export const REQUIRED_CAPABILITIES = [
@@ -88,6 +91,8 @@ class KvmArm64Vm extends KvmVmBase implements Arm64Vm {
   readonly #vcpus: number[] = [];
   /** The virtual counter as it was when it was stopped. */
   #stopped: bigint | undefined;
+  /** Since then the counter has run on undisturbed. */
+  #look: CounterLook | undefined;
   readonly #gic: number[] = [];
 
   constructor(
@@ -129,13 +134,43 @@ class KvmArm64Vm extends KvmVmBase implements Arm64Vm {
     const [first] = this.#vcpus;
     if (this.#stopped !== undefined) setRegister(this.kernel, first, abi.REG_TIMER_CNT, this.#stopped);
     this.#stopped = undefined;
+    this.#look = lookAt(this.#counter);
   }
 
   stopTime(): void {
-    this.#stopped = register(this.kernel, this.#vcpus[0], abi.REG_TIMER_CNT);
+    this.#stopped ??= this.#counter();
+  }
+
+  /** CNTVCT_EL0 of all vCPUs. */
+  readonly #counter = () => register(this.kernel, this.#vcpus[0], abi.REG_TIMER_CNT);
+
+  save(): Arm64VmState {
+    if (this.#stopped === undefined)
+      throw new HypervisorError("The machine's time has to stand still while it is saved");
+    const gic = saveGic(this.kernel, this.#savedGic());
+    const { least, most } = measureFrequency(this.#look!, this.#counter);
+    return { counter: this.#stopped, counterFrequency: Math.round((least + most) / 2), gic };
+  }
+
+  load({ counter, counterFrequency, gic }: Arm64VmState): void {
+    loadGic(this.kernel, this.#savedGic(), gic);
+    this.#stopped = counter;
+    const here = measureFrequency(this.#look!, this.#counter);
+    if (!mayBe(here, counterFrequency)) {
+      const mhz = (frequency: number) => `${(frequency / 1e6).toFixed(1)} MHz`;
+      throw new HypervisorError(
+        `The machine was saved with a counter of about ${mhz(counterFrequency)}; this host's has about ${mhz(here.least)}`,
+      );
+    }
+  }
+
+  #savedGic(): Gic {
+    const [gic, its] = this.#gic;
+    return { gic, its, spis: this.options.gic.spis, processors: this.#vcpus.map((fd) => affinity(this.kernel, fd)) };
   }
 
   finishVcpus(): void {
+    this.#look = lookAt(this.#counter);
     createGic(this.kernel, this.fd, this.options.gic, this.#vcpus.length, this.#gic);
     wireSpis(this.routes, this.options.gic.spis);
     setRouting(this.kernel, this.fd, this.routes);

@@ -7,9 +7,11 @@
  */
 import type { HostKernel } from '../../../sys/host-kernel.js';
 import { type Arm64Registers, type Arm64Vcpu, ExitKind } from '../../hypervisor.js';
+import type { Arm64VcpuState } from '../../saved-state.js';
 import { KvmRunner } from '../run.js';
 import * as abi from './abi.js';
 import { register, setRegister } from './attributes.js';
+import { loadVcpu, saveVcpu } from './vcpu-state.js';
 
 /** EL1h with debug exceptions, SErrors, IRQs and FIQs masked: Arm ARM, C5.2.18 and D1.7. */
 const PSTATE_EL1H_MASKED = 0x3c5n;
@@ -49,9 +51,21 @@ export class KvmArm64Vcpu extends KvmRunner implements Arm64Vcpu {
     };
   }
 
-  mpidr(): number {
-    return Number(register(this.kernel, this.handle.fd, abi.REG_MPIDR_EL1) & MPIDR_AFFINITY);
+  save(): Arm64VcpuState {
+    return saveVcpu(this.kernel, this.handle.fd);
   }
+
+  load(state: Arm64VcpuState): void {
+    loadVcpu(this.kernel, this.handle.fd, state);
+  }
+
+  mpidr(): number {
+    return affinity(this.kernel, this.handle.fd);
+  }
+}
+
+export function affinity(kernel: HostKernel, vcpu: number): number {
+  return Number(register(kernel, vcpu, abi.REG_MPIDR_EL1) & MPIDR_AFFINITY);
 }
 
 /** Which optional parts of the processor a vCPU gets: all that this host's KVM can give. Bits of KVM_ARM_VCPU_INIT. */
