@@ -43,6 +43,9 @@ export const SYNTHETIC_FEATURE_BIT = {
   synthetic_cluster_ipi: 26,
 } as const;
 
+/** Bit numbers of union hv_partition_processor_features, which is two banks of 64. */
+export const PROCESSOR_FEATURE_BIT = { tsc_deadline_tmr_support: 81 } as const;
+
 /** The hypervisor's CPUID leaves (TLFS 2.4). */
 export const HYPERV_CPUID = {
   VENDOR_AND_MAX_FUNCTIONS: 0x4000_0000,

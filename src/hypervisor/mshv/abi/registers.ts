@@ -15,8 +15,16 @@ export const HV_REGISTER = {
   GUEST_OS_ID: 0x90002,
   VP_INDEX: 0x90003,
   TIME_REF_COUNT: 0x90004,
+  VP_ASSIST_PAGE: 0x90013,
   REFERENCE_TSC: 0x90017,
+  /** SINT1 to SINT15 follow. */
+  SINT0: 0xa0000,
+  SCONTROL: 0xa0010,
+  SIEFP: 0xa0012,
+  SIMP: 0xa0013,
 } as const;
+/** Synthetic interrupt sources. */
+export const HV_SYNIC_SINT_COUNT = 16;
 
 /** HV_X64_REGISTER_ names. */
 export const HV_X64_REGISTER = {
@@ -111,9 +119,20 @@ export const HV_X64_REGISTER = {
   /** FIX4KC8000 and so on follow. */
   MSR_MTRR_FIX4KC0000: 0x80073,
   TSC_AUX: 0x8007b,
+  DEBUG_CTL: 0x8007d,
   SPEC_CTRL: 0x80084,
+  U_XSS: 0x8008b,
+  U_CET: 0x8008c,
+  S_CET: 0x8008d,
+  SSP: 0x8008e,
+  PL0_SSP: 0x8008f,
+  PL1_SSP: 0x80090,
+  PL2_SSP: 0x80091,
+  PL3_SSP: 0x80092,
+  INTERRUPT_SSP_TABLE_ADDR: 0x80093,
   TSC_ADJUST: 0x80096,
   MSR_IA32_MISC_ENABLE: 0x800a0,
+  HYPERCALL: 0x90001,
 } as const;
 
 /** struct hv_x64_segment_register. The attributes are those of VMX access rights. */
@@ -136,9 +155,11 @@ export const TABLE_REGISTER = { limit: 6, base: 8 } as const;
 /** union hv_x64_pending_interruption_register: bits and bit numbers of its lower half; the error code is the upper. */
 export const PENDING_INTERRUPTION = { pending: 0, type: 1, deliverErrorCode: 4, length: 5, vector: 16 } as const;
 /** Types of a pending interruption. */
-export const HV_X64_PENDING = { INTERRUPT: 0, NMI: 2, EXCEPTION: 3 } as const;
+export const HV_X64_PENDING = { INTERRUPT: 0, NMI: 2, EXCEPTION: 3, SOFTWARE_INTERRUPT: 4 } as const;
 /** union hv_x64_pending_exception_event: bit numbers of its lower word; error code at byte 4, parameter (CR2) at byte 8. */
 export const PENDING_EXCEPTION = { pending: 0, type: 1, deliverErrorCode: 8, vector: 16 } as const;
+/** Types of a pending event. */
+export const HV_X64_PENDING_EVENT = { EXCEPTION: 0, EXT_INT: 5 } as const;
 /** union hv_internal_activity_register: bit numbers. */
 export const INTERNAL_ACTIVITY = { startupSuspend: 0, haltSuspend: 1, idleSuspend: 2 } as const;
 /** union hv_x64_interrupt_state_register: bit numbers. */
@@ -169,6 +190,8 @@ export const REGISTER_PAGE = {
 export const HV_VP_REGISTER_PAGE_VERSION_1 = 1;
 /** Bit numbers of the register page's dirty mask. */
 export const HV_X64_REGISTER_CLASS = { GENERAL: 0, IP: 1, XMM: 2, SEGMENT: 3, FLAGS: 4 } as const;
+/** Interrupts that the driver leaves in the page for the hypervisor: a count in the first byte, then as many vectors. */
+export const HV_VP_REGISTER_PAGE_MAX_VECTOR_COUNT = 7;
 /** Registers of the classes XMM and SEGMENT that the page has. */
 export const REGISTER_PAGE_XMM_COUNT = 6;
 export const REGISTER_PAGE_SEGMENT_COUNT = 6;
