@@ -31,6 +31,14 @@ export const MSHV_DEVICE = abi.MSHV_DEVICE;
 /** Pins of the IOAPIC that the machine brings: their routes come first. */
 const IOAPIC_PINS = 24;
 
+/**
+ * A feature that guests are not offered: the hypervisor's local APIC has no timer of that mode, whatever its CPUID says (Cloud
+ * Hypervisor hides it for that), and no register's name for its deadline, so that an armed one could not be saved.
+ */
+const WITHHELD_FEATURE = abi.PROCESSOR_FEATURE_BIT.tsc_deadline_tmr_support;
+/** CPUID leaf 1, ECX. */
+const TSC_DEADLINE = 1 << 24;
+
 /** What a guest may use beyond hardware: what Linux and Windows guests of this hypervisor expect of it. */
 const SYNTHETIC_FEATURES: readonly (keyof typeof abi.SYNTHETIC_FEATURE_BIT)[] = [
   'hypervisor_present',
@@ -104,8 +112,8 @@ export class MshvHypervisor implements X86Hypervisor {
       view.setBigUint64(abi.CREATE_PARTITION.flags, BigInt(bits), true);
       view.setBigUint64(abi.CREATE_PARTITION.isolation, BigInt(abi.MSHV_PT_ISOLATION_NONE), true);
       if (size === abi.CREATE_PARTITION_V2_SIZE) {
-        // All zero: no feature of the processor is withheld.
         view.setUint16(abi.CREATE_PARTITION_V2.featureBanks, abi.MSHV_NUM_CPU_FEATURES_BANKS, true);
+        view.setUint8(abi.CREATE_PARTITION_V2.disabledFeatures + (WITHHELD_FEATURE >> 3), 1 << (WITHHELD_FEATURE & 7));
       }
       return this.kernel.ioctlBuffer(this.fd, abi.MSHV_CREATE_PARTITION, argument);
     };
@@ -195,7 +203,9 @@ class MshvVm implements X86Vm {
   }
 
   supportedCpuid(): CpuidEntry[] {
-    return this.#cpuid;
+    return this.#cpuid.map((entry) =>
+      entry.function === 1 ? { ...entry, ecx: (entry.ecx & ~TSC_DEADLINE) >>> 0 } : entry,
+    );
   }
 
   /** The slot's number is KVM's business: the driver knows a region by where it is. */

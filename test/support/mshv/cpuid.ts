@@ -1,6 +1,11 @@
 /** CPUID of the simulated hypervisor's processors: KVM's, with the Microsoft hypervisor's leaves in place of KVM's own. */
 import * as kvm from '../../../src/hypervisor/kvm/abi.js';
-import { HYPERV_CPUID, MSHV_PT_BIT, SYNTHETIC_FEATURE_BIT } from '../../../src/hypervisor/mshv/abi.js';
+import {
+  HYPERV_CPUID,
+  MSHV_PT_BIT,
+  PROCESSOR_FEATURE_BIT,
+  SYNTHETIC_FEATURE_BIT,
+} from '../../../src/hypervisor/mshv/abi.js';
 import type { HostKernel } from '../../../src/sys/host-kernel.js';
 import { CAP, KVM_GET_SUPPORTED_HV_CPUID } from './kvm-abi.js';
 
@@ -60,7 +65,13 @@ function read(host: HostKernel, device: number, request: number): Leaf[] {
 export function baseCpuid(
   host: HostKernel,
   device: number,
-  partition: { readonly flags: number; readonly features: bigint; readonly disabledXsave: bigint },
+  partition: {
+    readonly flags: number;
+    readonly features: bigint;
+    /** The second bank. */
+    readonly disabledFeatures: bigint;
+    readonly disabledXsave: bigint;
+  },
   vp: number,
 ): Leaf[] {
   const leaves = read(host, device, kvm.KVM_GET_SUPPORTED_CPUID).filter(({ leaf }) => leaf >>> 28 !== 4);
@@ -68,7 +79,9 @@ export function baseCpuid(
     ((partition.features >> BigInt(SYNTHETIC_FEATURE_BIT[name])) & 1n) !== 0n;
   const noXsave = (partition.disabledXsave & 1n) !== 0n;
   const noAvx = noXsave || (partition.disabledXsave & 4n) !== 0n;
-  const deadline = host.ioctlRaw(device, kvm.KVM_CHECK_EXTENSION, kvm.KVM_CAP.TSC_DEADLINE_TIMER) > 0;
+  const withheld =
+    (partition.disabledFeatures & (1n << BigInt(PROCESSOR_FEATURE_BIT.tsc_deadline_tmr_support - 64))) !== 0n;
+  const deadline = !withheld && host.ioctlRaw(device, kvm.KVM_CHECK_EXTENSION, kvm.KVM_CAP.TSC_DEADLINE_TIMER) > 0;
   for (const entry of leaves) {
     if (entry.leaf === 1) {
       entry.ebx = ((entry.ebx & 0xff_ffff) | (vp << 24)) >>> 0;

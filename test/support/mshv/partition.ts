@@ -103,8 +103,13 @@ export class Partition {
     partition.setWord(P.device, device);
     partition.setWord(P.flags, Number(flags));
     if (version2) {
-      const xsave = argument.getBigUint64(abi.CREATE_PARTITION_V2.disabledXsave, true);
-      shared.view.setBigUint64(4 * (partition.#control + P.disabledXsave), xsave, true);
+      const { disabledFeatures, disabledXsave } = abi.CREATE_PARTITION_V2;
+      const words = [disabledFeatures, disabledFeatures + 8, disabledXsave].map((at) =>
+        argument.getBigUint64(at, true),
+      );
+      [P.disabledFeatures, P.disabledFeatures + 2, P.disabledXsave].forEach((at, index) =>
+        shared.view.setBigUint64(4 * (partition.#control + at), words[index], true),
+      );
     }
     const result = partition.#setUp();
     if (result < 0) {
@@ -321,6 +326,7 @@ export class Partition {
       {
         flags: this.word(P.flags),
         features: this.property(abi.HV_PARTITION_PROPERTY.SYNTHETIC_PROC_FEATURES) ?? 0n,
+        disabledFeatures: this.shared.view.getBigUint64(4 * (this.#control + P.disabledFeatures + 2), true),
         disabledXsave: this.shared.view.getBigUint64(4 * (this.#control + P.disabledXsave), true),
       },
       vp,

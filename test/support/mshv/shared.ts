@@ -50,8 +50,8 @@ export const P = {
   /** Dirty pages are logged. */
   tracking: 6,
   msrIntercepts: 7,
-  disabled0: 8,
-  disabled1: 10,
+  /** Two banks of two words. */
+  disabledFeatures: 8,
   disabledXsave: 12,
   openVps: 14,
   routes: 15,
