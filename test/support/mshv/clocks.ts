@@ -1,6 +1,7 @@
 /**
- * The clocks of a partition: its reference time, which is KVM's, and the time-stamp counters of its processors. Each processor has its
- * own, which goes on from whatever it is set to. TIME_FREEZE stops all of them at one moment and lets them go on at another.
+ * The clocks of a partition: its reference time, which is KVM's, the time-stamp counters of its processors, and the timers of their
+ * local APICs. Each processor has its own counter, which goes on from whatever it is set to. TIME_FREEZE stops all of them at one
+ * moment and lets them go on at another.
  *
  * Offsets to the host's counter are kept here. KVM, which takes counters that are set to about the same time for one, is
  * told each of them (KVM_VCPU_TSC_OFFSET); where it can do nothing about it, guests read the host's counter all the same.
@@ -9,9 +10,12 @@ import * as kvm from '../../../src/hypervisor/kvm/abi.js';
 import { MAX_VPS } from '../../../src/hypervisor/mshv/abi.js';
 import type { HostKernel } from '../../../src/sys/host-kernel.js';
 import * as k from './kvm-abi.js';
+import { LocalApic } from './local-apic.js';
 import { P, type Shared, V } from './shared.js';
 
 const TSC = 0x10;
+/** Nanoseconds. */
+const HUNDRED = 100n;
 
 export class Clocks {
   readonly #control: number;
@@ -37,6 +41,11 @@ export class Clocks {
       if (on) this.#keep(vp, now + this.#kept(vp));
       else this.#setOffset(vp, this.#kept(vp) - now);
     }
+    for (const vp of vps) {
+      const apic = new LocalApic(this.host, this.shared, this.#fd(vp), this.partition, vp);
+      if (on) apic.stopTimer();
+      else apic.startTimer();
+    }
     this.shared.words[this.#control + P.frozen] = on ? 1 : 0;
     this.#freezeReference(on);
   }
@@ -49,6 +58,21 @@ export class Clocks {
     if (!on) view.setBigUint64(kvm.CLOCK.clock, shared.getBigUint64(kept, true), true);
     this.host.ioctlBufferRaw(words[this.#control + P.fd], on ? kvm.KVM_GET_CLOCK : kvm.KVM_SET_CLOCK, data);
     if (on) shared.setBigUint64(kept, view.getBigUint64(kvm.CLOCK.clock, true), true);
+  }
+
+  /** HV_PARTITION_PROPERTY_REFERENCE_TIME, in units of 100 ns. */
+  get reference(): bigint {
+    if (this.frozen) return this.shared.view.getBigUint64((this.#control + P.clock) * 4, true) / HUNDRED;
+    const data = new Uint8Array(kvm.CLOCK_SIZE);
+    this.host.ioctlBufferRaw(this.shared.words[this.#control + P.fd], kvm.KVM_GET_CLOCK, data);
+    return new DataView(data.buffer).getBigUint64(kvm.CLOCK.clock, true) / HUNDRED;
+  }
+
+  /** @returns whether it is taken: while time runs it is not */
+  setReference(value: bigint): boolean {
+    if (!this.frozen) return false;
+    this.shared.view.setBigUint64((this.#control + P.clock) * 4, value * HUNDRED, true);
+    return true;
   }
 
   /** A new processor has the time of the others; the first begins at 0. */

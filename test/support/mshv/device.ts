@@ -1,7 +1,7 @@
 /** Requests on descriptors of the simulated /dev/mshv, told apart by what the descriptor is. */
 import * as abi from '../../../src/hypervisor/mshv/abi.js';
 import type { HostKernel, HostMapping, MapOptions } from '../../../src/sys/host-kernel.js';
-import { EFAULT, EINVAL, ENODEV, ENOTTY } from './errno.js';
+import { EFAULT, EINTR, EINVAL, ENODEV, ENOTTY } from './errno.js';
 import { rootHypercall } from './hypercalls.js';
 import { COUNTED, type MessageName } from './messages.js';
 import { Partition } from './partition.js';
@@ -82,7 +82,7 @@ export class SimulatedDevice {
     const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
     if (kind === Kind.Device) return this.#ofDevice(fd, code, bytes, view, argument);
     if (kind === Kind.Partition) return this.#ofPartition(this.#partition(partition), code, bytes, view, argument);
-    return this.#ofVp(this.#vp(entry, partition, vp), fd, code, bytes, view);
+    return this.#ofVp(this.#vp(entry, partition, vp), code, bytes, view);
   }
 
   #ofDevice(fd: number, code: number, bytes: Uint8Array, view: DataView, argument: Uint8Array | number): number {
@@ -134,7 +134,7 @@ export class SimulatedDevice {
     }
   }
 
-  #ofVp(vp: VirtualProcessor, fd: number, code: number, bytes: Uint8Array, view: DataView): number {
+  #ofVp(vp: VirtualProcessor, code: number, bytes: Uint8Array, view: DataView): number {
     switch (code) {
       case abi.MSHV_RUN_VP: {
         if (vp.word(V.cpuidSet) !== 0) {
@@ -144,8 +144,12 @@ export class SimulatedDevice {
         return vp.run(bytes);
       }
       case abi.MSHV_GET_VP_STATE:
-      case abi.MSHV_SET_VP_STATE:
-        return vpState(this.host, fd, view, code === abi.MSHV_SET_VP_STATE, this.#bytesAt);
+      case abi.MSHV_SET_VP_STATE: {
+        // The driver would wait until the processor stops.
+        if (vp.word(V.running) !== 0) return -EINTR;
+        const partition = this.#partition(vp.partition);
+        return vpState(this.host, partition, vp, view, code === abi.MSHV_SET_VP_STATE, this.#bytesAt);
+      }
       case abi.MSHV_ROOT_HVCALL:
         return this.#hypercall(this.#partition(vp.partition), false, view);
       default:

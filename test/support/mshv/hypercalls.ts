@@ -106,6 +106,8 @@ function ofVp(
   const index = input.getUint32(8, true);
   const vp = partition.hasVp(index) ? call.vp(index) : undefined;
   if (vp === undefined) return refuse(HV_STATUS.INVALID_VP_INDEX);
+  const registers = code === HVCALL.GET_VP_REGISTERS || code === HVCALL.SET_VP_REGISTERS;
+  if (registers && vp.word(V.running) !== 0) return refuse(HV_STATUS.INVALID_VP_STATE);
   switch (code) {
     case HVCALL.GET_VP_REGISTERS:
       return getRegisters(call, vp, reps, input, size, output);
@@ -311,6 +313,9 @@ function setProperty(partition: Partition, input: DataView, size: number): Resul
   if (EARLY.includes(code) && partition.initialized) return refuse(HV_STATUS.INVALID_PARTITION_STATE);
   if (FLAGS.includes(code) && value > 1n) return refuse(HV_STATUS.PROPERTY_VALUE_OUT_OF_RANGE);
   if (code === HV_PARTITION_PROPERTY.TIME_FREEZE) partition.clocks.freeze(value === 1n);
+  if (code === HV_PARTITION_PROPERTY.REFERENCE_TIME) {
+    return partition.clocks.setReference(value) ? ok : refuse(HV_STATUS.INVALID_PARTITION_STATE);
+  }
   partition.setProperty(code, value);
   if (code === HV_PARTITION_PROPERTY.UNIMPLEMENTED_MSR_ACTION) partition.setWord(P.unimplementedMsr, Number(value));
   if (code === HV_PARTITION_PROPERTY.GPA_PAGE_ACCESS_TRACKING && partition.track(value === 1n) < 0) {
@@ -322,6 +327,10 @@ function setProperty(partition: Partition, input: DataView, size: number): Resul
 function getProperty(call: Call, partition: Partition, input: DataView, size: number, output: DataView): Result {
   if (size < abi.GET_PARTITION_PROPERTY_SIZE) return refuse(HV_STATUS.INVALID_HYPERCALL_INPUT);
   const code = input.getUint32(abi.PARTITION_PROPERTY.code, true);
+  if (code === HV_PARTITION_PROPERTY.REFERENCE_TIME) {
+    output.setBigUint64(0, partition.clocks.reference, true);
+    return ok;
+  }
   const stored = partition.property(code);
   if (stored === undefined && !SETTABLE.includes(code))
     return hostProperty(call, HVCALL.GET_PARTITION_PROPERTY, input, output);

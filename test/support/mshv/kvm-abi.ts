@@ -11,6 +11,7 @@ export const KVM_SET_DEBUGREGS = 0x4080aea2;
 export const KVM_GET_MP_STATE = 0x8004ae98;
 export const KVM_SET_MP_STATE = 0x4004ae99;
 export const KVM_GET_VCPU_EVENTS = 0x8040ae9f;
+export const KVM_SET_VCPU_EVENTS = 0x4040aea0;
 export const KVM_GET_XSAVE = 0x9000aea4;
 export const KVM_SET_XSAVE = 0x5000aea5;
 export const KVM_GET_DIRTY_LOG = 0x4010ae42;

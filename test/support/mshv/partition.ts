@@ -9,9 +9,11 @@ import { DirtyPages } from './dirty-pages.js';
 import { EEXIST, EFAULT, EINVAL, EIO, ENOMEM } from './errno.js';
 import { Interrupts, PINS } from './irq.js';
 import * as k from './kvm-abi.js';
+import { LocalApic } from './local-apic.js';
 import { REGION } from './memory.js';
 import { Processor } from './processor.js';
 import { Kind, MAX_PARTITIONS, MAX_REGIONS, P, PartitionState, REGION_WORDS, type Shared, V } from './shared.js';
+import { resetSynic } from './synic.js';
 
 const PAGE = abi.MSHV_HV_PAGE_SIZE;
 /** Guest addresses that KVM wants for itself on some processors. */
@@ -44,7 +46,7 @@ export class Partition {
 
   constructor(
     private readonly host: HostKernel,
-    private readonly shared: Shared,
+    readonly shared: Shared,
     readonly index: number,
   ) {
     this.#control = shared.partition(index) / 4;
@@ -278,7 +280,8 @@ export class Partition {
       if (fd < 0) return fd;
       const length = this.host.ioctlRaw(this.word(P.device), kvm.KVM_GET_VCPU_MMAP_SIZE, 0);
       const mapping = this.host.map({ fd, length, shared: true });
-      this.shared.bytes.fill(0, this.shared.registerPage(this.index, index), 4 * control + PAGE);
+      this.shared.clearVp(this.index, index);
+      resetSynic(this.shared, this.index, index);
       words[control + V.state] = 1;
       words[control + V.fd] = fd;
       words[control + V.runLow] = Number(BigInt.asIntN(32, mapping.handle.address));
@@ -297,6 +300,11 @@ export class Partition {
       this.shared.setDescriptor(fd, Kind.Vp, this.index, index);
       return fd;
     });
+  }
+
+  localApic(vp: number): LocalApic {
+    const fd = this.shared.words[this.shared.vp(this.index, vp) / 4 + V.fd];
+    return new LocalApic(this.host, this.shared, fd, this.index, vp);
   }
 
   hasVp(index: number): boolean {

@@ -67,6 +67,28 @@ export class Processor {
     this.words[abi.RUN.dirtyRegs >> 2] |= what;
   }
 
+  /** Gives KVM what was changed now, and not with its next run. @returns 0 or the negated errno */
+  flush(): number {
+    const dirty = this.words[abi.RUN.dirtyRegs >> 2];
+    const parts = [
+      [abi.SYNC.REGS, kvm.KVM_SET_REGS, abi.RUN.regs, kvm.REGS_SIZE],
+      [abi.SYNC.SREGS, kvm.KVM_SET_SREGS, abi.RUN.sregs, kvm.SREGS_SIZE],
+      [abi.SYNC.EVENTS, abi.KVM_SET_VCPU_EVENTS, abi.RUN.events, abi.EVENTS_SIZE],
+    ] as const;
+    for (const [part, request, at, size] of parts) {
+      if ((dirty & part) === 0) continue;
+      const result = this.host.ioctlBufferRaw(this.fd, request, this.bytes.subarray(at, at + size));
+      if (result < 0) return result;
+    }
+    this.words[abi.RUN.dirtyRegs >> 2] = 0;
+    return 0;
+  }
+
+  /** After something that may have changed KVM's; what was changed here and not given yet stays. */
+  refresh(): void {
+    if (this.words[abi.RUN.dirtyRegs >> 2] === 0) this.load();
+  }
+
   get rip(): bigint {
     return this.regs[RIP];
   }

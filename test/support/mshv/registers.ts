@@ -6,6 +6,7 @@ import type { Clocks } from './clocks.js';
 import * as k from './kvm-abi.js';
 import { GENERAL, type Processor, RFLAGS, RIP, type SegmentName } from './processor.js';
 import { V } from './shared.js';
+import { keepRegister, keptRegister, SYNIC_REGISTERS } from './synic.js';
 import type { VirtualProcessor } from './vp.js';
 
 /** A register's value: 16 bytes. */
@@ -99,6 +100,11 @@ function table(name: 'gdt' | 'idt'): Access {
 const msr = (index: number): Access => ({
   get: (target, value) => target.msr(index, value, false),
   set: (target, value) => target.msr(index, value, true),
+});
+/** One that not every processor has: KVM gives it to all, and takes it only from those that have it. */
+const featureMsr = (index: number): Access => ({
+  ...msr(index),
+  get: (target, value) => target.msr(index, value, false) && target.msr(index, value, true),
 });
 const readOnlyMsr = (index: number): Access => ({ get: (target, value) => target.msr(index, value, false) });
 
@@ -210,6 +216,9 @@ const PENDING_EVENT: Access = {
   },
 };
 
+/** Zero, whatever happens. */
+const NOTHING: Access = { get: () => true, set: (_target, value) => quad(value) === 0n };
+
 const INTERRUPT_STATE: Access = {
   get: ({ processor: { bytes } }, value) => {
     const shadow = bytes[event('interruptShadow')] !== 0 ? 1 : 0;
@@ -225,10 +234,12 @@ const INTERRUPT_STATE: Access = {
   },
 };
 
-/** KVM_MP_STATE_: 0 runs, 1 waits for INIT, 2 has had it, 3 is halted. */
+/** KVM_MP_STATE_: 0 runs, 1 waits for INIT, 2 has had it and waits for a start-up message, 3 is halted. */
 const ACTIVITY: Access = {
   get: (target, value) => {
     if (!target.ioctl(k.KVM_GET_MP_STATE, target.mpState)) return false;
+    // KVM takes INIT and start-up messages that have come as it is asked, which changes registers.
+    target.processor.refresh();
     const state = target.mpState.getUint32(0, true);
     value.setUint32(0, state === 1 || state === 2 ? 1 : state === 3 ? 2 : 0, true);
     return true;
@@ -236,7 +247,7 @@ const ACTIVITY: Access = {
   set: (target, value) => {
     const state = value.getUint32(0, true);
     if ((state & ~7) !== 0) return false;
-    target.mpState.setUint32(0, (state & 1) !== 0 ? 1 : (state & 2) !== 0 ? 3 : 0, true);
+    target.mpState.setUint32(0, (state & 1) !== 0 ? 2 : (state & 2) !== 0 ? 3 : 0, true);
     return target.ioctl(k.KVM_SET_MP_STATE, target.mpState);
   },
 };
@@ -256,6 +267,23 @@ function suspend(word: number): Access {
 const TSC: Access = {
   get: ({ clocks, vp }, value) => (value.setBigUint64(0, clocks.get(vp.index), true), true),
   set: ({ clocks, vp }, value) => (clocks.set(vp.index, quad(value)), true),
+};
+
+const TIME_REF_COUNT: Access = {
+  get: ({ clocks }, value) => (value.setBigUint64(0, clocks.reference, true), true),
+};
+
+const synic = (name: number): Access => ({
+  get: ({ vp }, value) => (value.setBigUint64(0, keptRegister(vp.shared, vp.partition, vp.index, name), true), true),
+  set: ({ vp }, value) => (keepRegister(vp.shared, vp.partition, vp.index, name, quad(value)), true),
+});
+
+const enlightenment = (name: number, index: number): Access => {
+  const kept = synic(name);
+  return {
+    get: (target, value) => target.msr(index, value, false) || kept.get(target, value),
+    set: (target, value) => target.msr(index, value, true) || kept.set!(target, value),
+  };
 };
 
 function build(): Map<number, Access> {
@@ -312,12 +340,12 @@ function build(): Map<number, Access> {
     MSR_MTRR_FIX64K00000: 0x250,
     MSR_MTRR_FIX16K80000: 0x258,
     MSR_MTRR_FIX16KA0000: 0x259,
-    TSC_AUX: 0xc000_0103,
-    SPEC_CTRL: 0x48,
-    TSC_ADJUST: 0x3b,
+    DEBUG_CTL: 0x1d9,
     MSR_IA32_MISC_ENABLE: 0x1a0,
   } as const;
   for (const [name, index] of Object.entries(msrs)) all.set(X[name as keyof typeof msrs], msr(index));
+  const features = { TSC_AUX: 0xc000_0103, SPEC_CTRL: 0x48, TSC_ADJUST: 0x3b, U_XSS: 0xda0 } as const;
+  for (const [name, index] of Object.entries(features)) all.set(X[name as keyof typeof features], featureMsr(index));
   all.set(X.TSC, TSC);
   all.set(X.MSR_MTRR_CAP, readOnlyMsr(0xfe));
   for (let index = 0; index < 8; index++) {
@@ -328,7 +356,7 @@ function build(): Map<number, Access> {
   }
   all.set(X.INITIAL_APIC_ID, { get: ({ vp }, value) => (value.setUint32(0, vp.index, true), true) });
   all.set(R.PENDING_INTERRUPTION, PENDING_INTERRUPTION).set(R.INTERRUPT_STATE, INTERRUPT_STATE);
-  all.set(R.PENDING_EVENT0, PENDING_EVENT).set(R.PENDING_EVENT1, { get: () => true });
+  all.set(R.PENDING_EVENT0, PENDING_EVENT).set(R.PENDING_EVENT1, NOTHING);
   all.set(R.INTERNAL_ACTIVITY_STATE, ACTIVITY);
   all.set(R.EXPLICIT_SUSPEND, suspend(V.explicitSuspend)).set(R.INTERCEPT_SUSPEND, suspend(V.interceptSuspend));
   all.set(R.DISPATCH_SUSPEND, { get: () => true, set: () => true });
@@ -337,9 +365,14 @@ function build(): Map<number, Access> {
   all.set(X.PENDING_DEBUG_EXCEPTION, { get: () => true, set: () => true });
   all.set(R.VP_INDEX, { get: ({ vp }, value) => (value.setUint32(0, vp.index, true), true) });
   all.set(R.HYPERVISOR_VERSION, { get: () => true });
-  const synthetic = { GUEST_OS_ID: 0x4000_0000, REFERENCE_TSC: 0x4000_0021 } as const;
-  for (const [name, index] of Object.entries(synthetic)) all.set(R[name as keyof typeof synthetic], msr(index));
-  all.set(R.VP_RUNTIME, readOnlyMsr(0x4000_0010)).set(R.TIME_REF_COUNT, readOnlyMsr(0x4000_0020));
+  const synthetic = { GUEST_OS_ID: 0x4000_0000, VP_ASSIST_PAGE: 0x4000_0073, REFERENCE_TSC: 0x4000_0021 } as const;
+  for (const [name, index] of Object.entries(synthetic)) {
+    const number = R[name as keyof typeof synthetic];
+    all.set(number, enlightenment(number, index));
+  }
+  all.set(X.HYPERCALL, enlightenment(X.HYPERCALL, 0x4000_0001));
+  all.set(R.VP_RUNTIME, readOnlyMsr(0x4000_0010)).set(R.TIME_REF_COUNT, TIME_REF_COUNT);
+  for (const name of SYNIC_REGISTERS) all.set(name, synic(name));
   return all;
 }
 

@@ -22,7 +22,8 @@ const DOORBELLS = 0x4000;
 const IRQFDS = 0x1_4000;
 const ROUTES = 0x2_0000;
 const VPS = 0x8_0000;
-const VP_STRIDE = 4 * PAGE;
+const VP_PAGES = 6;
+const VP_STRIDE = VP_PAGES * PAGE;
 const DIRTY = 0x80_0000;
 /** A bit for each page below 1 TiB. */
 export const DIRTY_BYTES = 0x200_0000;
@@ -80,10 +81,20 @@ export const V = {
   cpuidSet: 9,
   /** Two words: what clocks.ts keeps of the time-stamp counter. */
   tsc: 10,
+  /** Whether a thread is in MSHV_RUN_VP. */
+  running: 12,
+  /** The local APIC timer's initial and current count, while time stands still. */
+  timer: 13,
   /** Intercepts, by the order of messages.ts. */
   counters: 16,
+  /** Registers that are kept, two words each, in the order of synic.ts. */
+  synic: 64,
+  /** struct hv_synthetic_timers_state. */
+  syntheticTimers: 128,
 } as const;
 const VP_CONTROL_PAGE = 3;
+/** The synthetic interrupt controller's two pages. */
+const SYNIC_PAGES = 4;
 
 export interface Descriptor {
   readonly kind: number;
@@ -160,6 +171,17 @@ export class Shared {
   }
   vp(partition: number, vp: number): number {
     return this.registerPage(partition, vp) + VP_CONTROL_PAGE * PAGE;
+  }
+
+  /** @param type SIMP or SIEFP of MSHV_VP_STATE */
+  synicPage(partition: number, vp: number, type: number): number {
+    return this.registerPage(partition, vp) + (SYNIC_PAGES + (type & 1)) * PAGE;
+  }
+
+  /** A new VP's pages, all zeros. */
+  clearVp(partition: number, vp: number): void {
+    const start = this.registerPage(partition, vp);
+    this.bytes.fill(0, start, start + VP_STRIDE);
   }
 
   /** Makes a partition's area all zeros but its lock, routes and pages. */

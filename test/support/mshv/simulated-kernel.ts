@@ -5,7 +5,8 @@
  * checked as the driver checks them (drivers/hv/mshv_root_main.c). Any thread of the process that makes one of these has the
  * same device (shared.ts). Everything else goes to the real kernel.
  *
- * Not simulated: isolated partitions, the synthetic interrupt controller and its timers, CPUID intercepts that reach the VMM,
+ * Not simulated: isolated partitions, the synthetic interrupt controller and its timers (their state is kept), CPUID intercepts that
+ * reach the VMM,
  * halts (as with the hypervisor's own local APIC, a halted processor waits in the kernel), accessed bits of pages.
  */
 import {

@@ -43,7 +43,7 @@ export class VirtualProcessor {
 
   constructor(
     private readonly host: HostKernel,
-    private readonly shared: Shared,
+    readonly shared: Shared,
     readonly partition: number,
     readonly index: number,
   ) {
@@ -78,6 +78,15 @@ export class VirtualProcessor {
 
   /** MSHV_RUN_VP. @returns 0 with a message, or the negated errno */
   run(into: Uint8Array): number {
+    this.setWord(V.running, 1);
+    try {
+      return this.#run(into);
+    } finally {
+      this.setWord(V.running, 0);
+    }
+  }
+
+  #run(into: Uint8Array): number {
     const taken = this.#page.take();
     if (taken < 0) return taken;
     this.setWord(V.ran, 1);
