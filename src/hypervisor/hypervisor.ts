@@ -6,7 +6,7 @@
  * root (src/threads/) attaches to it by its handle. State crosses in hypervisor-neutral records (x86-state.ts), so nothing above names an ioctl.
  */
 import type { MappingHandle } from '../sys/host-kernel.js';
-import type { Arm64VcpuState, Arm64VmState } from './saved-state.js';
+import type { Arm64VcpuState, Arm64VmState, X86VcpuState, X86VmState } from './saved-state.js';
 import type { CpuidEntry, Msr, X86Fpu, X86Registers, X86SpecialRegisters } from './x86-state.js';
 
 export type HypervisorName = 'kvm' | 'mshv';
@@ -101,6 +101,14 @@ export interface X86Vcpu extends Vcpu {
   msr(index: number): bigint;
   /** Sets the local APIC's two local interrupt inputs: LINT0 to ExtINT and LINT1 to NMI. */
   setLocalInterrupts(): void;
+  /** Everything of it that a machine goes on from. Its thread is parked, and the VM's time is stopped. */
+  save(): X86VcpuState;
+  /**
+   * On a processor that has its CPUID and has not run yet, in a VM whose time has not started.
+   *
+   * @throws HypervisorError: the record is not this hypervisor's, or cannot be a processor's
+   */
+  load(state: X86VcpuState): void;
 }
 
 export interface Arm64Vcpu extends Vcpu {
@@ -223,6 +231,10 @@ export interface X86Vm extends Vm {
   createVcpu(id: number): X86Vcpu;
   /** Frequency of the guest's time-stamp counter in kHz, where the hypervisor tells it. */
   tscKhz(): number | undefined;
+  /** What its processors share. No vCPU runs, and time is stopped. */
+  save(): X86VmState;
+  /** When all processors have been loaded; time goes on with `startTime`. @throws HypervisorError as {@link X86Vcpu.load} does */
+  load(state: X86VmState): void;
 }
 
 export interface Arm64Vm extends Vm {

@@ -82,6 +82,8 @@ export interface X86VmState {
   readonly clock: bigint;
   /** The hypervisor's own interrupt controllers and timer, by name, in its own form; none where the machine brings them. */
   readonly controllers: Readonly<Record<string, Uint8Array>>;
+  /** The hypervisor's enlightenments that its processors share, in its own form. */
+  readonly synthetic?: Uint8Array | undefined;
 }
 
 /** A register of an Arm processor or of its GIC. */

@@ -8,6 +8,7 @@ import { undoAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { SystemError } from '../../sys/host-kernel.js';
 import {
+  HypervisorError,
   type Vcpu,
   type VcpuHandle,
   type X86Hypervisor,
@@ -195,5 +196,13 @@ class KvmVm extends KvmVmBase implements X86Vm {
       if (error instanceof SystemError) return undefined; // EIO: an unstable host TSC
       throw error;
     }
+  }
+
+  save(): never {
+    throw new HypervisorError('The state of a KVM machine cannot be saved yet');
+  }
+
+  load(): never {
+    throw new HypervisorError('The state of a KVM machine cannot be restored yet');
   }
 }

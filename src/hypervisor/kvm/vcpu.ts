@@ -168,6 +168,14 @@ export class KvmVcpu extends KvmRunner implements X86Vcpu {
   #set(request: number, view: DataView): number {
     return this.kernel.ioctlBuffer(this.handle.fd, request, new Uint8Array(view.buffer));
   }
+
+  save(): never {
+    throw new HypervisorError('The state of a KVM processor cannot be saved yet');
+  }
+
+  load(): never {
+    throw new HypervisorError('The state of a KVM processor cannot be restored yet');
+  }
 }
 
 /** struct kvm_segment. */

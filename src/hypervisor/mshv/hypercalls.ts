@@ -3,6 +3,7 @@ import os from 'node:os';
 import { errnoName, type HostKernel, type HostMapping } from '../../sys/host-kernel.js';
 import { HypervisorError } from '../hypervisor.js';
 import * as abi from './abi.js';
+import type { RegisterValue } from './registers.js';
 
 const { EAGAIN } = os.constants.errno;
 
@@ -83,7 +84,7 @@ export class Hypercalls {
   }
 
   /** Sets 128-bit registers; at most 127. @param registers name, low and high half */
-  setRegisters(vp: number, registers: readonly (readonly [name: number, low: bigint, high?: bigint])[]): void {
+  setRegisters(vp: number, registers: readonly RegisterValue[]): void {
     const { input } = this;
     const size = abi.SET_VP_REGISTERS.elements + registers.length * abi.REGISTER_ASSOC_SIZE;
     this.clear(size);
@@ -106,6 +107,25 @@ export class Hypercalls {
     names.forEach((name, index) => input.setUint32(abi.GET_VP_REGISTERS.names + index * 4, name, true));
     this.call('GET_VP_REGISTERS', size, names.length * abi.REGISTER_VALUE_SIZE, names.length);
     return this.output;
+  }
+
+  /** As {@link getRegisters}, in the form that {@link setRegisters} takes. */
+  readRegisters(vp: number, names: readonly number[]): Required<RegisterValue>[] {
+    const view = this.getRegisters(vp, names);
+    return names.map((name, index) => {
+      const at = index * abi.REGISTER_VALUE_SIZE;
+      return [name, view.getBigUint64(at, true), view.getBigUint64(at + 8, true)];
+    });
+  }
+
+  /** @returns undefined: the hypervisor refuses it, as it does where the processor has no such register */
+  readFeatureRegister(vp: number, name: number): bigint | undefined {
+    try {
+      return this.getRegisters(vp, [name]).getBigUint64(0, true);
+    } catch (error) {
+      if (error instanceof HypervisorError) return undefined;
+      throw error;
+    }
   }
 }
 

@@ -18,11 +18,13 @@ import {
   type X86Vcpu,
   type X86Vm,
 } from '../hypervisor.js';
+import type { X86VmState } from '../saved-state.js';
 import type { CpuidEntry } from '../x86-state.js';
 import * as abi from './abi.js';
 import { readCpuid } from './cpuid.js';
 import { HYPERCALL_PAGES_SIZE, Hypercalls } from './hypercalls.js';
 import { mshvRoutesLayout } from './routes.js';
+import { loadPartition, savePartition } from './saved-partition.js';
 import { attachMshvSignals, setIrqfd, SIGNAL_SLOTS_SIZE } from './signals.js';
 import { MshvVcpu, VP_PAGES_SIZE } from './vcpu.js';
 
@@ -292,6 +294,14 @@ class MshvVm implements X86Vm {
   freeMsiRoute(route: number): void {
     this.signals.clearMsiRoute(route);
     this.#freeRoutes.push(route);
+  }
+
+  save(): X86VmState {
+    return savePartition(this.#hypercalls);
+  }
+
+  load(state: X86VmState): void {
+    loadPartition(this.#hypercalls, state);
   }
 
   /** The guest reads it from the hypervisor's own MSR. */

@@ -138,6 +138,28 @@ export class MshvCpu implements EmulatorCpu {
     return words[RIP_WORD] === this.#ripLow && words[RIP_WORD + 1] === this.#ripHigh;
   }
 
+  /**
+   * The general registers, RIP and RFLAGS as the guest will find them, in the order of their names. What the page has is newer: a
+   * run that a signal ends before it begins leaves there what was to be taken back.
+   */
+  generalRegisters(): bigint[] {
+    const page = this.#shared();
+    const view = page ?? this.hypercalls.getRegisters(this.vp, GENERAL);
+    const [start, stride] = page === undefined ? [0, abi.REGISTER_VALUE_SIZE] : [PAGE.generalRegisters, 8];
+    return GENERAL.map((_, index) => view.getBigUint64(start + index * stride, true));
+  }
+
+  /**
+   * Vectors of interrupts that the hypervisor has not taken yet. A driver that schedules the processors itself leaves
+   * edge-triggered ones in the page (mshv_eventfd.c, mshv_try_assert_irq_fast), whether its registers are valid or not.
+   */
+  queuedVectors(): number[] {
+    const page = this.#page;
+    if (page === undefined) return [];
+    const count = Math.min(page.getUint8(PAGE.interruptVectors), abi.HV_VP_REGISTER_PAGE_MAX_VECTOR_COUNT);
+    return Array.from({ length: count }, (_, index) => page.getUint8(PAGE.interruptVectors + 1 + index));
+  }
+
   loadVector(index: number, into: Uint8Array): void {
     const low = this.hypercalls.getRegisters(this.vp, [R.XMM0 + index]);
     for (let at = 0; at < VECTOR_BYTES; at++) into[at] = low.getUint8(at);

@@ -24,26 +24,63 @@ export const SPECIAL_REGISTERS: readonly number[] = [SEGMENTS, TABLES, CONTROLS]
   Object.values(names),
 );
 
-/** The model-specific registers that are set by name: Intel SDM volume 4. */
-const MSRS: ReadonlyMap<number, number> = new Map<number, number>([
+const VARIABLE_MTRRS = 8;
+const FIXED_4K_MTRRS = 8;
+/** MTRRs by their numbers: Intel SDM volume 3, 12.11.2. */
+const MTRRS: readonly (readonly [msr: number, name: number])[] = [
+  [0x2ff, R.MSR_MTRR_DEF_TYPE],
+  [0x250, R.MSR_MTRR_FIX64K00000],
+  [0x258, R.MSR_MTRR_FIX16K80000],
+  [0x259, R.MSR_MTRR_FIX16KA0000],
+  ...Array.from({ length: FIXED_4K_MTRRS }, (_, at) => [0x268 + at, R.MSR_MTRR_FIX4KC0000 + at] as const),
+  ...Array.from({ length: VARIABLE_MTRRS }, (_, at) => [0x200 + 2 * at, R.MSR_MTRR_PHYS_BASE0 + at] as const),
+  ...Array.from({ length: VARIABLE_MTRRS }, (_, at) => [0x201 + 2 * at, R.MSR_MTRR_PHYS_MASK0 + at] as const),
+];
+
+/** The model-specific registers of every processor: Intel SDM volume 4. */
+const COMMON_MSRS = new Map<number, number>([
   [0x174, R.SYSENTER_CS],
   [0x175, R.SYSENTER_ESP],
   [0x176, R.SYSENTER_EIP],
+  [0x1d9, R.DEBUG_CTL],
   [0x277, R.PAT],
-  [0x2ff, R.MSR_MTRR_DEF_TYPE],
   [0xc000_0081, R.STAR],
   [0xc000_0082, R.LSTAR],
   [0xc000_0083, R.CSTAR],
   [0xc000_0084, R.SFMASK],
   [0xc000_0102, R.KERNEL_GS_BASE],
+  ...MTRRS,
 ]);
+
+/** Those of some, which the hypervisor refuses to read for others. */
+const FEATURE_MSRS = new Map<number, number>([
+  [0x3b, R.TSC_ADJUST],
+  [0x48, R.SPEC_CTRL],
+  [0x6a0, R.U_CET],
+  [0x6a2, R.S_CET],
+  [0x6a4, R.PL0_SSP],
+  [0x6a5, R.PL1_SSP],
+  [0x6a6, R.PL2_SSP],
+  [0x6a7, R.PL3_SSP],
+  [0x6a8, R.INTERRUPT_SSP_TABLE_ADDR],
+  [0xda0, R.U_XSS],
+  [0xc000_0103, R.TSC_AUX],
+]);
+const MSRS: ReadonlyMap<number, number> = new Map([...COMMON_MSRS, ...FEATURE_MSRS]);
+/** What is saved of a processor's model-specific registers. */
+export const SAVED_MSRS = { common: [...COMMON_MSRS], feature: [...FEATURE_MSRS] } as const;
 
 /** IA32_MISC_ENABLE: the hypervisor's own from power-on says what its processor has, and an AMD processor has none. */
 const LEFT_ALONE = [0x1a0];
 
+/** @returns undefined: it has none */
+export function msrName(index: number): number | undefined {
+  return MSRS.get(index);
+}
+
 /** @throws RangeError for one that has no name */
 export function msrRegister(index: number): number {
-  const name = MSRS.get(index);
+  const name = msrName(index);
   if (name === undefined) throw new RangeError(`MSR 0x${index.toString(16)} has no register name`);
   return name;
 }
@@ -117,9 +154,16 @@ export function specialRegistersAt(view: DataView): X86SpecialRegisters {
   };
 }
 
-/** @param view the values of {@link GENERAL_REGISTERS} */
-export function generalRegistersAt(view: DataView): X86Registers {
-  const value = (index: number) => view.getBigUint64(index * abi.REGISTER_VALUE_SIZE, true);
-  const entries = Object.keys(GENERAL_REGISTERS).map((field, index): [string, bigint] => [field, value(index)]);
+/** @param values in the order of the hypervisor's names: RAX to R15, RIP, RFLAGS */
+export function generalRegistersOf(values: readonly bigint[]): X86Registers {
+  const entries = Object.entries(GENERAL_REGISTERS).map(([field, name]): [string, bigint] => [
+    field,
+    values[name - R.RAX],
+  ]);
   return Object.fromEntries(entries) as Record<keyof X86Registers, bigint>;
+}
+
+export function generalValues(registers: X86Registers): RegisterValue[] {
+  const names = Object.entries(GENERAL_REGISTERS) as [keyof X86Registers, number][];
+  return names.map(([field, name]) => [name, registers[field]]);
 }

@@ -14,6 +14,7 @@ import type { GuestMemory } from '../../memory/guest-memory.js';
 import { closeAll } from '../../sys/close-all.js';
 import type { HostKernel, HostMapping } from '../../sys/host-kernel.js';
 import { ExitKind, type VcpuExit, type VcpuHandle, type X86Vcpu } from '../hypervisor.js';
+import type { X86VcpuState } from '../saved-state.js';
 import type { CpuidEntry, Msr, X86Fpu, X86Registers, X86SpecialRegisters } from '../x86-state.js';
 import * as abi from './abi.js';
 import { overrideCpuid } from './cpuid.js';
@@ -21,14 +22,15 @@ import { type Emulator, Outcome } from './emulator/emulator.js';
 import { HYPERCALL_PAGES_SIZE, Hypercalls } from './hypercalls.js';
 import { createEmulator, MshvCpu } from './processor.js';
 import {
-  GENERAL_REGISTERS,
-  generalRegistersAt,
+  generalRegistersOf,
+  generalValues,
   msrRegister,
   msrValues,
   SPECIAL_REGISTERS,
   specialRegistersAt,
   specialValues,
 } from './registers.js';
+import { loadVp, type SavableVp, saveVp } from './saved-vp.js';
 import { VP_STATE_PAGES_SIZE, VpState } from './vp-state.js';
 
 const { EINTR, EAGAIN } = os.constants.errno;
@@ -298,15 +300,11 @@ export class MshvVcpu implements X86Vcpu {
   }
 
   setRegisters(registers: X86Registers): void {
-    const names = Object.entries(GENERAL_REGISTERS) as [keyof X86Registers, number][];
-    this.hypercalls.setRegisters(
-      this.handle.id,
-      names.map(([field, name]) => [name, registers[field]]),
-    );
+    this.hypercalls.setRegisters(this.handle.id, generalValues(registers));
   }
 
   registers(): X86Registers {
-    return generalRegistersAt(this.hypercalls.getRegisters(this.handle.id, Object.values(GENERAL_REGISTERS)));
+    return generalRegistersOf(this.#cpu.generalRegisters());
   }
 
   setSpecialRegisters(registers: X86SpecialRegisters): void {
@@ -339,6 +337,18 @@ export class MshvVcpu implements X86Vcpu {
     apic.setUint32(abi.LAPIC_STATE.apic_lvt_lint0, abi.HV_X64_INTERRUPT_TYPE.EXTINT << 8, true);
     apic.setUint32(abi.LAPIC_STATE.apic_lvt_lint1, abi.HV_X64_INTERRUPT_TYPE.NMI << 8, true);
     this.#state.write(abi.MSHV_VP_STATE.LAPIC);
+  }
+
+  get #savable(): SavableVp {
+    return { id: this.handle.id, hypercalls: this.hypercalls, state: this.#state, cpu: this.#cpu };
+  }
+
+  save(): X86VcpuState {
+    return saveVp(this.#savable);
+  }
+
+  load(state: X86VcpuState): void {
+    loadVp(this.#savable, state);
   }
 
   close(): void {
