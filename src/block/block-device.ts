@@ -368,6 +368,10 @@ export class BlockDevice implements VirtioDevice {
     this.#driver = undefined;
   }
 
+  sync(): void {
+    if (!this.options.readonly) this.options.image.flush();
+  }
+
   /** Each worker of the device is told of a new size; the first of them tells the driver. */
   control(message: unknown): void {
     const { size } = message as { size: number };

@@ -69,6 +69,11 @@ export class VhostNetDevice implements VirtioDevice {
     if (queue === this.#control.queue) this.#control.serve();
   }
 
+  /** As NetDevice's. */
+  control(message: unknown): void {
+    if ((message as { announce?: unknown }).announce === true) this.#control.announce();
+  }
+
   #close(): void {
     for (const pair of this.#pairs) pair.close();
     this.#pairs.length = 0;

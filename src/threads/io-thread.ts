@@ -177,6 +177,9 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
       case 'drop':
         drop(order.device);
         return;
+      case 'sync':
+        syncAll();
+        return;
       case 'add-memory':
         changeMemory(held, () => memory.add(attachPart(order.part, kernel)));
         return;
@@ -186,6 +189,19 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
           memory.remove(order.part.range.address);
         });
     }
+  }
+
+  /** All that can. @throws Error with what the first could not */
+  function syncAll(): void {
+    let failure: string | undefined;
+    for (const [id, runner] of runners) {
+      try {
+        runner.sync();
+      } catch (error) {
+        failure ??= `${id}: ${reasonOf(error)}`;
+      }
+    }
+    if (failure !== undefined) throw new Error(failure);
   }
 
   /** Nothing is under way meanwhile. */

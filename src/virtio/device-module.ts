@@ -63,6 +63,11 @@ export class ModuleDevice implements VirtioDevice {
     this.#run('configWritten', () => this.#device.configWritten?.());
   }
 
+  /** What it throws is for who has asked. */
+  sync(): void {
+    this.#device.sync?.();
+  }
+
   deactivate(): void {
     this.#end('deactivate', () => this.#device.deactivate());
   }

@@ -114,6 +114,8 @@ export interface VirtioDevice {
   configWritten?(): void;
   /** A word from main, such as a new size. */
   control?(message: unknown): void;
+  /** What the driver has written, and only this process knows, is put into the files behind the device. While it stands still. May throw. */
+  sync?(): void;
   /** The end: gives back descriptors and timers. After `deactivate` if it was active. */
   close(): void;
 }
@@ -149,7 +151,7 @@ export interface RestoredDevice {
   /** The driver works with it. */
   readonly ready: boolean;
   /** The same, and has negotiated a feature. */
-  has(feature: number): boolean;
+  readonly has: (feature: number) => boolean;
 }
 
 /** What a device is built with. */

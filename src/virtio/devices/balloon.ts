@@ -87,6 +87,8 @@ export class BalloonDevice implements VirtioDevice {
   activate(driver: Driver): void {
     this.#driver = driver;
     this.#broken = false;
+    // In a machine that was restored nobody has heard of it.
+    if (this.#config[CONFIG.actual] !== 0) this.configWritten();
   }
 
   kick(queue: DeviceQueue): void {

@@ -16,6 +16,8 @@ import { Pop } from '../queue/queue.js';
 const RECEIVE = 0;
 const TRANSMIT = 1;
 const FEATURE_SIZE = 0;
+/** Words of the device's own: bytes of the transmit chain in hand that are in the pipe already. */
+const Own = { sent: 0 } as const;
 /** Copied at a time. */
 const CHUNK = 4096;
 
@@ -46,8 +48,6 @@ export interface ConsoleSize {
 export class ConsoleDevice implements VirtioDevice {
   #queues: Driver['queues'] = [];
   readonly #chunk = new Uint8Array(CHUNK);
-  /** Bytes of the transmit chain in hand that are in the pipe already. */
-  #sent = 0;
   #broken = false;
 
   constructor(
@@ -65,7 +65,6 @@ export class ConsoleDevice implements VirtioDevice {
   activate({ queues }: Driver): void {
     this.#queues = queues;
     this.#broken = false;
-    this.#sent = 0;
   }
 
   kick(queue: DeviceQueue): void {
@@ -78,6 +77,7 @@ export class ConsoleDevice implements VirtioDevice {
   #transmit(queue: DeviceQueue): void {
     const { ring } = queue;
     const { output } = this.options.pipe;
+    const { own } = this.context;
     for (;;) {
       const taken = ring.pop();
       if (taken === Pop.Broken) {
@@ -89,8 +89,10 @@ export class ConsoleDevice implements VirtioDevice {
         continue;
       }
       const { chain } = ring;
-      while (this.#sent < chain.readableBytes) {
-        const count = chain.read(this.#sent, this.#chunk, 0, Math.min(CHUNK, output.room));
+      // Of a state that was loaded it may be any number.
+      let sent = own[Own.sent] >>> 0;
+      while (sent < chain.readableBytes) {
+        const count = chain.read(sent, this.#chunk, 0, Math.min(CHUNK, output.room));
         if (count === 0) {
           // Main makes room and wakes this worker.
           ring.unpop();
@@ -98,11 +100,12 @@ export class ConsoleDevice implements VirtioDevice {
           return;
         }
         const written = output.write(this.#chunk, 0, count);
-        this.#sent += written;
+        sent += written;
+        own[Own.sent] = sent;
         // Main has read everything before this: it has to be told that there is more.
         if (output.used <= written) this.context.emit({ kind: 'console-output' });
       }
-      this.#sent = 0;
+      own[Own.sent] = 0;
       ring.push(chain.id, 0);
     }
   }

@@ -175,6 +175,11 @@ export class VirtioRunner {
     this.#device.control?.(message);
   }
 
+  /** Between `pause` and `resume`. May throw. */
+  sync(): void {
+    this.#device.sync?.();
+  }
+
   #has(feature: number): boolean {
     return (this.#words[this.#at.driverFeatures + (feature >> 5)] & (1 << (feature & 31))) !== 0;
   }

@@ -13,9 +13,9 @@ import type { BytePipe } from '../../virtio/devices/byte-pipe.js';
 import { consoleDescription } from '../../virtio/devices/console.js';
 import { entropyDescription } from '../../virtio/devices/entropy.js';
 import { memDescription, memRestored, pluggedBlocks } from '../../virtio/devices/mem.js';
-import { netDescription } from '../../virtio/devices/net/description.js';
+import { netDescription, netRestored } from '../../virtio/devices/net/description.js';
 import { pmemDescription } from '../../virtio/devices/pmem.js';
-import { vsockDescription } from '../../virtio/devices/vsock/description.js';
+import { vsockDescription, vsockRestored } from '../../virtio/devices/vsock/description.js';
 import { watchdogDescription } from '../../virtio/devices/watchdog.js';
 import type { RestoredDevice, VirtioDescription } from '../../virtio/device.js';
 import { groupState } from '../../virtio/limiter-group.js';
@@ -129,6 +129,7 @@ export function netPlan(
     busy: true,
     kernelCalls: vhost?.calls,
     featureLimit: vhost?.features,
+    restored: netRestored,
     path: [vhost === undefined ? 'by its tap' : "by the host's kernel (vhost)"],
   };
 }
@@ -156,7 +157,7 @@ export function pmemPlan({ id, config, mapping, fd }: PmemResource, start: numbe
 export function vsockPlan({ id, config, listener }: VsockResource): DevicePlan {
   const { cid, socket } = config;
   const backend = { kind: 'vsock', cid, socket, listener } as const;
-  return { ...USUAL, id, placement: config, description: vsockDescription(cid), backend };
+  return { ...USUAL, id, placement: config, description: vsockDescription(cid), backend, restored: vsockRestored };
 }
 
 /** It has a thread of its own: nobody else waits with what a user's device does. */

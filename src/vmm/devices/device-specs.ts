@@ -90,6 +90,8 @@ export type IoCommand =
   | { readonly kind: 'serve'; readonly device: ServedDevice }
   /** What is in flight is finished first. */
   | { readonly kind: 'drop'; readonly device: string }
+  /** Files behind its devices are to hold all that their drivers have written; while it is held. */
+  | { readonly kind: 'sync' }
   | { readonly kind: 'add-memory'; readonly part: MemoryPart }
   | { readonly kind: 'remove-memory'; readonly part: MemoryPart };
 

@@ -199,6 +199,16 @@ export class IoManager {
     );
   }
 
+  /**
+   * Files behind devices hold all that their drivers have written, so that a copy of them is a disk by itself. After `pause`.
+   *
+   * @returns why not all of them do, and of which device
+   */
+  async sync(): Promise<string | undefined> {
+    const failures = await Promise.all(this.#threads.map((thread) => this.#ask(thread, { kind: 'sync' })));
+    return failures.find((failure) => failure !== undefined);
+  }
+
   resume(): void {
     this.#paused = false;
     for (const thread of this.#threads) {

@@ -3,7 +3,7 @@ import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
-import { afterAll, describe, expect, test } from '@jest/globals';
+import { afterAll, describe, expect, jest, test } from '@jest/globals';
 import fc from 'fast-check';
 import { HostBlockFile } from '../../../src/block/block-file.js';
 import { blockDescription } from '../../../src/block/block-description.js';
@@ -427,6 +427,46 @@ test('a request may go beyond the old end as soon as another worker has told the
   d.device.control({ size: 2 * SIZE });
   expect(d.context.configChanges).toBe(0);
   expect(d.context.messages).toEqual([{ kind: 'resized', size: 2 * SIZE }]);
+  d.close();
+});
+
+test.each(ENGINES)('a copy of an image that was synced while its machine is paused has all of it: %s', (name) => {
+  const file = path.join(folder, `synced-${name}.qcow2`);
+  execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', file, String(SIZE)]);
+  const open = (path: string) => new HostBlockFile(kernel, path, kernel.open(path));
+  const image = openQcow2(file, open, { readonly: false, backingFiles: false, sparse: true });
+  const d = disk(name, { image, raw: false });
+  const bytes = Buffer.alloc(4096, 0xa7);
+  d.guest.memory.write(d.buffers, bytes);
+  for (const sector of [0, 300, 1000]) d.submit(OUT, sector, [{ address: d.buffers, length: 4096, write: false }]);
+  d.device.kick(d.queue.queue);
+  // Whatever is under way when it is paused ends.
+  d.device.deactivate();
+  const read = () => {
+    const copy = `${file}.copy`;
+    fs.copyFileSync(file, copy);
+    const other = openQcow2(copy, open, { readonly: true, backingFiles: false, sparse: true });
+    const into = [0, 300, 1000].map((sector) => {
+      const found = Buffer.alloc(4096);
+      other.read(sector * 512, found);
+      return found.equals(bytes);
+    });
+    other.close();
+    return into;
+  };
+  expect(read()).toEqual([false, false, false]);
+  d.device.sync();
+  expect(read()).toEqual([true, true, true]);
+  execFileSync('qemu-img', ['check', '-q', `${file}.copy`]);
+  d.close();
+});
+
+test('a disk that is only read is not synced', () => {
+  const d = disk('sync', { readonly: true });
+  const flush = jest.spyOn(RawImage.prototype, 'flush');
+  d.device.sync();
+  expect(flush).not.toHaveBeenCalled();
+  flush.mockRestore();
   d.close();
 });
 

@@ -200,6 +200,18 @@ describe.each(FORMATS)('balloon %o', ({ packed }) => {
     expect(context.loop.turn(0)).toBe(false);
   });
 
+  test('tells what a driver has reached on another host', () => {
+    const config = new DataView(context.config.buffer);
+    device.deactivate();
+    config.setUint32(4, 0x123, true);
+    activate();
+    expect(context.messages).toEqual([{ kind: 'balloon-actual', size: 0x12_3000, reached: false }]);
+    device.deactivate();
+    config.setUint32(4, 0, true);
+    activate();
+    expect(context.messages).toHaveLength(1);
+  });
+
   test('takes a new size, and tells the one that the driver reached', () => {
     const config = new DataView(context.config.buffer);
     device.control({ kind: 'resize', size: 0x300_0000 });

@@ -1,5 +1,6 @@
 import { describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
+import { StateError } from '../../../src/state/state-block.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { BytePipe } from '../../../src/virtio/devices/byte-pipe.js';
 import { ConsoleDevice } from '../../../src/virtio/devices/console.js';
@@ -45,6 +46,47 @@ describe.each([
     expect(c.output()).toBe('hello, world');
     expect(c.transmit.used()).toBeDefined();
     expect(c.context.messages).toContainEqual({ kind: 'console-output' });
+    c.close();
+  });
+
+  test('what is in the pipe when the device goes on elsewhere is not sent twice', () => {
+    const c = setup(packed);
+    const at = c.guest.alloc(0x9000);
+    const text = Buffer.from(Array.from({ length: 0x9000 }, (_, index) => 33 + (index % 90)));
+    c.guest.memory.write(at, text);
+    const id = c.transmit.add([{ address: at, length: text.length, write: false }]);
+    c.device.kick(c.transmit.queue);
+    c.device.deactivate();
+    expect(c.transmit.used()).toBeUndefined();
+    const pipe = new BytePipe();
+    pipe.state.load(c.pipe.state.save());
+    pipe.restored();
+    const wake = kernel.eventfd();
+    c.context.messages.length = 0;
+    const next = new ConsoleDevice(c.context, { pipe, wake });
+    // Main hears of what is in it, whether or not there is a driver.
+    expect(c.context.messages).toEqual([{ kind: 'console-output' }]);
+    next.activate(testDriver(c.guest, [c.receive, c.transmit]));
+    let seen = '';
+    for (let round = 0; round < 9; round++) {
+      next.kick(c.transmit.queue);
+      const bytes = Buffer.alloc(0x1000);
+      seen += bytes.subarray(0, pipe.output.read(bytes, 0, bytes.length)).toString('latin1');
+    }
+    expect(seen === text.toString('latin1')).toBe(true);
+    expect(c.transmit.used()).toEqual({ id, length: 0 });
+    expect(c.context.own[0]).toBe(0);
+    next.close();
+    kernel.close(wake);
+    c.close();
+  });
+
+  test('whatever a state that was loaded says was sent of a chain, it goes back', () => {
+    const c = setup(packed);
+    c.context.own[0] = -1;
+    const id = c.transmit.add([{ address: c.guest.alloc(16), length: 16, write: false }]);
+    c.device.kick(c.transmit.queue);
+    expect([c.transmit.used(), c.output()]).toEqual([{ id, length: 0 }, '']);
     c.close();
   });
 
@@ -133,4 +175,14 @@ test('the size of the terminal is configuration that changes', () => {
   expect([...c.context.config.subarray(0, 4)]).toEqual([132, 0, 50, 0]);
   expect(c.context.configChanges).toBe(1);
   c.close();
+});
+
+test('no state is loaded in which a pipe holds more than it can', () => {
+  const pipe = new BytePipe();
+  const { fields, ...of } = pipe.state.save();
+  pipe.state.load({ ...of, fields: { ...fields, inputHead: [5], inputTail: [5 + 0x4000] } });
+  pipe.restored();
+  expect(pipe.input.room).toBe(0);
+  pipe.state.load({ ...of, fields: { ...fields, outputHead: [6], outputTail: [5] } });
+  expect(() => pipe.restored()).toThrow(StateError);
 });

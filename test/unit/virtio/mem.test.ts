@@ -6,6 +6,7 @@ import {
   memDescription,
   MemDevice,
   MemRequest,
+  memRestored,
   MemResponse,
   pluggedBlocks,
   type MemSetup,
@@ -448,4 +449,19 @@ describe.each(FORMATS)('the memory device %o', ({ packed }) => {
       { numRuns: 1000 },
     );
   });
+});
+
+test('a machine that is restored has what was plugged, and main hears of it', () => {
+  const plugged = pluggedBlocks(SETUP);
+  // Bits of blocks that there are not count for nothing.
+  plugged.load({ name: 'virtio-mem-plugged', version: 1, fields: { blocks: [0b1011, 0xffff_ffff] } });
+  const { config } = memDescription({ ...SETUP, requested: 8 * BLOCK });
+  memRestored(SETUP, plugged)({ config, own: new Int32Array(2), ready: true, has: () => false });
+  expect(fields(config).slice(5)).toEqual([(3 + BLOCKS - 32) * BLOCK, 8 * BLOCK]);
+  const context = testContext();
+  context.config.set(config);
+  const device = new MemDevice(context, { plugged: plugged.buffer, discard: () => undefined });
+  expect(context.messages).toEqual([{ kind: 'memory-plugged', size: 8 * BLOCK, reached: true }]);
+  device.close();
+  context.loop.close();
 });

@@ -8,7 +8,7 @@ import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { NetDevice, type NetOptions } from '../../../src/virtio/devices/net/net.js';
 import { OWN_WORDS } from '../../../src/virtio/device.js';
 import type { TapControl } from '../../../src/virtio/devices/net/control.js';
-import { NetCounter, netDescription, NetFeature } from '../../../src/virtio/devices/net/description.js';
+import { NetCounter, netDescription, NetFeature, netRestored } from '../../../src/virtio/devices/net/description.js';
 import { RateLimiter } from '../../../src/virtio/rate-limiter.js';
 import { testContext, testDriver, TestGuest, TestQueue } from '../../support/virtio-driver.js';
 
@@ -225,7 +225,7 @@ test('limits are kept in both directions', () => {
 });
 
 describe('the control queue', () => {
-  const { ctrlVq, multiQueue, guestCsum, guestTso4, ctrlGuestOffloads } = NetFeature;
+  const { ctrlVq, multiQueue, guestAnnounce, guestCsum, guestTso4, ctrlGuestOffloads } = NetFeature;
   const run = (
     { guest, device }: { guest: TestGuest; device: NetDevice },
     control: TestQueue,
@@ -270,6 +270,37 @@ describe('the control queue', () => {
     expect(run(n, n.control, [5])).toBe(1);
     expect(n.offloads).toEqual([1]);
     n.close();
+  });
+
+  test('it is announced when main asks, and until the driver says that it is', () => {
+    const n = network([ctrlVq, guestAnnounce]);
+    const status = () => n.context.config[6];
+    n.context.config[6] = 1;
+    n.device.control({ announce: true });
+    expect([status(), n.context.configChanges]).toEqual([3, 1]);
+    expect(run(n, n.control, [3, 1])).toBe(1);
+    expect(status()).toBe(3);
+    expect(run(n, n.control, [3, 0])).toBe(0);
+    // The driver knows what it has done.
+    expect([status(), n.context.configChanges]).toEqual([1, 1]);
+    n.device.control({ size: 1 });
+    n.device.deactivate();
+    n.device.control({ announce: true });
+    expect([status(), n.context.configChanges]).toEqual([1, 1]);
+    n.close();
+    const deaf = network([ctrlVq]);
+    deaf.device.control({ announce: true });
+    expect([deaf.context.config[6], run(deaf, deaf.control, [3, 0])]).toEqual([0, 1]);
+    deaf.close();
+  });
+
+  test('a machine that goes on elsewhere is announced', () => {
+    const restored = (features: number[]) => {
+      const config = Uint8Array.of(2, 0, 0, 0, 0, 1, 1, 0);
+      netRestored({ config, own: new Int32Array(2), ready: true, has: (feature) => features.includes(feature) });
+      return config[6];
+    };
+    expect([restored([guestAnnounce]), restored([])]).toEqual([3, 1]);
   });
 
   test('pairs that can be, and commands that cannot', () => {
@@ -354,6 +385,24 @@ describe('the control queue', () => {
     expect([...n.taps.attached]).toEqual([]);
     expect(pairs(3)).toBe(0);
     expect([...n.taps.attached]).toEqual([101, 102]);
+    n.guest.close();
+  });
+
+  test('of a state that was loaded no word is believed', () => {
+    const n = several([ctrlVq, multiQueue, guestCsum]);
+    const { own } = n.workers[0].context;
+    for (const [pairs, word, attached] of [
+      [2 ** 31 - 1, -1, [101, 102]],
+      [-1, 0x3fff_ffff, []],
+      [2, 0, [101]],
+    ] as const) {
+      own.set([pairs, word]);
+      n.taps.offloads.length = 0;
+      for (const index of [0, 1, 2]) n.activate(index);
+      expect([[...n.taps.attached], n.taps.offloads]).toEqual([attached, [1, 1, 1]]);
+      n.deactivate();
+      expect([...n.taps.attached]).toEqual([]);
+    }
     n.guest.close();
   });
 

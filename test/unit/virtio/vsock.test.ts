@@ -9,7 +9,12 @@ import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { VsockDevice } from '../../../src/virtio/devices/vsock/vsock.js';
 import { BUFFER_BYTES } from '../../../src/virtio/devices/vsock/connection.js';
 import { MAX_CONNECTIONS } from '../../../src/virtio/devices/vsock/connections.js';
-import { VsockCounter, vsockDescription } from '../../../src/virtio/devices/vsock/description.js';
+import {
+  VsockCounter,
+  vsockDescription,
+  VsockOwn,
+  vsockRestored,
+} from '../../../src/virtio/devices/vsock/description.js';
 import { HEADER_BYTES, MAX_PACKET, Op, Shutdown } from '../../../src/virtio/devices/vsock/packet.js';
 import { MAX_RESETS } from '../../../src/virtio/devices/vsock/sender.js';
 import type { DeviceContext, EventLoop } from '../../../src/virtio/device.js';
@@ -1353,4 +1358,49 @@ describe('hostile drivers', () => {
       program.close();
     }
   }
+});
+
+describe('after a restore', () => {
+  const due = () => context.own[VsockOwn.resetDue];
+  const offer = (side: GuestSide, length: number, write = true) => {
+    const address = guest.alloc(16);
+    guest.memory.fill(address, 0xee, 16);
+    return { address, id: side.event.add([{ address, length, write }]) };
+  };
+
+  test.each([false, true])('the driver hears once that its connections are gone (packed: %s)', (packed) => {
+    context.own[VsockOwn.resetDue] = 1;
+    const side = new GuestSide({ packed });
+    const bad = offer(side, 3);
+    side.start();
+    expect([side.event.used(), side.event.used(), due()]).toEqual([{ id: bad.id, length: 0 }, undefined, 1]);
+    // It offers a buffer that is fit, and gets the event in that one; further buffers wait.
+    const wrong = offer(side, 8, false);
+    const fit = offer(side, 8);
+    const spare = offer(side, 8);
+    device.kick(side.event.queue);
+    expect([side.event.used(), side.event.used(), side.event.used()]).toEqual([
+      { id: wrong.id, length: 0 },
+      { id: fit.id, length: 4 },
+      undefined,
+    ]);
+    expect([due(), guest.memory.u32(fit.address), guest.memory.u32(spare.address)]).toEqual([0, 0, 0xeeee_eeee]);
+    expect(side.event.interrupts).toBeGreaterThan(0);
+    device.kick(side.event.queue);
+    expect(side.event.used()).toBeUndefined();
+    // The device works as ever.
+    fromGuest(side);
+  });
+
+  test('none is told where there was no driver, or none was restored', () => {
+    const own = new Int32Array(2);
+    vsockRestored({ config: new Uint8Array(8), own, ready: false, has: () => false });
+    expect(own[0]).toBe(0);
+    vsockRestored({ config: new Uint8Array(8), own, ready: true, has: () => true });
+    expect(own[0]).toBe(1);
+    const side = new GuestSide();
+    offer(side, 8);
+    side.start();
+    expect([side.event.used(), side.event.kicksSuppressed]).toEqual([undefined, true]);
+  });
 });

@@ -231,6 +231,33 @@ describe('workers that are held', () => {
     await stop();
   });
 
+  test('sync what they serve, and say which could not', async () => {
+    const script = (failing: string) =>
+      url(`
+        const { workerData: { name, command }, parentPort, receiveMessageOnPort } = require('node:worker_threads');
+        const words = new Int32Array(command);
+        for (let word = Atomics.load(words, 0); (word & ${IoOrder.stop}) === 0; word = Atomics.load(words, 0)) {
+          if ((word & ${IoOrder.hold}) !== 0) parentPort.postMessage({ kind: 'held', word });
+          for (let next = receiveMessageOnPort(parentPort); next; next = receiveMessageOnPort(parentPort)) {
+            const failure = name === '${failing}' ? '_disk1: EIO after ' + next.message.kind : undefined;
+            parentPort.postMessage({ kind: 'answer', failure });
+          }
+          Atomics.wait(words, 0, word);
+        }
+      `);
+    for (const [failing, answer] of [
+      ['io1', '_disk1: EIO after sync'],
+      ['io2', undefined],
+    ] as const) {
+      const { manager, start, stop } = workers(script(failing));
+      start('io0');
+      start('io1');
+      await manager.pause();
+      expect(await manager.sync()).toBe(answer);
+      await stop();
+    }
+  });
+
   test('say so for each time anew', async () => {
     // It says only once that it is held, and then nothing any more.
     const { manager, start } = workers(

@@ -7,7 +7,7 @@
  * descriptors are the process's: the others need not be told.
  */
 import type { DeviceContext, DeviceQueue, Driver, Timer } from '../../device.js';
-import { NetFeature } from './description.js';
+import { NetFeature, NetStatus, STATUS_AT } from './description.js';
 import { Pop } from '../../queue/queue.js';
 
 /** What can be changed of a tap while it is used. `src/net/tap.ts` has the real one. */
@@ -18,7 +18,8 @@ export interface TapControl {
   setAttached(tap: number, attached: boolean): boolean;
 }
 
-const Class = { multiQueue: 4, guestOffloads: 5 } as const;
+const Class = { announce: 3, multiQueue: 4, guestOffloads: 5 } as const;
+const ANNOUNCE_ACK = 0;
 const MQ_VQ_PAIRS_SET = 0;
 const GUEST_OFFLOADS_SET = 0;
 const Acknowledge = { ok: 0, error: 1 } as const;
@@ -79,7 +80,12 @@ export class NetControl {
   }
 
   #attachOthers(attached: boolean): void {
-    for (let pair = 1; pair < this.context.own[Own.pairs]; pair++) this.control.setAttached(this.taps[pair], attached);
+    for (let pair = 1; pair < this.#used; pair++) this.control.setAttached(this.taps[pair], attached);
+  }
+
+  /** Pairs that the driver uses. In a state that was loaded any number may stand. */
+  get #used(): number {
+    return Math.min(Math.max(this.context.own[Own.pairs], 1), this.pairs);
   }
 
   /** The control queue, where this worker serves it. */
@@ -117,6 +123,10 @@ export class NetControl {
     if (length < 2) return false;
     const [group, command] = this.#command;
     const driver = this.#driver!;
+    if (group === Class.announce && command === ANNOUNCE_ACK && driver.has(NetFeature.guestAnnounce)) {
+      this.context.changeConfig(() => this.#setAnnounce(false), 'untold');
+      return true;
+    }
     if (group === Class.multiQueue && command === MQ_VQ_PAIRS_SET && driver.has(NetFeature.multiQueue))
       return length >= 4 && this.#setPairs(this.#view.getUint16(2, true));
     if (group === Class.guestOffloads && command === GUEST_OFFLOADS_SET && driver.has(NetFeature.ctrlGuestOffloads))
@@ -124,11 +134,22 @@ export class NetControl {
     return false;
   }
 
+  /** Asks the driver to tell the network where it is (5.1.6.5.4). */
+  announce(): void {
+    if (this.#queue === undefined || this.#driver?.has(NetFeature.guestAnnounce) !== true) return;
+    this.context.changeConfig(() => this.#setAnnounce(true));
+  }
+
+  #setAnnounce(due: boolean): void {
+    const { config } = this.context;
+    config[STATUS_AT] = due ? config[STATUS_AT] | NetStatus.announce : config[STATUS_AT] & ~NetStatus.announce;
+  }
+
   /** 5.1.6.5.6.1 */
   #setPairs(pairs: number): boolean {
     if (pairs < 1 || pairs > this.pairs) return false;
     const { own } = this.context;
-    const before = Math.max(own[Own.pairs], 1);
+    const before = this.#used;
     for (let pair = before; pair < pairs; pair++) {
       if (this.control.setAttached(this.taps[pair], true)) continue;
       for (let undo = before; undo < pair; undo++) this.control.setAttached(this.taps[undo], false);
@@ -166,7 +187,7 @@ export class NetControl {
     const { own } = this.context;
     for (;;) {
       const word = Atomics.load(own, Own.offloads);
-      const bits = word === 0 ? this.#negotiated() : word & ~SET;
+      const bits = word === 0 ? this.#negotiated() : word & this.#negotiated();
       let done = true;
       // Each: descriptors that were handed down need not be of one tap.
       for (const tap of this.taps) if (!this.control.setOffload(tap, bits)) done = false;

@@ -1,5 +1,5 @@
 /** What a virtio network device is to its driver (virtio 1.3, 5.1). */
-import { type VirtioDescription, VirtioType } from '../../device.js';
+import { type RestoredDevice, type VirtioDescription, VirtioType } from '../../device.js';
 
 export const NetFeature = {
   csum: 0,
@@ -18,6 +18,7 @@ export const NetFeature = {
   mergeRxBuffers: 15,
   status: 16,
   ctrlVq: 17,
+  guestAnnounce: 21,
   multiQueue: 22,
 } as const;
 
@@ -33,7 +34,9 @@ export const NetCounter = {
 } as const;
 
 export const CONTROL_QUEUE_SIZE = 64;
-const LINK_UP = 1;
+/** Bits of the status, and where that is in the configuration (5.1.4). */
+export const NetStatus = { linkUp: 1, announce: 2 } as const;
+export const STATUS_AT = 6;
 
 export interface NetSetup {
   readonly mac: Uint8Array;
@@ -51,14 +54,14 @@ export function netDescription({ mac, queuePairs, queueSize, mtu, tso, ufo, csum
   const config = new Uint8Array(12);
   config.set(mac);
   const view = new DataView(config.buffer);
-  view.setUint16(6, LINK_UP, true);
+  view.setUint16(STATUS_AT, NetStatus.linkUp, true);
   view.setUint16(8, queuePairs, true);
   view.setUint16(10, mtu ?? 0, true);
   return {
     type: VirtioType.Net,
     classCode: 0x020000,
     features: [
-      ...[f.mac, f.status, f.mergeRxBuffers, f.ctrlVq],
+      ...[f.mac, f.status, f.mergeRxBuffers, f.ctrlVq, f.guestAnnounce],
       ...(csum ? [f.csum, f.guestCsum, f.ctrlGuestOffloads] : []),
       ...(csum && tso ? [f.guestTso4, f.guestTso6, f.guestEcn, f.hostTso4, f.hostTso6, f.hostEcn] : []),
       ...(csum && ufo ? [f.guestUfo, f.hostUfo] : []),
@@ -70,4 +73,9 @@ export function netDescription({ mac, queuePairs, queueSize, mtu, tso, ufo, csum
     writable: [],
     counters: Object.keys(NetCounter),
   };
+}
+
+/** A machine that goes on elsewhere is to tell the switches where it is now (5.1.6.5.4). */
+export function netRestored({ config, has }: RestoredDevice): void {
+  if (has(NetFeature.guestAnnounce)) config[STATUS_AT] |= NetStatus.announce;
 }

@@ -3,8 +3,8 @@
  * this process.
  *
  * Modelled: mergeable receive buffers, checksum and segmentation offload through the tap's own header, several queue pairs,
- * the control queue for offloads and pairs, rate limits. Not modelled: receive filters (a tap gets what its bridge sends it),
- * VLAN filters, RSS, announcements.
+ * the control queue for offloads, pairs and announcements, rate limits. Not modelled: receive filters (a tap gets what its bridge sends it),
+ * VLAN filters, RSS.
  *
  * Each worker that serves some of the queues has a device of its own, which knows those alone.
  */
@@ -70,6 +70,11 @@ export class NetDevice implements VirtioDevice {
     if (queue === this.#control.queue) this.#control.serve();
     else if (queue.index % 2 === 0) this.#pairs[queue.index >> 1]?.receive();
     else this.#pairs[queue.index >> 1]?.transmit();
+  }
+
+  /** `{ announce: true }`: the driver is to announce itself. */
+  control(message: unknown): void {
+    if ((message as { announce?: unknown }).announce === true) this.#control.announce();
   }
 
   deactivate(): void {

@@ -1,5 +1,5 @@
 /** What the vsock device is to its driver (virtio 1.3, 5.10), and what it counts. */
-import { type VirtioDescription, VirtioType } from '../../device.js';
+import { type RestoredDevice, type VirtioDescription, VirtioType } from '../../device.js';
 
 export const VsockCounter = {
   /** Connections that were made. */
@@ -33,4 +33,12 @@ export function vsockDescription(cid: number): VirtioDescription {
     writable: [],
     counters: Object.keys(VsockCounter),
   };
+}
+
+/** Words of the device's own: whether the driver has to be told that all connections are gone. */
+export const VsockOwn = { resetDue: 0 } as const;
+
+/** The host's ends of all connections are gone (5.10.6.7). */
+export function vsockRestored({ own, ready }: RestoredDevice): void {
+  if (ready) own[VsockOwn.resetDue] = 1;
 }

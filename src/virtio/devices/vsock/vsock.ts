@@ -5,8 +5,8 @@
  * device's socket says `CONNECT <port>\n` and reads `OK <port>\n` once the guest has accepted; a guest that connects to
  * port P of the host reaches the program that listens at `<socket>_<P>`.
  *
- * Modelled: streams, credit both ways, half-closed connections. Not modelled: seqpacket and datagram sockets, and the
- * transport reset event, so nothing is ever sent on the event queue.
+ * Modelled: streams, credit both ways, half-closed connections; the transport reset event, after a restore. Not modelled: seqpacket
+ * and datagram sockets.
  *
  * Data goes between sockets and the guest's memory without a copy, save what a host program is slow to take. Nothing is
  * kept for a guest that is slow: its bytes stay in the socket.
@@ -17,13 +17,16 @@ import { IovecArray } from '../../queue/iovec.js';
 import { type Chain, MAX_CHAIN, Pop } from '../../queue/queue.js';
 import { type Connection, Control, State } from './connection.js';
 import { Connections } from './connections.js';
-import { VsockCounter } from './description.js';
+import { VsockCounter, VsockOwn } from './description.js';
 import { VsockGreeter } from './greeter.js';
 import { HEADER_BYTES, HOST_CID, MAX_PACKET, Op, PacketHeader, PacketType, Shutdown } from './packet.js';
 import { VsockSender } from './sender.js';
 
 const RECEIVE = 0;
 const TRANSMIT = 1;
+const EVENT = 2;
+/** 5.10.6.7: struct virtio_vsock_event, whose only field is its id. */
+const TRANSPORT_RESET = Uint8Array.of(0, 0, 0, 0);
 
 /** Chains taken from the transmit queue before others of the worker get their turn. */
 const BATCH = 256;
@@ -50,6 +53,7 @@ export class VsockDevice implements VirtioDevice {
 
   #receive: DeviceQueue | undefined;
   #transmit: DeviceQueue | undefined;
+  #event: DeviceQueue | undefined;
   #active = false;
   #broken = false;
   /** The transmit queue waits for room in the sender's `resets`. */
@@ -75,7 +79,7 @@ export class VsockDevice implements VirtioDevice {
   activate({ queues }: Driver): void {
     this.#receive = queues[RECEIVE];
     this.#transmit = queues[TRANSMIT];
-    queues[2]?.ring.suppressKicks();
+    this.#event = queues[EVENT];
     this.#active = true;
     this.#broken = false;
     this.#paused = false;
@@ -88,7 +92,29 @@ export class VsockDevice implements VirtioDevice {
     if (this.#broken) return;
     if (queue === this.#transmit) this.#fromGuest(queue);
     else if (queue === this.#receive) this.#sender.kick(queue);
+    else if (queue === this.#event) this.#tellReset(queue);
     this.#toGuest();
+  }
+
+  /** Its buffers wait in the ring until there is something to tell. */
+  #tellReset(queue: DeviceQueue): void {
+    const { own, counters } = this.context;
+    const { ring } = queue;
+    ring.suppressKicks();
+    for (let left = ring.size; left > 0 && own[VsockOwn.resetDue] !== 0; left--) {
+      const pop = ring.pop();
+      if (pop === Pop.Taken) {
+        const { chain } = ring;
+        const room = chain.readable === 0 && chain.writableBytes >= TRANSPORT_RESET.length;
+        if (room) own[VsockOwn.resetDue] = 0;
+        else counters[VsockCounter.malformed]++;
+        ring.push(chain.id, room ? chain.write(0, TRANSPORT_RESET, 0, TRANSPORT_RESET.length) : 0);
+      } else if (pop === Pop.Broken) {
+        this.#break(ring.fault);
+        return;
+      } else if (!ring.resumeKicks()) break;
+    }
+    queue.signal();
   }
 
   #goOn(): void {
@@ -301,6 +327,7 @@ export class VsockDevice implements VirtioDevice {
     this.#sender.stop();
     this.#receive = undefined;
     this.#transmit = undefined;
+    this.#event = undefined;
   }
 
   close(): void {
