@@ -5,9 +5,11 @@ import fc from 'fast-check';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import { HypervisorError, type MemorySlot, type Vm, type VmSignals } from '../../../src/hypervisor/hypervisor.js';
 import { IntxLines } from '../../../src/pci/intx.js';
+import { StateError } from '../../../src/state/state-block.js';
 import type { HostKernel } from '../../../src/sys/host-kernel.js';
 import { virtioBar } from '../../../src/virtio/transport/pci-registers.js';
 import { VirtioPciDevice } from '../../../src/virtio/transport/pci-transport.js';
+import { transportLayout } from '../../../src/virtio/transport/transport-state.js';
 import { DeviceManager, type DeviceResource, type PlacedDevice } from '../../../src/vmm/devices/device-manager.js';
 import { type PlannedDevice, IoPlanner } from '../../../src/vmm/devices/io-planner.js';
 import type { HostResources } from '../../../src/vmm/host/host-resources.js';
@@ -222,6 +224,46 @@ test('the disks of a group share its limit, one that is plugged as well, and eac
   expect([...plugged.served.values()]).toEqual([[0], [1]]);
   expect(of(manager.add(grouped('4')))).toBeUndefined();
   expect(life().first.state).not.toBe(first.state);
+});
+
+describe('what is saved of the devices', () => {
+  const devices = { console: { mode: 'Tty' }, balloon: { size: 2 * MIB }, watchdog: true };
+  const life = () => machine(new Outside(), [disk('_disk0'), net({})('_net1'), vsock('_vsock2')], devices).manager;
+  const save = (manager: DeviceManager) => [...manager.units].map(([name, block]) => [name, block.save()] as const);
+
+  test('has names that never change', () => {
+    const names = ['__console', '__console:pipe', '_disk0', '_net1', '__rng', '_vsock2', '__balloon', '__watchdog'];
+    expect([...life().units.keys()]).toEqual(names.map((name) => `virtio:${name}`));
+  });
+
+  test('is loaded by another machine, whose devices do what is theirs after it', () => {
+    const before = life();
+    before.paused();
+    const saved = save(before);
+    const after = life();
+    for (const [name, state] of saved) after.units.get(name)!.load(state);
+    after.restored();
+    expect(save(after)).toEqual(saved);
+    // A driver works with each: the network is to announce itself, the vsock device tells what is gone.
+    const { at } = transportLayout(after.get('_net1')!.handle.description);
+    for (const [name, { fields, ...of }] of saved) {
+      if (!('status' in fields)) continue;
+      const { offered } = after.get(name.slice('virtio:'.length))!.handle;
+      const driverFeatures = offered.map((word) => word >>> 0);
+      after.units.get(name)!.load({ ...of, fields: { ...fields, status: [15], driverFeatures } });
+    }
+    after.restored();
+    const { words } = after.units.get('virtio:_net1')!;
+    expect([(words[at.config + 1] >> 16) & 0xff, words[at.session] & 1]).toEqual([3, 1]);
+    expect(after.units.get('virtio:_vsock2')!.save().fields.own).toEqual([1, 0]);
+  });
+
+  test('is refused where a device of its kind cannot have saved it', () => {
+    const manager = life();
+    const pipe = manager.units.get('virtio:__console:pipe')!;
+    pipe.load({ name: 'byte-pipe', version: 1, fields: { outputTail: [0x4001] } });
+    expect(() => manager.restored()).toThrow(StateError);
+  });
 });
 
 test.each(Object.entries(MAKE))('a device leaves nothing when it goes: %s', (_kind, make) => {
