@@ -123,6 +123,8 @@ export class ArmStateKernel {
     const register = vcpu.registers.get(id);
     if (register === undefined) refuse('ENOENT');
     const { length } = register.value;
+    // KVM copies so many bytes, whatever lies behind them.
+    expect(bytes.length).toBeGreaterThanOrEqual(length);
     if (!set) {
       bytes.set(register.value);
       return;

@@ -1,6 +1,7 @@
 /** What is kept of a KVM machine on aarch64, and how it is set back. */
 import { describe, expect, test } from '@jest/globals';
-import type { Arm64Vcpu, Arm64Vm } from '../../../src/hypervisor/hypervisor.js';
+import fc from 'fast-check';
+import { type Arm64Vcpu, type Arm64Vm, HypervisorError } from '../../../src/hypervisor/hypervisor.js';
 import * as abi from '../../../src/hypervisor/kvm/aarch64/abi.js';
 import { openKvmArm64 } from '../../../src/hypervisor/kvm/aarch64/kvm.js';
 import type { Arm64Register, Arm64VcpuState, Arm64VmState } from '../../../src/hypervisor/saved-state.js';
@@ -342,6 +343,42 @@ describe('another host', () => {
     );
     expect(next.host.set).toEqual([]);
   });
+});
+
+test('whatever is in a record, it is loaded or refused in a line, and nothing is left behind', () => {
+  const saved = save(used());
+  const { mapped } = make().host;
+  const bit = fc.bigInt({ min: 0n, max: 63n }).map((shift) => 1n << shift);
+  const change = fc.record({
+    list: fc.nat(),
+    at: fc.nat(),
+    id: fc.oneof(fc.constant(0n), bit),
+    value: fc.option(fc.uint8Array({ maxLength: 300 })),
+    repeat: fc.nat(2),
+  });
+  fc.assert(
+    fc.property(fc.array(change, { minLength: 1, maxLength: 4 }), (changes) => {
+      const copy = structuredClone(saved) as { vcpus: { registers: Arm64Register[] }[] } & Saved;
+      const gic = copy.vm.gic as Record<string, Arm64Register[]>;
+      const lists = [...copy.vcpus.map(({ registers }) => registers), ...Object.values(gic)];
+      for (const { list, at, id, value, repeat } of changes) {
+        const registers = lists[list % lists.length];
+        if (registers.length === 0) continue;
+        const old = registers[at % registers.length];
+        const next = { id: old.id ^ id, value: value ?? old.value };
+        registers.splice(at % registers.length, 1, ...Array.from({ length: repeat }, () => next));
+      }
+      const next = make();
+      try {
+        load(next, copy);
+      } catch (error) {
+        expect(error).toBeInstanceOf(HypervisorError);
+        expect((error as Error).message).not.toContain('\n');
+      }
+      expect(next.host.mapped).toBe(mapped);
+    }),
+    { numRuns: 200 },
+  );
 });
 
 test.each([
