@@ -50,6 +50,7 @@ const tools = {
   'dist/tools/instruction-check.js': 'test/support/instruction-check.ts',
   'dist/tools/sdk-types.js': 'tools/sdk-types.ts',
   'dist/tools/arm-guest-runner.js': 'test/support/arm-guest-runner.ts',
+  'dist/tools/arm-state-runner.js': 'test/support/arm-state-runner.ts',
 };
 
 /** Two builds may run at once: each file appears whole or not at all. */

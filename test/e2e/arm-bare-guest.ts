@@ -143,7 +143,7 @@ vectors:
 `;
 
 /** The lab sees the host's files. */
-function assemble(folder: string, source: string): string {
+export function assemble(folder: string, source: string): string {
   const [assembly, elf, image] = ['guest.s', 'guest.elf', 'guest.bin'].map((name) => path.join(folder, name));
   fs.writeFileSync(assembly, source);
   const link = ['-nostdlib', '-static', '-Wl,-Ttext=0x40000000,-estart'];
