@@ -37,6 +37,8 @@ export class Clocks {
     if (on === this.frozen) return;
     const vps = this.#vps();
     const now = vps.length === 0 ? 0n : this.#hostTime(vps[0]);
+    // At once, so that the two kinds of clocks stay in step.
+    this.#freezeReference(on);
     for (const vp of vps) {
       if (on) this.#keep(vp, now + this.#kept(vp));
       else this.#setOffset(vp, this.#kept(vp) - now);
@@ -47,7 +49,6 @@ export class Clocks {
       else apic.startTimer();
     }
     this.shared.words[this.#control + P.frozen] = on ? 1 : 0;
-    this.#freezeReference(on);
   }
 
   #freezeReference(on: boolean): void {

@@ -69,3 +69,18 @@ test('a driver that knows the first arguments alone gets those', () => {
   messageOf(() => openMshv(kernel).createVm());
   expect(sizes).toEqual([abi.CREATE_PARTITION_V2_SIZE, abi.CREATE_PARTITION_SIZE]);
 });
+
+test('partitions are made without the TSC deadline timer, for which the hypervisor has no register', () => {
+  let argument = new Uint8Array(0);
+  const { kernel } = kernelWith(
+    () => 7,
+    (given) => {
+      argument = given.slice();
+      return fail('ENOMEM', 'not enough memory')();
+    },
+  );
+  messageOf(() => openMshv(kernel).createVm());
+  const banks = new DataView(argument.buffer, abi.CREATE_PARTITION_V2.disabledFeatures);
+  const second = 1n << BigInt(abi.PROCESSOR_FEATURE_BIT.tsc_deadline_tmr_support - 64);
+  expect([banks.getBigUint64(0, true), banks.getBigUint64(8, true)]).toEqual([0n, second]);
+});
