@@ -50,6 +50,7 @@ const tools = {
   'dist/tools/instruction-check.js': 'test/support/instruction-check.ts',
   'dist/tools/mshv-state-check.js': 'test/support/mshv-state-check.ts',
   'dist/tools/sdk-types.js': 'tools/sdk-types.ts',
+  'dist/tools/saved-state-check.js': 'test/support/saved-state-check.ts',
   'dist/tools/arm-guest-runner.js': 'test/support/arm-guest-runner.ts',
   'dist/tools/arm-state-runner.js': 'test/support/arm-state-runner.ts',
 };

@@ -101,12 +101,12 @@ export interface X86Vcpu extends Vcpu {
   msr(index: number): bigint;
   /** Sets the local APIC's two local interrupt inputs: LINT0 to ExtINT and LINT1 to NMI. */
   setLocalInterrupts(): void;
-  /** Everything of it that a machine goes on from. Its thread is parked, and the VM's time is stopped. */
+  /** After `Vm.stopTime`, and before `X86Vm.save`. Its thread is parked, and has completed its exit. @throws HypervisorError */
   save(): X86VcpuState;
   /**
-   * On a processor that has its CPUID and has not run yet, in a VM whose time has not started.
+   * It has its CPUID and has not run, and guest memory is there. Before `X86Vm.load`.
    *
-   * @throws HypervisorError: the record is not this hypervisor's, or cannot be a processor's
+   * @throws HypervisorError with one line for the user when this host cannot have the state
    */
   load(state: X86VcpuState): void;
 }
@@ -208,8 +208,12 @@ export interface Vm {
   removeMemory(slot: number): void;
   /** @param pin the input of the machine's interrupt controller: the IOAPIC's, or the number of the GIC's SPI */
   createInterrupt(pin: number): InterruptHandle;
-  /** Lets the guest's time run, for all vCPUs from the same moment on. Before the first of them runs, and after `stopTime`. */
-  startTime(): void;
+  /**
+   * Lets the guest's time run, for all vCPUs from the same moment on. Before the first of them runs, and after `stopTime`.
+   *
+   * @param passed nanoseconds that its clocks are to be ahead of where they stood, all by the same; KVM on x86_64 alone does so
+   */
+  startTime(passed?: bigint): void;
   /** The guest's clocks stand still until `startTime`, so that it does not miss the time between. No vCPU runs. */
   stopTime(): void;
   /** A route for {@link VmSignals.connectMsi}: for interrupts that the host's kernel raises by itself (vhost). */
@@ -231,9 +235,13 @@ export interface X86Vm extends Vm {
   createVcpu(id: number): X86Vcpu;
   /** Frequency of the guest's time-stamp counter in kHz, where the hypervisor tells it. */
   tscKhz(): number | undefined;
-  /** What its processors share. No vCPU runs, and time is stopped. */
+  /** After `stopTime`, and after all vCPUs. @throws HypervisorError */
   save(): X86VmState;
-  /** When all processors have been loaded; time goes on with `startTime`. @throws HypervisorError as {@link X86Vcpu.load} does */
+  /**
+   * Of a VM that has not run: after all vCPUs. Time stands then, as after `stopTime`.
+   *
+   * @throws HypervisorError with one line for the user when this host cannot have the state
+   */
   load(state: X86VmState): void;
 }
 

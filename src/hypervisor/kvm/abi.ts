@@ -10,6 +10,7 @@ export const KVM_API_VERSION = 12;
 export const KVM_GET_API_VERSION = 0xae00;
 export const KVM_CREATE_VM = 0xae01;
 export const KVM_CHECK_EXTENSION = 0xae03;
+export const KVM_GET_MSR_INDEX_LIST = 0xc004ae02;
 export const KVM_GET_VCPU_MMAP_SIZE = 0xae04;
 export const KVM_GET_SUPPORTED_CPUID = 0xc008ae05;
 export const KVM_CREATE_VCPU = 0xae41;
@@ -37,7 +38,28 @@ export const KVM_SET_FPU = 0x41a0ae8d;
 export const KVM_GET_LAPIC = 0x8400ae8e;
 export const KVM_SET_LAPIC = 0x4400ae8f;
 export const KVM_SET_CPUID2 = 0x4008ae90;
+export const KVM_GET_MP_STATE = 0x8004ae98;
+export const KVM_SET_MP_STATE = 0x4004ae99;
+export const KVM_GET_PIT2 = 0x8070ae9f;
+export const KVM_SET_PIT2 = 0x4070aea0;
+export const KVM_GET_VCPU_EVENTS = 0x8040ae9f;
+export const KVM_SET_VCPU_EVENTS = 0x4040aea0;
+export const KVM_GET_DEBUGREGS = 0x8080aea1;
+export const KVM_SET_DEBUGREGS = 0x4080aea2;
+export const KVM_SET_TSC_KHZ = 0xaea2;
 export const KVM_GET_TSC_KHZ = 0xaea3;
+export const KVM_ENABLE_CAP = 0x4068aea3;
+export const KVM_GET_XSAVE = 0x9000aea4;
+export const KVM_SET_XSAVE = 0x5000aea5;
+export const KVM_GET_XCRS = 0x8188aea6;
+export const KVM_SET_XCRS = 0x4188aea7;
+export const KVM_GET_ONE_REG = 0x4010aeab;
+export const KVM_SET_ONE_REG = 0x4010aeac;
+export const KVM_GET_NESTED_STATE = 0xc080aebe;
+export const KVM_SET_NESTED_STATE = 0x4080aebf;
+export const KVM_GET_SREGS2 = 0x8140aecc;
+export const KVM_SET_SREGS2 = 0x4140aecd;
+export const KVM_GET_XSAVE2 = 0x9000aecf;
 export const KVM_SET_CLOCK = 0x4030ae7b;
 export const KVM_GET_CLOCK = 0x8030ae7c;
 export const KVM_KVMCLOCK_CTRL = 0xaead;
@@ -62,12 +84,18 @@ export const KVM_CAP = {
   ADJUST_CLOCK: 39,
   VCPU_EVENTS: 41,
   XSAVE: 55,
+  XCRS: 56,
   TSC_CONTROL: 60,
   GET_TSC_KHZ: 61,
   MAX_VCPUS: 66,
   TSC_DEADLINE_TIMER: 72,
   SPLIT_IRQCHIP: 121,
   IMMEDIATE_EXIT: 136,
+  NESTED_STATE: 157,
+  EXCEPTION_PAYLOAD: 164,
+  SREGS2: 200,
+  XSAVE2: 208,
+  X86_TRIPLE_FAULT_EVENT: 218,
 } as const;
 export type KvmCapability = keyof typeof KVM_CAP;
 
@@ -163,3 +191,55 @@ export const KVM_IRQCHIP_PIC_MASTER = 0;
 export const KVM_IRQCHIP_PIC_SLAVE = 1;
 export const KVM_IRQCHIP_IOAPIC = 2;
 export const KVM_PIT_SPEAKER_DUMMY = 1;
+/** struct kvm_enable_cap: cap at 0, args at 8. */
+export const ENABLE_CAP_SIZE = 104;
+
+// What is saved and restored.
+
+/** struct kvm_mp_state. */
+export const MP_STATE_SIZE = 4;
+export const KVM_MP_STATE_RUNNABLE = 0;
+export const KVM_MP_STATE_UNINITIALIZED = 1;
+export const KVM_MP_STATE_INIT_RECEIVED = 2;
+export const KVM_MP_STATE_HALTED = 3;
+export const KVM_MP_STATE_SIPI_RECEIVED = 4;
+/** struct kvm_sregs2: as struct kvm_sregs, but for what follows the control registers. */
+export const SREGS2_SIZE = 320;
+export const SREGS2 = { flags: 280, pdptrs: 288 } as const;
+export const KVM_SREGS2_FLAGS_PDPTRS_VALID = 1;
+/** struct kvm_xcrs: nr_xcrs at 0, then entries with the register's number at 0 and its value at 8. */
+export const XCRS_SIZE = 392;
+export const XCRS_ENTRIES = 8;
+/** struct kvm_xsave, where the host's is no larger. */
+export const XSAVE_SIZE = 4096;
+/** struct kvm_debugregs: DR0 to DR3 from 0 on, DR6, DR7. */
+export const DEBUGREGS_SIZE = 128;
+/** struct kvm_nested_state: its header, behind which lies what the format says. */
+export const NESTED_STATE_SIZE = 128;
+export const NESTED_STATE = { flags: 0, format: 2, size: 4, vmxon: 8 } as const;
+export const KVM_STATE_NESTED_FORMAT_VMX = 0;
+export const KVM_STATE_NESTED_GIF_SET = 0x100;
+/** struct kvm_vcpu_events. */
+export const VCPU_EVENTS_SIZE = 64;
+export const VCPU_EVENTS = {
+  ...{ exceptionInjected: 0, exceptionVector: 1, exceptionHasCode: 2, exceptionPending: 3, exceptionCode: 4 },
+  ...{ interruptInjected: 8, interruptVector: 9, interruptSoft: 10, interruptShadow: 11 },
+  ...{ nmiInjected: 12, nmiPending: 13, nmiMasked: 14 },
+  ...{ sipiVector: 16, flags: 20 },
+  ...{ smm: 24, smiPending: 25, smmInsideNmi: 26, latchedInit: 27, tripleFault: 28 },
+  ...{ exceptionHasPayload: 55, exceptionPayload: 56 },
+} as const;
+export const KVM_VCPUEVENT_VALID_NMI_PENDING = 1;
+export const KVM_VCPUEVENT_VALID_SIPI_VECTOR = 2;
+export const KVM_VCPUEVENT_VALID_SHADOW = 4;
+export const KVM_VCPUEVENT_VALID_SMM = 8;
+export const KVM_VCPUEVENT_VALID_PAYLOAD = 0x10;
+export const KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 0x20;
+/** struct kvm_msr_list's header. */
+export const MSR_LIST_HEADER_SIZE = 4;
+/** The data of struct kvm_irqchip, behind the chip's number. */
+export const IRQCHIP_DATA_OFFSET = 8;
+/** struct kvm_pit_state2. */
+export const PIT_STATE_SIZE = 112;
+/** struct kvm_one_reg: id at 0, addr at 8. */
+export const ONE_REG_SIZE = 16;

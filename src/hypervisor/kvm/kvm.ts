@@ -16,13 +16,19 @@ import {
   type X86Vm,
   type X86VmOptions,
 } from '../hypervisor.js';
+import type { X86VmState } from '../saved-state.js';
 import type { CpuidEntry } from '../x86-state.js';
 import * as abi from './abi.js';
 import { withoutAmx } from './cpuid.js';
 import { createKvmVm, openedWith, openKvmDevice } from './device.js';
 import { IOAPIC_PINS, setRouting, wirePins } from './routes.js';
-import { KvmVcpu } from './vcpu.js';
+import { KvmTime } from './time.js';
+import { KvmVcpu, type VcpuOwner } from './vcpu.js';
+import type { EventAbilities } from './vcpu-events.js';
+import { FOREIGN, type StateAbilities, stateAbilities } from './vcpu-state.js';
 import { KvmVmBase } from './vm.js';
+import { loadControllers, saveControllers } from './vm-state.js';
+import { KvmX86Runner } from './x86-runner.js';
 
 /** The capabilities without which no guest can run here. `vmm doctor` reports them one by one. */
 export const REQUIRED_CAPABILITIES: readonly abi.KvmCapability[] = [
@@ -57,7 +63,7 @@ const IN_KERNEL_APIC_FEATURES = (1 << 21) | (1 << 24);
 
 /** A vCPU that another thread created, on the thread that runs it. The creator closes it. */
 export function attachKvmVcpu(kernel: HostKernel, handle: VcpuHandle): Vcpu {
-  return new KvmVcpu(kernel, handle, kernel.attach(handle.run));
+  return new KvmX86Runner(kernel, handle, kernel.attach(handle.run));
 }
 
 export class KvmHypervisor implements X86Hypervisor {
@@ -88,18 +94,12 @@ export class KvmHypervisor implements X86Hypervisor {
   }
 }
 
-/** What the clocks showed when they were stopped. */
-interface Stopped {
-  /** Nanoseconds of kvmclock. */
-  readonly clock: bigint;
-  /** Of the host; undefined: its time-stamp counters are not in step. */
-  readonly tsc: bigint | undefined;
-}
-
-class KvmVm extends KvmVmBase implements X86Vm {
+class KvmVm extends KvmVmBase implements X86Vm, VcpuOwner {
   readonly ioapic = true;
   readonly #vcpus: KvmVcpu[] = [];
-  #stopped: Stopped | undefined;
+  readonly time = new KvmTime(this.kernel, this.device, this.fd, this.#vcpus);
+  #events: EventAbilities = { payload: false, tripleFault: false };
+  #abilities: StateAbilities | undefined;
 
   initialize(options: X86VmOptions): void {
     // Intel hosts without unrestricted guest need three pages and one page of guest addresses: api.rst, 4.35 and 4.41.
@@ -113,6 +113,18 @@ class KvmVm extends KvmVmBase implements X86Vm {
     wirePins(this.routes);
     setRouting(this.kernel, this.fd, this.routes);
     this.#initializePics(options.levelPins ?? []);
+    this.#events = {
+      payload: this.#enable('EXCEPTION_PAYLOAD'),
+      tripleFault: this.#enable('X86_TRIPLE_FAULT_EVENT'),
+    };
+  }
+
+  /** @returns whether it could be: an older KVM does not know it */
+  #enable(capability: abi.KvmCapability): boolean {
+    const view = new DataView(new ArrayBuffer(abi.ENABLE_CAP_SIZE));
+    view.setUint32(0, abi.KVM_CAP[capability], true);
+    view.setBigUint64(8, 1n, true);
+    return this.kernel.ioctlBufferRaw(this.fd, abi.KVM_ENABLE_CAP, new Uint8Array(view.buffer)) >= 0;
   }
 
   /**
@@ -153,39 +165,37 @@ class KvmVm extends KvmVmBase implements X86Vm {
   }
 
   createVcpu(id: number): X86Vcpu {
-    const vcpu = this.openVcpu(id, (handle, run) => new KvmVcpu(this.kernel, handle, run));
+    const vcpu = this.openVcpu(id, (handle, run) => new KvmVcpu(this.kernel, handle, run, this));
+    try {
+      this.time.join(vcpu);
+    } catch (error) {
+      undoAll(error, [() => vcpu.close()]);
+    }
     this.#vcpus.push(vcpu);
     return vcpu;
   }
 
-  /** KVM starts the clocks of all vCPUs together by itself: each new one takes the time of the first. */
-  startTime(): void {
-    const stopped = this.#stopped;
-    if (stopped === undefined) return;
-    this.#stopped = undefined;
-    // All by the same number, so that they stay in step.
-    const { tsc } = this.#readClock();
-    const behind = tsc === undefined || stopped.tsc === undefined ? 0n : tsc - stopped.tsc;
-    for (const vcpu of this.#vcpus) vcpu.setBack(behind);
-    const data = new Uint8Array(abi.CLOCK_SIZE);
-    new DataView(data.buffer).setBigUint64(abi.CLOCK.clock, stopped.clock, true);
-    this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_CLOCK, data);
+  /** Asked for when the first vCPU is saved or loaded. */
+  abilities(): StateAbilities {
+    return (this.#abilities ??= stateAbilities(this.kernel, this.device, this.fd, this.#events));
+  }
+
+  startTime(passed = 0n): void {
+    this.time.start(passed);
   }
 
   stopTime(): void {
-    this.#stopped = this.#readClock();
-    for (const vcpu of this.#vcpus) vcpu.excuseLateness();
+    this.time.stop();
   }
 
-  #readClock(): Stopped {
-    const data = new Uint8Array(abi.CLOCK_SIZE);
-    this.kernel.ioctlBuffer(this.fd, abi.KVM_GET_CLOCK, data);
-    const view = new DataView(data.buffer);
-    const told = (view.getUint32(abi.CLOCK.flags, true) & abi.KVM_CLOCK_HOST_TSC) !== 0;
-    return {
-      clock: view.getBigUint64(abi.CLOCK.clock, true),
-      tsc: told ? view.getBigUint64(abi.CLOCK.hostTsc, true) : undefined,
-    };
+  save(): X86VmState {
+    return { clock: this.time.clock, controllers: saveControllers(this.kernel, this.fd) };
+  }
+
+  load({ clock, controllers, synthetic }: X86VmState): void {
+    if (synthetic !== undefined) throw new HypervisorError(FOREIGN);
+    loadControllers(this.kernel, this.fd, controllers);
+    this.time.loadClock(clock);
   }
 
   tscKhz(): number | undefined {
@@ -196,13 +206,5 @@ class KvmVm extends KvmVmBase implements X86Vm {
       if (error instanceof SystemError) return undefined; // EIO: an unstable host TSC
       throw error;
     }
-  }
-
-  save(): never {
-    throw new HypervisorError('The state of a KVM machine cannot be saved yet');
-  }
-
-  load(): never {
-    throw new HypervisorError('The state of a KVM machine cannot be restored yet');
   }
 }

@@ -30,6 +30,19 @@ const STRUCTURES: Readonly<Record<string, string>> = {
   IRQCHIP_SIZE: 'sizeof(struct kvm_irqchip)',
   PIC_IMR_OFFSET: 'offsetof(struct kvm_irqchip, chip.pic.imr)',
   PIC_ELCR_OFFSET: 'offsetof(struct kvm_irqchip, chip.pic.elcr)',
+  ENABLE_CAP_SIZE: 'sizeof(struct kvm_enable_cap)',
+  MP_STATE_SIZE: 'sizeof(struct kvm_mp_state)',
+  SREGS2_SIZE: 'sizeof(struct kvm_sregs2)',
+  XCRS_SIZE: 'sizeof(struct kvm_xcrs)',
+  XCRS_ENTRIES: 'offsetof(struct kvm_xcrs, xcrs)',
+  XSAVE_SIZE: 'sizeof(struct kvm_xsave)',
+  DEBUGREGS_SIZE: 'sizeof(struct kvm_debugregs)',
+  NESTED_STATE_SIZE: 'sizeof(struct kvm_nested_state)',
+  VCPU_EVENTS_SIZE: 'sizeof(struct kvm_vcpu_events)',
+  MSR_LIST_HEADER_SIZE: 'sizeof(struct kvm_msr_list)',
+  IRQCHIP_DATA_OFFSET: 'offsetof(struct kvm_irqchip, chip)',
+  PIT_STATE_SIZE: 'sizeof(struct kvm_pit_state2)',
+  ONE_REG_SIZE: 'sizeof(struct kvm_one_reg)',
   IRQ_ROUTING_HEADER_SIZE: 'sizeof(struct kvm_irq_routing)',
   IRQ_ROUTING_ENTRY_SIZE: 'sizeof(struct kvm_irq_routing_entry)',
 };
@@ -51,6 +64,29 @@ const RUN_FIELDS: Readonly<Record<keyof typeof abi.RUN, string>> = {
   systemEventType: 'system_event.type',
 };
 
+/** Fields of other structures, by the constant that has their places. */
+const FIELDS: Readonly<Record<string, { struct: string; at: Readonly<Record<string, number>>; members: string[] }>> = {
+  clock: { struct: 'kvm_clock_data', at: abi.CLOCK, members: ['clock', 'flags', 'host_tsc'] },
+  sregs2: { struct: 'kvm_sregs2', at: abi.SREGS2, members: ['flags', 'pdptrs'] },
+  nested: {
+    struct: 'kvm_nested_state',
+    at: abi.NESTED_STATE,
+    members: ['flags', 'format', 'size', 'hdr.vmx.vmxon_pa'],
+  },
+  events: {
+    struct: 'kvm_vcpu_events',
+    at: abi.VCPU_EVENTS,
+    members: [
+      ...['injected', 'nr', 'has_error_code', 'pending', 'error_code'].map((name) => `exception.${name}`),
+      ...['injected', 'nr', 'soft', 'shadow'].map((name) => `interrupt.${name}`),
+      ...['injected', 'pending', 'masked'].map((name) => `nmi.${name}`),
+      ...['sipi_vector', 'flags'],
+      ...['smm', 'pending', 'smm_inside_nmi', 'latched_init'].map((name) => `smi.${name}`),
+      ...['triple_fault.pending', 'exception_has_payload', 'exception_payload'],
+    ],
+  },
+};
+
 test("every constant agrees with the kernel's own headers", () => {
   const ours: Record<string, number> = {};
   const expressions: string[] = [];
@@ -68,10 +104,10 @@ test("every constant agrees with the kernel's own headers", () => {
     add(`run.${field}`, value, `offsetof(struct kvm_run, ${member})`);
   }
 
-  const clock = { clock: 'clock', flags: 'flags', hostTsc: 'host_tsc' };
-  for (const [field, member] of Object.entries(clock)) {
-    const value = abi.CLOCK[field as keyof typeof abi.CLOCK];
-    add(`clock.${field}`, value, `offsetof(struct kvm_clock_data, ${member})`);
+  for (const [name, { struct, at, members }] of Object.entries(FIELDS)) {
+    Object.values(at).forEach((value, index) =>
+      add(`${name}.${members[index]}`, value, `offsetof(struct ${struct}, ${members[index]})`),
+    );
   }
 
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-probe-'));
