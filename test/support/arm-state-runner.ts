@@ -189,18 +189,19 @@ async function main(image: string): Promise<void> {
     lastLife = life === LIVES || (enough && performance.now() > TIME);
     const now = new Life(hypervisor, memory, saved);
     /** One of a kind is on its way at a time, as a second would be the same to an interrupt controller. */
-    const send = (chosen: number) => {
+    const send = () => {
       const counters = now.counters();
-      SIGNALS.forEach((name, index) => {
-        if (life === 0 || (chosen & (1 << index)) === 0 || counters[name] !== sent[name]) return;
+      for (const name of SIGNALS) {
+        if (counters[name] !== sent[name]) continue;
         now.send(name);
         sent[name]++;
-      });
+      }
     };
+    const whileItRuns = life > 0 && life % 2 === 0;
     const outstanding = () => SIGNALS.some((name) => now.counters()[name] !== sent[name]);
     const live = async () => {
       await sleep((LIFE * ((life * 7) % 20)) / 20);
-      send(life * 5);
+      if (whileItRuns) send();
       const end = performance.now() + PATIENCE;
       // At the beginning all is set up, and at the end all has to have come.
       while ((life === 0 && now.counters().ticks1 === 0) || (lastLife && outstanding())) {
@@ -209,7 +210,7 @@ async function main(image: string): Promise<void> {
       }
     };
     const { least, most } = await now.run(threads, live);
-    if (!lastLife) send(life);
+    if (!whileItRuns && life > 0 && !lastLife) send();
     const state = now.save();
     const counters = now.counters();
     const counted = Number(state.vm.counter - (saved?.vm.counter ?? 0n)) / (state.vm.counterFrequency / 1e9);
