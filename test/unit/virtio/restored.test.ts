@@ -288,6 +288,16 @@ describe('refused is a state', () => {
     expect(() => machine.restore(saved)).toThrow(reason);
   });
 
+  test.each<[string, keyof ReturnType<typeof transportLayout>['at'], number[]]>([
+    ['a queue that there cannot be', 'queueSelect', [0x8000_0000]],
+    ['a vector that there cannot be', 'configVector', [0x1_0000]],
+    ['a counter that is no number', 'counters', new Array<number>(2 * 2 * 20).fill(0x7ff8_0000)],
+  ])('with %s', (_what, field, words) => {
+    const machine = host(newGuest());
+    const saved = ready({ [field]: words });
+    expect(() => machine.restore(saved)).toThrow(`State of virtio-42, ${field}`);
+  });
+
   test('with a queue that is larger than the device has them', () => {
     const guest = newGuest();
     const saved = host(guest).save();
@@ -300,6 +310,18 @@ describe('refused is a state', () => {
     const other = host(newGuest(), { description: { ...DESCRIPTION, type: 43 } });
     expect(() => other.restore(saved)).toThrow('State of virtio-42 version 1 does not fit virtio-43 version 1');
   });
+});
+
+test.each([9, 10])('a packed queue that stands beyond its ring is beyond repair (word %i)', (word) => {
+  const guest = newGuest();
+  const before = host(guest);
+  before.drive([new TestQueue(guest, 0, { size: 16, packed: true })], [34]);
+  const saved = before.save();
+  const after = host(guest);
+  after.restore({ ...saved, fields: { ...saved.fields, queues: saved.fields.queues.with(word, 0x8010) } });
+  after.turn();
+  expect([after.device.seen, after.read(Common.status, 1) & Status.needsReset]).toEqual([[], Status.needsReset]);
+  expect(after.lines).toEqual([expect.stringContaining('slot 16 of a packed queue of size 16')]);
 });
 
 /** Whatever a file says: it is refused, or the device and its driver go on without an error of this process. */

@@ -6,7 +6,7 @@ import * as arm64 from '../../../src/arch/aarch64/layout.js';
 import * as layout from '../../../src/arch/x86_64/layout.js';
 import type { Vm } from '../../../src/hypervisor/hypervisor.js';
 import { IntxLines } from '../../../src/pci/intx.js';
-import type { SavedState } from '../../../src/state/state-block.js';
+import { type SavedState, StateError } from '../../../src/state/state-block.js';
 import type { HostKernel } from '../../../src/sys/host-kernel.js';
 import { createArm64Platform } from '../../../src/vmm/boards/arm64-platform.js';
 import { attachPlatform, type PlatformHandle, platformUnits } from '../../../src/vmm/boards/platform.js';
@@ -198,6 +198,23 @@ test('what the guest was asked to let go, it is still asked for', () => {
   expect(after.events.filter(({ kind }) => kind === 'ejected')).toHaveLength(2);
   const bare = arm();
   expect(bare.main.asked()).toEqual({ devices: [], vcpus: [], dimms: [] });
+});
+
+test.each([
+  ['pci-hotplug', 'selected', [16]],
+  ['serial', 'rxHead', [256]],
+  ['serial', 'rxCount', [257]],
+  ['serial', 'txHead', [4096]],
+  ['serial', 'txCount', [4097]],
+  ['rtc', 'index', [0x80]],
+  ['ioapic', 'select', [0x100]],
+  ['cpu-hotplug', 'status', [1, 1, 0x108]],
+] as const)('no file has a device look beyond its words: %s, %s %j', (unit, field, words) => {
+  const block = x86().units.get(unit)!;
+  const { name, version } = block.layout;
+  const load = (list: readonly number[]) => block.load({ name, version, fields: { [field]: list } });
+  expect(() => load(words)).toThrow(StateError);
+  load(words.map((word) => word - 1));
 });
 
 describe.each([
