@@ -10,7 +10,6 @@ import { blockDescription } from '../../../src/block/block-description.js';
 import { BlockDevice, type BlockOptions } from '../../../src/block/block-device.js';
 import { openEngine } from '../../../src/block/engines/engine.js';
 import { type EngineName, ENGINES, type IoEngine } from '../../../src/block/engines/io-engine.js';
-import type { Qcow2Image } from '../../../src/block/formats/qcow2/image.js';
 import { openQcow2 } from '../../../src/block/formats/qcow2/qcow2.js';
 import { RawImage } from '../../../src/block/formats/raw-image.js';
 import { SyncEngine } from '../../../src/block/engines/sync-engine.js';
@@ -446,14 +445,9 @@ test.each(ENGINES)('a copy of an image that was synced while its machine is paus
   const read = () => {
     const copy = `${file}.copy`;
     fs.copyFileSync(file, copy);
-    const other = openQcow2(copy, open, { readonly: true, backingFiles: false, sparse: true }) as Qcow2Image;
-    const into = [0, 300, 1000].map((sector) => {
-      const found = Buffer.alloc(4096);
-      other.read(sector * 512, found);
-      return found.equals(bytes);
-    });
-    other.close();
-    return into;
+    execFileSync('qemu-img', ['convert', '-f', 'qcow2', '-O', 'raw', copy, `${copy}.raw`]);
+    const disk = fs.readFileSync(`${copy}.raw`);
+    return [0, 300, 1000].map((sector) => disk.subarray(sector * 512, sector * 512 + 4096).equals(bytes));
   };
   expect(read()).toEqual([false, false, false]);
   d.device.sync();
