@@ -1,6 +1,7 @@
 /** The calls of the API, under /api/v1/: what each takes and answers, and which method of the process's object it is. */
 import type { Logger } from '../vmm/log/logger.js';
 import type { Vmm } from '../vmm/machine/vmm.js';
+import { folderPath, restoreSchema, snapshotSchema } from '../config/restore-config.js';
 import { BodyReader, refusal } from './bodies.js';
 import {
   coredumpSchema,
@@ -11,6 +12,7 @@ import {
   resizeZoneSchema,
 } from './requests.js';
 import type { Route } from './route.js';
+import { netDescriptors } from './net-descriptors.js';
 import { readDevice, readVmConfig, writeVmConfig } from './vm-config.js';
 import type { WireName } from './wire.js';
 
@@ -95,6 +97,23 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
       tell('Writes memory and registers to an ELF core file', 'VmCoredumpData', [], (body) =>
         vmm.coredump(coreFile(reader.read(coredumpSchema, body))),
       ),
+    ],
+    [
+      'vm.snapshot',
+      tell('Writes all of a paused machine to a folder', 'VmSnapshotConfig', ['unknown'], (body) => {
+        const { destination_url: url, resume } = reader.read(snapshotSchema, body);
+        return vmm.snapshot(folderPath(url)!, resume);
+      }),
+    ],
+    [
+      'vm.restore',
+      {
+        ...tell('Makes a machine of a snapshot', 'RestoreConfig', ['conflict'], (body, fds) => {
+          const wanted = reader.read(restoreSchema, body);
+          return vmm.restore(wanted, netDescriptors(wanted, fds));
+        }),
+        takesDescriptors: true,
+      },
     ],
     ['vm.info', ask('Configuration, state, memory and devices', 'VmInfo', ['unknown'], info)],
     ['vm.add-disk', add('disk', 'disk', 'DiskConfig')],

@@ -19,6 +19,7 @@ import { defaulted, optional, required } from '../config/fields.js';
 import { memorySchema, memoryZoneSchema } from '../config/memory-config.js';
 import { numaSchema, pciSegmentSchema } from '../config/numa-config.js';
 import { cpusSchema, vmConfigSchema } from '../config/vm-config.js';
+import { restoreSchema, snapshotSchema } from '../config/restore-config.js';
 import { coredumpSchema, removeDeviceSchema, resizeDiskSchema, resizeSchema, resizeZoneSchema } from './requests.js';
 
 const { _disable_io_uring: noUring, _disable_aio: noAio, ...disk } = diskSchema.shape;
@@ -86,6 +87,8 @@ export const WIRE = {
   VmResizeDisk: resizeDiskSchema,
   VmRemoveDevice: removeDeviceSchema,
   VmCoredumpData: coredumpSchema,
+  VmSnapshotConfig: snapshotSchema,
+  RestoreConfig: restoreSchema,
   PciDeviceInfo: z.strictObject({ id: z.string(), bdf: required('Segment, bus, slot and function', z.string()) }),
 } as const;
 

@@ -19,6 +19,7 @@ import {
 } from '../config/device-config.js';
 import { type MemoryConfig, memorySchema, memoryZoneSchema } from '../config/memory-config.js';
 import { numaSchema, pciSegmentSchema } from '../config/numa-config.js';
+import { restoreSchema } from '../config/restore-config.js';
 import { type CpusConfig, HYPERVISORS, cpusSchema, vmConfigSchema } from '../config/vm-config.js';
 
 export const CPUS_SUB_OPTIONS: readonly SubOption<keyof CpusConfig>[] = [
@@ -87,6 +88,13 @@ const NET_SUB_OPTIONS: readonly SubOption[] = [
 
 export const EVENT_MONITOR_SUB_OPTIONS: readonly SubOption[] = [text('path'), number('fd')];
 export const END_WITH_SUB_OPTIONS: readonly SubOption[] = [number('fd')];
+
+export const RESTORE_SUB_OPTIONS: readonly SubOption[] = [
+  text('source_url'),
+  { name: 'memory_restore_mode', field: 'memory_restore_mode', kind: KINDS.restoreMode },
+  ...[toggle('prefault'), toggle('resume')],
+  { name: 'net_fds', field: 'net_fds', kind: KINDS.netDescriptors },
+];
 
 /** An option of a device or of a part of the machine: its place in the configuration, and whether there may be several. */
 export interface DeviceOption {
@@ -293,7 +301,7 @@ function listHelp(
   const lines = subOptions.map(({ name, field, kind }) => {
     const value = defaults[field];
     const written = typeof value === 'boolean' ? (value ? 'on' : 'off') : formatDefault(value);
-    const shown = kind === KINDS.hotplugMethod ? written.toLowerCase() : written;
+    const shown = kind === KINDS.hotplugMethod || kind === KINDS.restoreMode ? written.toLowerCase() : written;
     const suffix = value === undefined || field === 'max_vcpus' ? '' : ` [${shown}]`;
     return `${name}=${kind.placeholder}: ${LIMIT_HELP[field] ?? helpOf(shape[field])}${suffix}`;
   });
@@ -312,6 +320,20 @@ export const RUN_FLAGS: readonly Flag[] = [
   { name: 'kernel', group: 'Payload:', takes: 'value', help: helpOf(payload.shape.kernel) },
   { name: 'initramfs', group: 'Payload:', takes: 'value', help: helpOf(payload.shape.initramfs) },
   { name: 'cmdline', group: 'Payload:', takes: 'value', help: helpOf(payload.shape.cmdline) },
+  {
+    name: 'restore',
+    group: 'Payload:',
+    takes: 'value',
+    get help() {
+      const defaults = { memory_restore_mode: 'Copy', prefault: false, resume: false };
+      return listHelp(
+        'Go on where a snapshot stands, paused; all else is in it',
+        RESTORE_SUB_OPTIONS,
+        restoreSchema.shape,
+        defaults,
+      );
+    },
+  },
   {
     name: 'cpus',
     group: 'Machine:',

@@ -7,6 +7,7 @@ import { checkConfig, consoleBeside } from '../config/check-config.js';
 import type { HostFacts } from '../config/host-facts.js';
 import { OptionError, parseSubOptions, splitList, unquote } from '../config/option-syntax.js';
 import type { ParsedList, SubOption } from '../config/option-syntax.js';
+import { type RestoreConfig, restoreSchema } from '../config/restore-config.js';
 import { HYPERVISORS } from '../config/vm-config.js';
 import type { ProcessOptions, VmConfig } from '../config/vm-config.js';
 import {
@@ -17,6 +18,7 @@ import {
   EVENT_MONITOR_SUB_OPTIONS,
   LIMIT_SUB_OPTIONS,
   MEMORY_SUB_OPTIONS,
+  RESTORE_SUB_OPTIONS,
   RUN_FLAGS,
   SERIAL_MODES,
   modeSyntax,
@@ -28,8 +30,9 @@ const MAX_FD = 2 ** 31 - 1;
 
 export interface RunCommand {
   readonly kind: 'run';
-  /** Absent: the API makes the machine. */
+  /** Absent, and nothing to restore: the API makes the machine. */
   readonly config?: VmConfig;
+  readonly restore?: RestoreConfig;
   readonly process: ProcessOptions;
 }
 
@@ -154,6 +157,16 @@ function readProcessOptions(found: Arguments): ProcessOptions {
   };
 }
 
+/** @throws OptionError */
+export function readRestore(text: string): RestoreConfig {
+  const { fields, typed } = parseSubOptions('--restore', text, RESTORE_SUB_OPTIONS);
+  const checked = restoreSchema.safeParse(fields);
+  if (checked.success) return checked.data;
+  const { path, message } = checked.error.issues[0];
+  const field = String(path.at(0) ?? '');
+  throw new OptionError(`--restore ${typed.get(field) ?? (field === '' ? text : `${field}=`)}`, message);
+}
+
 function refuseDevice(
   { name, several }: DeviceOption,
   found: readonly FoundDevice[],
@@ -179,6 +192,13 @@ function describesMachine(found: Arguments): boolean {
 /** @throws OptionError */
 export function readRun(found: Arguments, host: HostFacts): RunCommand {
   const process = readProcessOptions(found);
+  const restore = valueOf(found, 'restore');
+  if (restore !== undefined) {
+    if (describesMachine({ ...found, restore: undefined })) {
+      throw new OptionError('--restore', 'it beside options of the process alone: the machine is that of the snapshot');
+    }
+    return { kind: 'run', restore: readRestore(restore), process };
+  }
   const kernel = valueOf(found, 'kernel');
   if (kernel === undefined) {
     if (process.apiSocket !== undefined && !describesMachine(found)) return { kind: 'run', process };

@@ -42,6 +42,9 @@ async function runVmmProcess(kernel: HostKernel, scripts: WorkerScripts, command
       if (command.config !== undefined) {
         await vmm.create(command.config);
         await vmm.boot();
+      } else if (command.restore !== undefined) {
+        const { net_fds: networks = [] } = command.restore;
+        await vmm.restore(command.restore, new Map(networks.map(({ id, fds = [] }) => [id, fds])));
       }
       await vmm.ended;
     } finally {

@@ -126,7 +126,7 @@ export const diskSchema = z
     }
   });
 
-const mac = text(
+export const macAddress = text(
   /^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$/,
   'a unicast address such as 12:34:56:78:9a:bc',
   (value) => (parseInt(value.slice(0, 2), 16) & 1) === 0 && /[1-9a-f]/i.test(value),
@@ -164,8 +164,8 @@ export const netSchema = z
     tap: optional('Tap, made when it is not there; default a new one that the host names', tap),
     ip: optional('Address of the host end', address),
     mask: optional('Network mask of the host end', mask),
-    mac: optional('Address of the guest, default a random one', mac),
-    host_mac: optional('Hardware address of the host end', mac),
+    mac: optional('Address of the guest, default a random one', macAddress),
+    host_mac: optional('Hardware address of the host end', macAddress),
     mtu: optional('Largest packet of the guest', wholeNumber(MIN_MTU, MAX_MTU)),
     fds: optional(
       'Open tap descriptors, one for each pair of queues',

@@ -125,6 +125,17 @@ function parseQueueAffinity(text: string): { queue_index: number; host_cpus: num
   return parseAffinity(text)?.map(({ vcpu, host_cpus }) => ({ queue_index: vcpu, host_cpus }));
 }
 
+/** Reads `[id@[fd,...],...]`. */
+function parseNetDescriptors(text: string): { id: string; fds: number[] }[] | undefined {
+  const inside = insideBrackets(text);
+  const found = (inside === undefined ? undefined : splitList(inside))?.map((part) => {
+    const [id, list, ...rest] = part.split('@') as readonly (string | undefined)[];
+    const fds = list === undefined || rest.length > 0 ? undefined : parseIntegerList(list);
+    return id === undefined || id === '' || fds === undefined ? undefined : { id, fds };
+  });
+  return found?.every((entry) => entry !== undefined) === true ? found : undefined;
+}
+
 /** Reads `[node@distance,...]`. */
 function parseDistances(text: string): { destination: number; distance: number }[] | undefined {
   const distances = [];
@@ -155,6 +166,10 @@ const TOGGLES = new Map([
   ['false', false],
 ]);
 
+const RESTORE_MODES: ReadonlyMap<string, string> = new Map([
+  ['copy', 'Copy'],
+  ['map', 'Map'],
+]);
 const HOTPLUG_METHODS = new Map([
   ['acpi', 'Acpi'],
   ['virtio-mem', 'VirtioMem'],
@@ -195,6 +210,16 @@ export const KINDS = {
     placeholder: '[N@D,..]',
     accepted: 'a list such as [1@20,2@30]: node@distance',
     parse: parseDistances,
+  },
+  netDescriptors: {
+    placeholder: '[ID@[FD,..],..]',
+    accepted: 'a list such as [_net0@[4,5]]: network@[descriptors]',
+    parse: parseNetDescriptors,
+  },
+  restoreMode: {
+    placeholder: 'copy|map',
+    accepted: 'copy or map',
+    parse: (raw) => RESTORE_MODES.get(unquote(raw).toLowerCase()),
   },
   texts: { placeholder: '[TEXT,..]', accepted: 'a list of names such as [a,b]', parse: parseTexts },
   numbers: {

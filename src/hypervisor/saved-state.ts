@@ -23,7 +23,7 @@ export interface X86Events {
     readonly hasErrorCode: boolean;
     readonly errorCode: number;
     /** CR2 or DR6, if its delivery is what sets them. */
-    readonly payload: bigint | undefined;
+    readonly payload?: bigint | undefined;
   };
   readonly interrupt: {
     readonly injected: boolean;
@@ -54,10 +54,10 @@ export interface X86VcpuState {
   readonly registers: X86Registers;
   readonly special: X86SpecialRegisters;
   /** PDPTE0 to 3, where PAE paging is on without long mode: Intel SDM volume 3, 4.4.1. */
-  readonly pdptrs: readonly bigint[] | undefined;
+  readonly pdptrs?: readonly bigint[] | undefined;
   readonly xcr0: bigint;
   /** SSP, where the processor has shadow stacks: Intel SDM volume 1, 17.2. */
-  readonly ssp: bigint | undefined;
+  readonly ssp?: bigint | undefined;
   /** The XSAVE area as the hypervisor gives it: Intel SDM volume 1, 13.4. */
   readonly xsave: Uint8Array;
   /** The local APIC's registers, 16 bytes apart: Intel SDM volume 3, 11.4.1. */
@@ -69,11 +69,11 @@ export interface X86VcpuState {
   /** IA32_TSC when the VM's time was stopped. */
   readonly tsc: bigint;
   /** Its frequency, where the hypervisor tells it. */
-  readonly tscKhz: number | undefined;
+  readonly tscKhz?: number | undefined;
   /** A guest's guests, if it has any, in the hypervisor's own form. */
-  readonly nested: Uint8Array | undefined;
+  readonly nested?: Uint8Array | undefined;
   /** The hypervisor's enlightenments, if the guest uses any, in its own form. */
-  readonly synthetic: Uint8Array | undefined;
+  readonly synthetic?: Uint8Array | undefined;
 }
 
 /** After `Vm.stopTime`. */
@@ -100,7 +100,7 @@ export interface Arm64VcpuState {
   /** By PSCI: Arm DEN 0022, 6.6. */
   readonly poweredOff: boolean;
   /** An SError that is pending, with its syndrome if it has one. */
-  readonly serror: { readonly pending: boolean; readonly syndrome: bigint | undefined };
+  readonly serror: { readonly pending: boolean; readonly syndrome?: bigint | undefined };
 }
 
 export interface Arm64VmState {

@@ -71,7 +71,18 @@ export class WindowAllocator {
     }
   }
 
-  /** @param start from `take` */
+  /** Takes addresses that are known. @returns false when they are not free, or not in the window */
+  reserve(start: number, size: number): boolean {
+    const end = start + size;
+    if (start < this.window.start || end > this.window.end) return false;
+    const index = this.#taken.findIndex((taken) => taken.start < end);
+    const at = index < 0 ? this.#taken.length : index;
+    if (at < this.#taken.length && this.#taken[at].end > start) return false;
+    this.#taken.splice(at, 0, { start, end });
+    return true;
+  }
+
+  /** @param start from `take`, or reserved */
   free(start: number): void {
     this.#taken.splice(
       this.#taken.findIndex((taken) => taken.start === start),

@@ -7,6 +7,7 @@ import type {
   NetConfig,
   PciDeviceInfo,
   PmemConfig,
+  RestoreConfig,
   VmConfig,
   VmCounters,
   VmInfo,
@@ -110,6 +111,24 @@ export class Client {
   /** Writes memory and registers to an ELF core file; a machine that runs is paused meanwhile. @param url as `file:///tmp/core` */
   async coredump(url: string, options?: CallOptions): Promise<void> {
     await this.put('vm.coredump', { destination_url: url }, options);
+  }
+
+  /**
+   * Writes all of a machine to a folder, from which `restore` makes it again.
+   *
+   * @param url of a folder that is not there yet, or empty, as `file:///tmp/snapshot`
+   * @param options with `resume`, one that runs is paused meanwhile; else it has to be paused
+   */
+  async snapshot(
+    url: string,
+    { resume, signal }: CallOptions & { readonly resume?: boolean | undefined } = {},
+  ): Promise<void> {
+    await this.put('vm.snapshot', { destination_url: url, resume }, { signal });
+  }
+
+  /** Makes a machine of a snapshot, where that one stood: paused, unless `resume` is said. */
+  async restore(config: RestoreConfig, options?: CallOptions): Promise<void> {
+    await this.put('vm.restore', config, options);
   }
 
   /** Resolves when the machine does not run, or its process has ended. */

@@ -9,6 +9,7 @@ export type {
   NetConfig,
   PciDeviceInfo,
   PmemConfig,
+  RestoreConfig,
   VmConfig,
   VmCounters,
   VmInfo,

@@ -13,6 +13,7 @@ export type NetConfig = Wire<'NetConfig'>;
 export type PmemConfig = Wire<'PmemConfig'>;
 export type VsockConfig = Wire<'VsockConfig'>;
 export type DeviceModuleConfig = Wire<'DeviceModuleConfig'>;
+export type RestoreConfig = Wire<'RestoreConfig'>;
 export type VmResize = Wire<'VmResize'>;
 export type VmInfo = Wire<'VmInfo'>;
 export type VmCounters = Wire<'VmCounters'>;

@@ -18,6 +18,7 @@ import { guestProgram, writeInitramfs } from '../support/guest-image.js';
 import { TestHost } from '../support/host.js';
 import { moduleExample } from '../support/module-example.js';
 import { numaScenario } from './numa-scenario.js';
+import { snapshotScenario } from './snapshot-scenario.js';
 import { guestTools } from '../support/rootfs.js';
 
 /** RAM that the kernel keeps for itself before it counts, at most: MiB. */
@@ -701,6 +702,9 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
 
   test('memory zones, one in a file, NUMA nodes with distances, segments of PCI; a zone grows and shrinks', () =>
     numaScenario({ host, backend, scratch, modules, start }));
+
+  test('snapshot: all that a guest does goes on where it was, again and again, by copy and by map', () =>
+    snapshotScenario({ host, backend, scratch, modules, start }));
 
   test('pmem: keeps what was written', async () => {
     await host.check(`cd ${scratch} && truncate -s 8M pmem && printf before | dd of=pmem conv=notrunc 2>/dev/null`);

@@ -145,6 +145,14 @@ export class FakeLives {
     this.open.push(life);
     return {
       start: () => this.#fail('start'),
+      restore: () => {
+        this.#fail('restore');
+        life.paused = true;
+        return Promise.resolve();
+      },
+      asked: () => ({ devices: [], vcpus: [], dimms: [] }),
+      save: () => Promise.reject(new Error('A life without a hypervisor has no state')),
+      held: [],
       powerButton: () => (life.pressed += 1),
       writeCore: async (file, goesOn) => {
         life.cores.push(`${life.paused ? 'paused' : 'running'} ${file}`);

@@ -34,6 +34,8 @@ export function fakeVmm(asked: (what: unknown) => void, release: Promise<void> =
     info: () => ({ config, state: 'Running', memory_actual_size: 5, device_tree: {} }),
     counters: () => ({ _disk0: { read_ops: 1 } }),
     coredump: (file) => say({ coredump: file }),
+    snapshot: (folder, resume) => say({ snapshot: folder, resume }),
+    restore: (wanted, descriptors) => say({ restore: wanted, descriptors: [...descriptors] }),
     nmi: () => {
       asked('nmi');
     },

@@ -90,6 +90,11 @@ export class Guest {
     return guest;
   }
 
+  /** A guest that goes on from a snapshot, whose console was vmm's standard input and output. */
+  static restore(host: TestHost, backend: Backend, options: string): Guest {
+    return new Guest(host.spawn([...backend.vmm, '-v', ...options.split(' ')]));
+  }
+
   /** Everything that was on the console so far. */
   get console(): string {
     return this.#console;

@@ -13,7 +13,7 @@ import type {
   VsockConfig,
 } from '../../sdk/types.js';
 import { DEVICE_OPTIONS } from '../options.js';
-import { readDevice } from '../parse-run.js';
+import { readDevice, readRestore } from '../parse-run.js';
 import { countersText, infoText, placeText } from './tables.js';
 
 /** What the command line gave one call. */
@@ -66,6 +66,15 @@ function valueOf({ options }: Given, name: string, kind: ValueKind): number | un
   if (text === undefined) return undefined;
   const value = kind.parse(text);
   if (typeof value !== 'number') throw new OptionError(`--${name} ${text}`, kind.accepted);
+  return value;
+}
+
+/** Of an option that is on or off. */
+function isOn({ options }: Given, name: string): boolean | undefined {
+  const text = options[name];
+  if (text === undefined) return undefined;
+  const value = KINDS.toggle.parse(text);
+  if (typeof value !== 'boolean') throw new OptionError(`--${name} ${text}`, KINDS.toggle.accepted);
   return value;
 }
 
@@ -144,6 +153,19 @@ export const CALLS: readonly Call[] = [
     ...{ name: 'coredump', usage: 'FILE_URL', summary: 'Write memory and registers to an ELF core file' },
     argument: 'required',
     run: (client, { argument, signal }) => nothing(client.coredump(argument!, { signal })),
+  },
+  {
+    ...{ name: 'snapshot', usage: 'FOLDER_URL', summary: 'Write all of a paused machine to a folder' },
+    ...{ argument: 'required', options: { resume: 'on: pause one that runs, and let it go on' } },
+    run: (client, given) => {
+      const resume = isOn(given, 'resume');
+      return nothing(client.snapshot(given.argument!, { resume, signal: given.signal }));
+    },
+  },
+  {
+    ...{ name: 'restore', usage: 'source_url=FOLDER_URL[,..]', summary: 'Make a machine of a snapshot' },
+    argument: 'required',
+    run: (client, { argument, signal }) => nothing(client.restore(readRestore(argument!), { signal })),
   },
   adds('disk', 'disk', (client, device, options) => client.addDisk(device as DiskConfig, options)),
   adds('net', 'network interface', (client, device, options) => client.addNet(device, options)),

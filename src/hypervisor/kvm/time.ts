@@ -112,7 +112,7 @@ export class KvmTime {
    *
    * @throws HypervisorError when this host has no such frequency
    */
-  load(vcpu: TimedVcpu, { tsc, tscKhz }: { readonly tsc: bigint; readonly tscKhz: number | undefined }): void {
+  load(vcpu: TimedVcpu, { tsc, tscKhz }: { readonly tsc: bigint; readonly tscKhz?: number | undefined }): void {
     this.#setFrequency(vcpu, tscKhz);
     const offset = vcpu.tscOffset();
     if (offset === undefined) {

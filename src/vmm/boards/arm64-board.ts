@@ -16,6 +16,7 @@ import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
 import { type Board, configuredTopology } from './board.js';
+import type { Arm64BoardState } from './board-state.js';
 import type { MemoryFiles } from '../host/memory-file.js';
 import { numaNodes, type PlacedFunction, segmentsOf } from './numa.js';
 import { MachineError } from '../machine/machine-error.js';
@@ -40,15 +41,21 @@ export class Arm64Board implements Board {
 
   /**
    * @param files that memory zones are in
+   * @param saved the state of another, from which it goes on
    * @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError
    */
   constructor(
     hypervisor: Arm64Hypervisor,
     private readonly config: VmConfig,
     private readonly files: MemoryFiles = new Map(),
+    private readonly saved?: Arm64BoardState,
   ) {
     const { cpus, memory } = config;
-    const ipaBits = Math.min(hypervisor.ipaBits, cpus.max_phys_bits);
+    const possible = Math.min(hypervisor.ipaBits, cpus.max_phys_bits);
+    const ipaBits = saved?.addressBits ?? possible;
+    if (ipaBits > possible) {
+      throw new MachineError(`The guest has ${ipaBits} physical address bits; accepted are at most ${possible} here`);
+    }
     this.#ipaBits = ipaBits;
     if (cpus.max_vcpus > layout.MAX_VCPUS) {
       throw new MachineError(
@@ -102,6 +109,17 @@ export class Arm64Board implements Board {
   core(vcpus: Iterable<number>): { machine: number; notes: Uint8Array[] } {
     const notes = [...vcpus].flatMap((id) => arm64CoreNotes(id, this.#vcpus[id].registers()));
     return { machine: EM_AARCH64, notes };
+  }
+
+  save(): Arm64BoardState {
+    const vcpus = this.#vcpus.map((vcpu) => vcpu.save());
+    return { architecture: 'aarch64', addressBits: this.#ipaBits, vcpus, vm: this.vm.save() };
+  }
+
+  load(): void {
+    const { vcpus, vm } = this.saved!;
+    this.#vcpus.forEach((vcpu, id) => vcpu.load(vcpus[id]));
+    this.vm.load(vm);
   }
 
   createPlatform(virtio: readonly VirtioPciHandle[]): Arm64PlatformHandle {

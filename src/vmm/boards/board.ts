@@ -8,6 +8,7 @@ import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import type { MemoryLayout } from '../memory/memory-layout.js';
+import type { BoardState } from './board-state.js';
 import type { PlacedFunction } from './numa.js';
 import type { PlatformHandle } from './platform.js';
 
@@ -22,7 +23,7 @@ export interface Board {
   readonly segments: readonly SegmentWindows[];
   /** The lines of PCI functions without MSI-X, at power-on. */
   readonly intx: IntxHandle;
-  /** The vCPUs, by number, not running yet. Their caller closes them. @throws HypervisorError, SystemError */
+  /** The vCPUs, by number, not running yet; all that ever were, where it goes on from another. Their caller closes them. @throws HypervisorError, SystemError */
   createVcpus(): Vcpu[];
   /**
    * One more while the machine runs, with the next number; its caller closes it. Undefined: guests of this architecture can be
@@ -45,6 +46,15 @@ export interface Board {
    * @throws BootError naming the option that is to blame
    */
   boot(memory: GuestMemory, functions: readonly PlacedFunction[]): boolean;
+  /** Its processors and interrupt controllers, after `Vm.stopTime`; writes guest memory on some. @throws HypervisorError, SystemError */
+  save(): BoardState;
+  /**
+   * Instead of `boot`: goes on where another stood, whose state it was created with, as after `Vm.stopTime`. Guest memory is as it was
+   * there.
+   *
+   * @throws HypervisorError, SystemError
+   */
+  load(): void;
 }
 
 /** The shape of the vCPUs that can ever be present. */

@@ -4,11 +4,22 @@ import type { Hypervisor } from '../../hypervisor/hypervisor.js';
 import type { MemoryFiles } from '../host/memory-file.js';
 import { Arm64Board } from './arm64-board.js';
 import type { Board } from './board.js';
+import type { Arm64BoardState, BoardState, X86BoardState } from './board-state.js';
+import { MachineError } from '../machine/machine-error.js';
 import { X86Board } from './x86-board.js';
 
-/** @throws MachineError, HypervisorError or SystemError */
-export function createBoard(hypervisor: Hypervisor, config: VmConfig, files: MemoryFiles): Board {
+/** @param saved that of another, from which it goes on @throws MachineError, HypervisorError or SystemError */
+export function createBoard(
+  hypervisor: Hypervisor,
+  config: VmConfig,
+  files: MemoryFiles,
+  saved: BoardState | undefined,
+): Board {
+  const { architecture } = hypervisor;
+  if (saved !== undefined && saved.architecture !== architecture) {
+    throw new MachineError(`A machine of ${saved.architecture}; accepted is one of this host's ${architecture}`);
+  }
   return hypervisor.architecture === 'x86_64'
-    ? new X86Board(hypervisor, config, files)
-    : new Arm64Board(hypervisor, config, files);
+    ? new X86Board(hypervisor, config, files, saved as X86BoardState | undefined)
+    : new Arm64Board(hypervisor, config, files, saved as Arm64BoardState | undefined);
 }

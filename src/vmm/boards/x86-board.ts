@@ -4,6 +4,7 @@ import { BOOT_FPU, bootRegisters, bootSpecialRegisters } from '../../arch/x86_64
 import { loadPayload } from '../../arch/x86_64/boot/load.js';
 import { EM_X86_64, x86CoreNotes } from '../../arch/x86_64/core-notes.js';
 import { buildCpuid } from '../../arch/x86_64/cpuid.js';
+import { missingFeatures } from '../../arch/x86_64/cpuid-features.js';
 import * as layout from '../../arch/x86_64/layout.js';
 import { buildMpTable } from '../../arch/x86_64/mptable.js';
 import { initialMsrs } from '../../arch/x86_64/msrs.js';
@@ -22,6 +23,7 @@ import type { SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Board, configuredTopology } from './board.js';
+import type { X86BoardState } from './board-state.js';
 import type { MemoryFiles } from '../host/memory-file.js';
 import { MachineError } from '../machine/machine-error.js';
 import { plugsDimms, sizesOf } from '../memory/hotplug.js';
@@ -47,15 +49,19 @@ export class X86Board implements Board {
   readonly #supported: readonly CpuidEntry[];
   readonly #topology: Topology;
   readonly #vcpus: X86Vcpu[] = [];
+  /** What each was told of its processor. */
+  readonly #cpuid: (readonly CpuidEntry[])[] = [];
 
   /**
    * @param files that memory zones are in
+   * @param saved the state of another, from which it goes on
    * @throws MachineError when the processor cannot address what is asked for; HypervisorError, SystemError
    */
   constructor(
     hypervisor: X86Hypervisor,
     private readonly config: VmConfig,
     private readonly files: MemoryFiles = new Map(),
+    private readonly saved?: X86BoardState,
   ) {
     this.#topology = vcpuTopology(config);
     this.vm = hypervisor.createVm({
@@ -65,7 +71,7 @@ export class X86Board implements Board {
     });
     try {
       this.#supported = this.vm.supportedCpuid();
-      this.#physicalBits = Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits);
+      this.#physicalBits = this.#addressBits(Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits));
       this.#area = layout.platformArea(this.#physicalBits, plugsDimms(config.memory));
       this.memory = place(config.memory, files);
       this.#checkMemory();
@@ -75,6 +81,13 @@ export class X86Board implements Board {
       this.vm.close();
       throw error;
     }
+  }
+
+  /** @param possible the most that it can have here @throws MachineError */
+  #addressBits(possible: number): number {
+    const { addressBits } = this.saved ?? { addressBits: possible };
+    if (addressBits <= possible) return addressBits;
+    throw new MachineError(`The guest has ${addressBits} physical address bits; accepted are at most ${possible} here`);
   }
 
   /** @throws MachineError */
@@ -103,7 +116,8 @@ export class X86Board implements Board {
 
   createVcpus(): X86Vcpu[] {
     try {
-      for (let id = 0; id < this.config.cpus.boot_vcpus; id++) this.plugVcpu();
+      const count = this.saved?.vcpus.length ?? this.config.cpus.boot_vcpus;
+      for (let id = 0; id < count; id++) this.plugVcpu();
     } catch (error) {
       undoAll(
         error,
@@ -118,9 +132,9 @@ export class X86Board implements Board {
     const topology = this.#topology;
     const vcpu = this.vm.createVcpu(apicId(id, topology));
     try {
-      const tscKhz = this.vm.tscKhz();
-      const supported = this.#supported;
-      vcpu.setCpuid(buildCpuid({ supported, vcpu: id, topology, physicalBits: this.#physicalBits, tscKhz }));
+      const cpuid = this.#cpuidOf(id);
+      vcpu.setCpuid(cpuid);
+      this.#cpuid.push(cpuid);
       vcpu.setMsrs(initialMsrs());
       vcpu.setFpu(BOOT_FPU);
       vcpu.setLocalInterrupts();
@@ -129,6 +143,19 @@ export class X86Board implements Board {
     }
     this.#vcpus.push(vcpu);
     return vcpu;
+  }
+
+  /** @throws MachineError when the host's processor lacks what the guest has been told of */
+  #cpuidOf(vcpu: number): readonly CpuidEntry[] {
+    const supported = this.#supported;
+    const told = this.saved?.cpuid.at(vcpu);
+    if (told === undefined) {
+      const tscKhz = this.vm.tscKhz();
+      return buildCpuid({ supported, vcpu, topology: this.#topology, physicalBits: this.#physicalBits, tscKhz });
+    }
+    const lack = missingFeatures(told, supported);
+    if (lack.length === 0) return told;
+    throw new MachineError(`The guest uses what this host's processor does not have: CPUID ${lack.join(', ')}`);
   }
 
   /** As a message to its local APIC (Intel SDM volume 3, 11.11). */
@@ -174,6 +201,18 @@ export class X86Board implements Board {
     first.setSpecialRegisters(bootSpecialRegisters(entry, first.specialRegisters()));
     first.setRegisters(bootRegisters(entry));
     return !entry.linux;
+  }
+
+  save(): X86BoardState {
+    const vcpus = this.#vcpus.map((vcpu) => vcpu.save());
+    const addressBits = this.#physicalBits;
+    return { architecture: 'x86_64', addressBits, cpuid: this.#cpuid, vcpus, vm: this.vm.save() };
+  }
+
+  load(): void {
+    const { vcpus, vm } = this.saved!;
+    this.#vcpus.forEach((vcpu, id) => vcpu.load(vcpus[id]));
+    this.vm.load(vm);
   }
 
   /** @returns the RSDP's address */

@@ -95,10 +95,15 @@ export class CpuManager {
     this.#threads = vcpus.map(newThread);
   }
 
-  /** @param held no vCPU runs before the threads of all are ready to */
-  start(start: CpuStart, held: boolean): void {
+  /**
+   * @param held no vCPU runs before the threads of all are ready to
+   * @param present the others are parked
+   */
+  start(start: CpuStart, held: boolean, present: ReadonlySet<number>): void {
     if (held) this.#threads.forEach(holdThread);
-    for (const thread of this.#threads) this.#startThread(thread, start);
+    this.#threads.forEach((thread, id) => {
+      if (present.has(id)) this.#startThread(thread, start);
+    });
     if (!held) return;
     void this.#until(isHeld).then(() => {
       if (!this.#paused) this.resume();
@@ -194,6 +199,12 @@ export class CpuManager {
     this.#paused = true;
     this.#threads.forEach(holdThread);
     await this.#until(isHeld);
+  }
+
+  /** The machine begins paused: no vCPU runs before `resume`. */
+  startPaused(start: CpuStart, present: ReadonlySet<number>): void {
+    this.#paused = true;
+    this.start(start, true, present);
   }
 
   /** Lets all go. */

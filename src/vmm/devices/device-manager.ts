@@ -51,6 +51,7 @@ import { MachineError } from '../machine/machine-error.js';
 import type { ZoneLayout } from '../memory/memory-layout.js';
 import type { MemoryPart } from '../memory/memory-part.js';
 import type { MemorySlots } from '../memory/memory-slots.js';
+import type { SavedPlace } from '../snapshot/saved-machine.js';
 
 /** What a device has done since the machine was switched on. */
 export interface DeviceCounters {
@@ -75,6 +76,8 @@ export interface DeviceManagerOptions {
   readonly memory: MemorySlots;
   /** The zones that it is in, with what the guest plugs by devices. */
   readonly zones: readonly ZoneLayout[];
+  /** Where each device was, for a machine that goes on from another. */
+  readonly places?: readonly SavedPlace[] | undefined;
   readonly logger: Logger;
 }
 
@@ -128,6 +131,8 @@ export interface DevicePlace {
 }
 
 interface Placed extends PlacedDevice {
+  /** Guest physical address that its BAR was given. */
+  readonly bar: number;
   readonly function_: VirtioPciDevice;
   readonly undo: Undo;
 }
@@ -149,6 +154,9 @@ export class DeviceManager {
   /** By name, in the order of their slots. */
   readonly #placed = new Map<string, Placed>();
 
+  /** By name; each is taken by the device that had it. */
+  readonly #saved: Map<string, SavedPlace>;
+
   /** @throws MachineError when the devices do not fit */
   constructor(
     private readonly kernel: HostKernel,
@@ -156,6 +164,7 @@ export class DeviceManager {
     private readonly options: DeviceManagerOptions,
   ) {
     const { config, segments, resources } = options;
+    this.#saved = new Map((options.places ?? []).map((place) => [place.id, place]));
     this.#groups = limitGroups(config);
     this.#low = segments.map(({ mmio32 }) => new WindowAllocator(mmio32));
     this.#high = segments.map(({ mmio64 }) => new WindowAllocator(mmio64));
@@ -172,6 +181,7 @@ export class DeviceManager {
         availableParallelism(),
       );
       for (const device of devices) this.#place(device);
+      this.#saved.clear();
     } catch (error) {
       undoAll(error, [() => this.close()]);
     }
@@ -229,7 +239,7 @@ export class DeviceManager {
           return { plan, undo, memory: undefined };
         }
         case 'pmem': {
-          const memory = this.#addMemory(resource, undo);
+          const memory = this.#addMemory(resource, this.#saved.get(resource.id)?.memory, undo);
           return { plan: pmemPlan(resource, memory.range.address), undo, memory };
         }
         case 'vsock':
@@ -247,12 +257,13 @@ export class DeviceManager {
     return diskPlan(this.kernel, resource, group === undefined ? undefined : this.#groups.get(group));
   }
 
-  /** Gives the guest a device's memory. */
+  /** Gives the guest a device's memory. @param place where it was */
   #addMemory(
     { config: { file, pci_segment: segment }, mapping: { handle: mapping } }: PmemResource,
+    place: number | undefined,
     undo: Undo,
   ): MemoryPart {
-    const start = this.#high[segment].take(mapping.length, PMEM_ALIGNMENT);
+    const start = takeAddress(this.#high[segment], mapping.length, PMEM_ALIGNMENT, place);
     if (start === undefined) throw new MachineError(`--pmem file=${file}: no room for it in the address space`);
     undo.host.push(() => this.#high[segment].free(start));
     const { memory } = this.options;
@@ -263,7 +274,8 @@ export class DeviceManager {
   }
 
   /** @throws MachineError when the slot that the device wants is not free */
-  #reserve({ id, placement: { pci_segment: segment, pci_device_id: slot } }: DevicePlan): void {
+  #reserve({ id, placement: { pci_segment: segment, pci_device_id } }: DevicePlan): void {
+    const slot = this.#saved.get(id)?.slot ?? pci_device_id;
     if (slot !== undefined && !this.#slots[segment].reserve(slot)) {
       throw new MachineError(`pci_device_id=${slot} of ${id}: taken on segment ${segment}`);
     }
@@ -289,11 +301,12 @@ export class DeviceManager {
     const { id, placement, description, lowBar } = plan;
     const { pci_segment: segment } = placement;
     try {
-      const slot = placement.pci_device_id ?? this.#slots[segment].next();
+      const saved = this.#saved.get(id);
+      const slot = saved?.slot ?? placement.pci_device_id ?? this.#slots[segment].next();
       if (slot !== undefined) undo.host.push(() => this.#slots[segment].free(slot));
       const bar = virtioBar(!lowBar);
       const window = (lowBar ? this.#low : this.#high)[segment];
-      const address = window.take(bar.size, bar.size);
+      const address = takeAddress(window, bar.size, bar.size, saved?.bar);
       if (address !== undefined) undo.host.push(() => window.free(address));
       if (slot === undefined || address === undefined) {
         throw new MachineError(`${id}: no room on PCI segment ${segment}, which takes 31 devices`);
@@ -324,7 +337,7 @@ export class DeviceManager {
       undo.vm.push(() => function_.powerOff());
       const names = [...served.keys()].map(({ name }) => name).join(', ');
       this.options.logger.info([`${id}: served by ${names}`, ...plan.path].join('; '));
-      const placed: Placed = { handle, plan, served, memory, undo, function_ };
+      const placed: Placed = { handle, plan, served, memory, undo, function_, bar: address };
       this.#placed.set(id, placed);
       return placed;
     } catch (error) {
@@ -429,6 +442,14 @@ export class DeviceManager {
     });
   }
 
+  /** For a machine that goes on from this one. */
+  saved(): SavedPlace[] {
+    return [...this.#placed.values()].map(({ handle: { id, segment, slot }, bar, memory }) => ({
+      ...{ id, segment, slot, bar },
+      ...(memory === undefined ? {} : { memory: memory.range.address }),
+    }));
+  }
+
   counters(): DeviceCounters[] {
     return this.devices.map(({ handle: { id, state, description } }) => {
       const layout = transportLayout(description);
@@ -451,6 +472,12 @@ export class DeviceManager {
     this.#undos.clear();
     closeAll(undos.flatMap(({ host }) => host.toReversed()));
   }
+}
+
+/** @param place where it has to be @returns undefined when there is no room */
+function takeAddress(window: WindowAllocator, size: number, align: number, place?: number): number | undefined {
+  if (place === undefined) return window.take(size, align);
+  return place % align === 0 && window.reserve(place, size) ? place : undefined;
 }
 
 interface Unplaced {

@@ -60,6 +60,11 @@ export class IoManager {
     private readonly events: IoEvents,
   ) {}
 
+  /** No device touches guest memory before `resume`: workers that start hold at once. */
+  beginPaused(): void {
+    this.#paused = true;
+  }
+
   /** Starts a worker, with the devices that it serves from its start on. */
   start(data: IoWorkerData): void {
     const command = new Int32Array(data.command);

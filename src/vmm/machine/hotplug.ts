@@ -85,10 +85,15 @@ export class Hotplug {
       const now = running();
       const bdf = now === undefined ? undefined : await plug(now, kind, checked);
       this.#insert(kind, checked);
-      if ('fds' in checked && checked.fds !== undefined) this.#given.set(id, checked.fds);
+      if ('fds' in checked && checked.fds !== undefined) this.given(id, checked.fds);
       this.logger.info(`${id}: plugged in${bdf === undefined ? '' : ` at ${bdf}`}`);
       return bdf === undefined ? undefined : { id, bdf };
     });
+  }
+
+  /** A device has been given descriptors, which are closed when it goes. */
+  given(id: string, fds: readonly number[]): void {
+    this.#given.set(id, fds);
   }
 
   /** The device with its defaults, if the machine could have it as well. @throws RequestError */
@@ -203,6 +208,12 @@ export class Hotplug {
       this.#gone(id, resources);
       this.events.onRemoved(id, undefined);
     }
+  }
+
+  /** The machine goes on where another stood, whose guest had been asked for these. */
+  goOn({ devices, vcpus, dimms }: ReturnType<MachineLife['asked']>): void {
+    for (const id of devices) this.#leaving.add(id);
+    this.#sizes.goOn(vcpus, dimms);
   }
 
   /** Does something that no change may cross: it comes after those that are due, and before all that are asked for from now on. */

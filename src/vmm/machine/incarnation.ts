@@ -23,17 +23,30 @@ import type { MachineParts } from './machine-parts.js';
 import { Dimms } from '../memory/dimms.js';
 import { plugsDimms } from '../memory/hotplug.js';
 import type { ZoneLayout } from '../memory/memory-layout.js';
-import { MemoryManager } from '../memory/memory-manager.js';
+import { type MemoryContents, MemoryManager } from '../memory/memory-manager.js';
+import type { HeldMemory } from '../memory/memory-pages.js';
 import type { MemoryPart } from '../memory/memory-part.js';
 import type { MemorySlots } from '../memory/memory-slots.js';
-import { attachPlatform, type PlatformHandle } from '../boards/platform.js';
-import type { Platform, PlatformChange } from '../boards/platform-parts.js';
+import { attachPlatform, type PlatformHandle, platformUnits } from '../boards/platform.js';
+import type { Platform, PlatformChange, StateUnits } from '../boards/platform-parts.js';
 import type { HostResources } from '../host/host-resources.js';
 import { type IoEvents, IoManager } from '../devices/io-manager.js';
 import type { SerialBackend } from '../host/serial-backend.js';
 import { type BytePort, SerialPump } from '../host/serial-pump.js';
+import type { SavedLife } from '../snapshot/saved-machine.js';
+import { SnapshotError } from '../snapshot/snapshot-error.js';
+import type { SavedState } from '../../state/state-block.js';
 
 const REMINDER_MILLISECONDS = 1000;
+
+/** Where a machine goes on from. */
+export interface Origin {
+  readonly life: SavedLife;
+  /** Memory that is mapped from a file. */
+  readonly mapped: MemoryContents;
+  /** Puts the rest in. */
+  readonly fill: (memory: readonly HeldMemory[]) => Promise<void>;
+}
 
 export class Incarnation {
   readonly serial?: SerialPump;
@@ -51,6 +64,8 @@ export class Incarnation {
   readonly #handle: PlatformHandle;
   readonly #platform: Platform;
   readonly #vcpus: Set<number>;
+  /** What the board was made of. */
+  readonly #built: Pick<VmConfig, 'cpus' | 'memory'>;
   #reminder: NodeJS.Timeout | undefined;
   #closing = false;
   /** When it was paused, nanoseconds of the monotonic clock. */
@@ -63,22 +78,27 @@ export class Incarnation {
     backends: Backends,
     events: CpuManagerEvents,
     io: IoEvents,
+    private readonly origin?: Origin,
   ) {
     const { kernel, hypervisor, config } = parts;
+    const saved = origin?.life;
+    // What the guest has been given since is put in again where it was.
+    const { cpus, memory } = saved?.built ?? config;
+    this.#built = structuredClone({ cpus, memory });
     const undo: (() => void)[] = [];
     try {
       checkVcpuCount(config, hypervisor.maxVcpus);
-      this.#board = createBoard(hypervisor, config, resources.memoryFiles);
+      this.#board = createBoard(hypervisor, { ...config, ...this.#built }, resources.memoryFiles, saved?.board);
       const { vm, segments, intx } = this.#board;
       undo.push(() => vm.close());
       const laid = this.#board.memory.zones;
       // DIMMs are mapped when they come.
-      const zones = plugsDimms(config.memory) ? laid.map((zone) => ({ ...zone, hotplug: undefined })) : laid;
-      this.#memory = new MemoryManager(kernel, config.memory, zones, resources.memoryFiles);
+      const zones = plugsDimms(memory) ? laid.map((zone) => ({ ...zone, hotplug: undefined })) : laid;
+      this.#memory = new MemoryManager(kernel, memory, zones, resources.memoryFiles, origin?.mapped);
       undo.push(() => this.#memory.close());
       this.#slots = this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
-      this.#vcpus = new Set(vcpus.keys());
+      this.#vcpus = new Set(saved?.present ?? vcpus.keys());
       undo.push(() => closeAll(vcpus.map((vcpu) => () => vcpu.close())));
 
       this.#devices = new DeviceManager(kernel, vm, {
@@ -89,6 +109,7 @@ export class Incarnation {
         intx,
         memory: this.#slots,
         zones,
+        places: saved?.places,
         logger: parts.logger,
       });
       undo.push(() => this.#devices.close());
@@ -101,7 +122,8 @@ export class Incarnation {
       const port = this.#devices.console;
       if (port !== undefined) this.console = new SerialPump(consolePort(port, kernel), backends.console);
 
-      this.#held = this.#board.boot(this.#memory.memory, functions);
+      for (const dimm of saved?.dimms ?? []) this.dimms?.restore(dimm);
+      this.#held = saved === undefined && this.#board.boot(this.#memory.memory, functions);
       for (const { device_id: id } of config.numa ?? []) {
         if (id !== undefined && this.#devices.get(id) === undefined)
           parts.logger.warn(`--numa device_id=${id}: it is gone, and so is its node`);
@@ -141,7 +163,62 @@ export class Incarnation {
       this.#io.start(this.#devices.workerData(worker, this.#devices.devices));
     }
     this.#board.vm.startTime();
-    this.#cpus.start(this.#present(), this.#held);
+    this.#cpus.start(this.#present(), this.#held, this.#vcpus);
+  }
+
+  /**
+   * Instead of `start`: the machine is where the one stood from which it goes on, and paused.
+   *
+   * @throws HypervisorError, SystemError, SnapshotError, or what reading memory failed with
+   */
+  async restore(): Promise<void> {
+    const { life, fill } = this.origin!;
+    await fill(this.#memory.unfilled());
+    loadUnits(this.#units(), life.units);
+    this.#board.load();
+    this.#paused = monotonicClock();
+    this.#platform.restored(this.#paused);
+    this.#devices.restored();
+    this.#io.beginPaused();
+    for (const worker of this.#devices.workers) {
+      this.#io.start(this.#devices.workerData(worker, this.#devices.devices));
+    }
+    this.#cpus.startPaused(this.#present(), this.#vcpus);
+  }
+
+  #units(): StateUnits {
+    return new Map([...platformUnits(this.#handle), ...this.#devices.units]);
+  }
+
+  /** What the guest has been asked to let go. */
+  asked(): { readonly devices: string[]; readonly vcpus: readonly number[]; readonly dimms: readonly number[] } {
+    const { devices, ...sizes } = this.#platform.asked();
+    return { devices: devices.flatMap(([segment, slot]) => this.deviceAt(segment, slot) ?? []), ...sizes };
+  }
+
+  /**
+   * What another machine needs to go on from here, beside the memory; after `pause`. Disks have on the host what they hold.
+   *
+   * @throws MachineError when one has not; HypervisorError, SystemError
+   */
+  async save(): Promise<SavedLife> {
+    const failure = await this.#io.sync();
+    if (failure !== undefined) throw new MachineError(failure);
+    return {
+      built: this.#built,
+      // Before memory is looked at: some of it is written there.
+      board: this.#board.save(),
+      present: [...this.#vcpus],
+      units: Object.fromEntries([...this.#units()].map(([name, block]) => [name, block.save()])),
+      places: this.#devices.saved(),
+      dimms: (this.dimms?.plugged ?? []).map(({ slot, part: { range } }) => ({ slot, ...range })),
+      memory: this.#memory.held().map(({ range }) => range),
+    };
+  }
+
+  /** The memory, after `pause`. */
+  get held(): readonly HeldMemory[] {
+    return this.#memory.held();
   }
 
   /** The machine as a vCPU thread that starts now finds it. */
@@ -277,6 +354,8 @@ export class Incarnation {
     if (this.#closing) return;
     this.#board.vm.stopTime();
     this.#paused = monotonicClock();
+    this.#platform.paused(this.#paused);
+    this.#devices.paused();
   }
 
   /** After `pause`. The guest goes on as if no time had passed, but for the wall clock. */
@@ -302,7 +381,7 @@ export class Incarnation {
    */
   async writeCore(file: string, goesOn: () => boolean): Promise<void> {
     const { writeCore } = await import('../memory/core-file.js');
-    await writeCore(file, { ...this.#board.core(this.#vcpus), memory: this.#memory.core() }, goesOn);
+    await writeCore(file, { ...this.#board.core(this.#vcpus), memory: this.#memory.held() }, goesOn);
   }
 
   powerButton(): void {
@@ -351,6 +430,15 @@ export class Incarnation {
       () => this.#devices.close(),
       () => this.#memory.close(),
     ]);
+  }
+}
+
+/** One that is missing is as at power-on. @throws SnapshotError, StateError */
+function loadUnits(units: StateUnits, saved: Readonly<Record<string, SavedState>>): void {
+  for (const [name, state] of Object.entries(saved)) {
+    const unit = units.get(name);
+    if (unit === undefined) throw new SnapshotError(`state: the machine has no ${name}`);
+    unit.load(state);
   }
 }
 

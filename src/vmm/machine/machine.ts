@@ -7,6 +7,7 @@
 import type { PlatformEvent } from '../boards/platform-parts.js';
 import { ramSize } from '../../config/memory-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
+import type { IoEvents } from '../devices/io-manager.js';
 import { FIXED_NAMES } from '../devices/device-names.js';
 import { deviceTree, type RunningInfo } from './device-tree.js';
 import { FalseStarts } from './false-starts.js';
@@ -16,7 +17,8 @@ import { isTerminal } from '../host/host-output.js';
 import { type HostEnds, namedByHost, openHostEnds } from './host-ends.js';
 import { MachineError, RequestError } from './machine-error.js';
 import type { Hotplug, Running } from './hotplug.js';
-import type { Incarnation, MachineLife } from './incarnation.js';
+import type { Incarnation, MachineLife, Origin } from './incarnation.js';
+import { Progress } from './progress.js';
 import type { MachineParts } from './machine-parts.js';
 import type { VcpuEnd } from '../cpus/vcpu-loop.js';
 
@@ -101,14 +103,22 @@ export class Machine {
    * Opens what the machine needs of the host and lets it run.
    *
    * @param quit called when a user presses the escape key
-   * @throws MachineError, BootError, HypervisorError or SystemError; nothing is left behind then
+   * @param origin where it goes on from; it is paused then
+   * @throws MachineError, BootError, HypervisorError or SystemError, and of an origin SnapshotError and StateError; nothing is left
+   * behind then
    */
-  static async boot(parts: MachineParts, makeLife: LifeMaker, hotplug: Hotplug, quit: () => void): Promise<Machine> {
+  static async boot(
+    parts: MachineParts,
+    makeLife: LifeMaker,
+    hotplug: Hotplug,
+    quit: () => void,
+    origin?: Origin,
+  ): Promise<Machine> {
     const guestLog = new GuestLog(logOf(parts));
     const host = await openHostEnds(parts, guestLog, quit);
     const machine = new Machine(parts, makeLife, hotplug, host, guestLog);
     try {
-      const life = await machine.#begin();
+      const life = await machine.#begin(origin);
       machine.ended = machine.#live(life).catch((error: unknown) => ({ kind: 'failed', error }));
       return machine;
     } catch (error) {
@@ -182,12 +192,38 @@ export class Machine {
 
   /** Writes a core file of a machine that is paused; it stays until that is done. @throws RequestError */
   async writeCore(file: string): Promise<void> {
+    await this.#alone((life, lives) => life.writeCore(file, lives));
+  }
+
+  /**
+   * Writes a snapshot of a machine that is paused; it stays until that is done.
+   *
+   * @param folder that is not there yet, or empty
+   * @param goesOn asked now and then
+   * @throws RequestError, HypervisorError or SystemError; nothing is left of it then
+   */
+  async writeSnapshot(folder: string, goesOn: () => boolean): Promise<void> {
+    const { writeSnapshot } = await import('../snapshot/snapshot-folder.js');
+    await this.#alone(async (life, lives) => {
+      const { hypervisor, config, tell } = this.parts;
+      const saved = { hypervisor: hypervisor.name, config, life: await life.save() };
+      const memory = life.held;
+      const progress = new Progress(memory, (done, total) => tell('vm', 'memory-progress', { done, total }));
+      await writeSnapshot(folder, saved, memory, (bytes) => {
+        if (!goesOn() || !lives()) throw new RequestError('The machine has ended', 'failed');
+        progress.add(bytes);
+      });
+    });
+  }
+
+  /** @param step during which the life is not taken down; it asks whether it is to be @throws RequestError */
+  async #alone(step: (life: MachineLife, lives: () => boolean) => Promise<void>): Promise<void> {
     const life = this.#current;
     let over = life === undefined;
     void this.#lifeEnds.then(() => (over = true));
     await this.hotplug.alone(async () => {
       if (over) throw new RequestError('The machine has ended', 'failed');
-      await life!.writeCore(file, () => !over);
+      await step(life!, () => !over);
     });
   }
 
@@ -260,7 +296,7 @@ export class Machine {
   }
 
   /** Builds the machine and lets it run. @throws what `boot` throws */
-  async #begin(): Promise<Life> {
+  async #begin(origin?: Origin): Promise<Life> {
     const { logger } = this.parts;
     const finished = new Promise<LifeEnd>((resolve) => (this.#finish = resolve));
     this.#lifeEnds = finished;
@@ -278,7 +314,7 @@ export class Machine {
     };
     const { resources, backends } = this.host;
     this.hotplug.restart(resources);
-    const incarnation = this.makeLife(this.parts, resources, backends, cpuEvents, {
+    const ioEvents: IoEvents = {
       onLog: logOf(this.parts),
       onDevice: (device, message) => this.#onDevice(device, message as DeviceMessage),
       onCloseFailed: (device, reason) => {
@@ -287,7 +323,8 @@ export class Machine {
         failed(new MachineError(line));
       },
       onCrash: (worker, error) => failed(new MachineError(`The I/O worker ${worker} broke`, { cause: error })),
-    });
+    };
+    const incarnation = this.makeLife(this.parts, resources, backends, cpuEvents, ioEvents, origin);
     this.#current = incarnation;
     this.#ballooned = 0;
     this.#plugged.clear();
@@ -306,7 +343,12 @@ export class Machine {
       this.#logCounters(incarnation);
     };
     try {
-      incarnation.start();
+      if (origin === undefined) incarnation.start();
+      else {
+        await incarnation.restore();
+        this.hotplug.goOn(incarnation.asked());
+        this.#paused = true;
+      }
     } catch (error) {
       await close().catch(() => undefined);
       throw error;

@@ -198,6 +198,12 @@ export class Sizes {
     this.#leavingVcpus.clear();
     this.#leavingDimms.clear();
   }
+
+  /** The guest had been asked for these before. */
+  goOn(vcpus: readonly number[], dimms: readonly number[]): void {
+    for (const vcpu of vcpus) this.#leavingVcpus.add(vcpu);
+    for (const slot of dimms) this.#leavingDimms.add(slot);
+  }
 }
 
 /**

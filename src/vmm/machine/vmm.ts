@@ -5,12 +5,15 @@
  * What changes the state goes one after the other; what only asks, or leaves the state alone, waits for nothing.
  */
 import { ramSize } from '../../config/memory-config.js';
+import { folderPath, type RestoreConfig } from '../../config/restore-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { deviceNames, type DeviceKind, fixedNames } from '../devices/device-names.js';
 import { randomMac } from '../host/taps.js';
 import { leadsTo } from '../host/unix-socket.js';
 import { Hotplug, type PciDeviceInfo } from './hotplug.js';
 import type { RunningInfo } from './device-tree.js';
+import type { Origin } from './incarnation.js';
+
 import { type LifeMaker, Machine, type MachineEnd } from './machine.js';
 import { RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
@@ -75,27 +78,30 @@ export class Vmm {
   /** Takes a checked configuration, and boots nothing yet. @throws RequestError when there is a machine */
   create(config: VmConfig): Promise<void> {
     return this.#next(() => {
-      if (this.#owned !== undefined) {
-        throw new RequestError(`There is a machine, and it is ${stateOf(this.#owned)}; vm.delete removes it`, 'failed');
-      }
-      this.#keepFromApi(config.vsock);
-      const own = structuredClone(config);
-      for (const net of own.net) net.mac ??= randomMac();
-      const { kernel, logger, tell } = this.parts;
-      const hotplug = new Hotplug(own, logger, {
-        onRemoved: (id, bdf) => tell('vm', 'device-removed', bdf === undefined ? { id } : { id, bdf }),
-        onLeaving: (id) => tell('vm', 'device-removing', { id }),
-        onCloseFailed: (id, reason) => logger.warn(`${id}: It may lack what the guest wrote last: ${reason}`),
-        onGivenBack: (fd) => kernel.close(fd),
-      });
-      const absent =
-        own.numa?.findIndex(
-          ({ device_id: id }) =>
-            id !== undefined && ![deviceNames(own), fixedNames(own)].some((names) => names.has(id)),
-        ) ?? -1;
-      if (absent >= 0) throw new RequestError(`numa[${absent}].device_id: accepted is the name of a device`, 'invalid');
-      this.#owned = { config: own, hotplug, used: false, stopping: false };
+      this.#own(config);
     });
+  }
+
+  #own(config: VmConfig): Owned {
+    if (this.#owned !== undefined) {
+      throw new RequestError(`There is a machine, and it is ${stateOf(this.#owned)}; vm.delete removes it`, 'failed');
+    }
+    this.#keepFromApi(config.vsock);
+    const own = structuredClone(config);
+    for (const net of own.net) net.mac ??= randomMac();
+    const { kernel, logger, tell } = this.parts;
+    const hotplug = new Hotplug(own, logger, {
+      onRemoved: (id, bdf) => tell('vm', 'device-removed', bdf === undefined ? { id } : { id, bdf }),
+      onLeaving: (id) => tell('vm', 'device-removing', { id }),
+      onCloseFailed: (id, reason) => logger.warn(`${id}: It may lack what the guest wrote last: ${reason}`),
+      onGivenBack: (fd) => kernel.close(fd),
+    });
+    const absent =
+      own.numa?.findIndex(
+        ({ device_id: id }) => id !== undefined && ![deviceNames(own), fixedNames(own)].some((names) => names.has(id)),
+      ) ?? -1;
+    if (absent >= 0) throw new RequestError(`numa[${absent}].device_id: accepted is the name of a device`, 'invalid');
+    return (this.#owned = { config: own, hotplug, used: false, stopping: false });
   }
 
   /**
@@ -108,11 +114,75 @@ export class Vmm {
       const owned = this.#configured();
       if (owned.machine !== undefined) throw refused(owned, 'Created or Shutdown');
       this.parts.tell('vm', 'booting');
-      const quit = () => void this.shutdownVmm('the escape key');
-      const { config, hotplug } = owned;
-      owned.machine = await Machine.boot({ ...this.parts, config }, this.parts.makeLife, hotplug, quit);
+      await this.#start(owned);
       this.parts.tell('vm', 'booted');
-      void owned.machine.ended.then((end) => this.#onEnd(owned, end));
+    });
+  }
+
+  async #start(owned: Owned, origin?: Origin): Promise<void> {
+    const quit = () => void this.shutdownVmm('the escape key');
+    const { config, hotplug } = owned;
+    owned.machine = await Machine.boot({ ...this.parts, config }, this.parts.makeLife, hotplug, quit, origin);
+    void owned.machine.ended.then((end) => this.#onEnd(owned, end));
+  }
+
+  /**
+   * Writes all of a machine to a folder, from which it can be restored.
+   *
+   * @param folder an absolute path where nothing is, or an empty folder
+   * @param resume whether one that runs may be paused meanwhile
+   * @throws RequestError, HypervisorError or SystemError; nothing is left of the folder then
+   */
+  snapshot(folder: string, resume: boolean): Promise<void> {
+    return this.#next(async () => {
+      const machine = this.#running();
+      const runs = !machine.paused;
+      if (runs && !resume) throw refused(this.#owned, 'Paused');
+      if (runs) await machine.pause();
+      this.parts.tell('vm', 'snapshotting');
+      try {
+        await machine.writeSnapshot(folder, () => this.#ending === undefined);
+      } finally {
+        if (runs) machine.resume();
+      }
+      this.parts.tell('vm', 'snapshotted');
+    });
+  }
+
+  /**
+   * Makes a machine of a snapshot, where that one stood. It is paused.
+   *
+   * @param descriptors of taps, by network; the machine's once it has succeeded
+   * @throws RequestError, SnapshotError, StateError, or what `boot` throws; there is no machine then
+   */
+  restore(wanted: RestoreConfig, descriptors: ReadonlyMap<string, readonly number[]>): Promise<void> {
+    return this.#next(async () => {
+      if (this.#owned !== undefined) throw refused(this.#owned, 'none');
+      this.parts.tell('vm', 'restoring');
+      const { openOrigin } = await import('../snapshot/origin.js');
+      const { source_url: url, memory_restore_mode: mode, prefault, resume, ...anew } = wanted;
+      const origin = await openOrigin(this.parts, folderPath(url)!, {
+        ...{ map: mode === 'Map', prefault, anew: { ...anew, descriptors } },
+        goesOn: () => this.#ending === undefined,
+      });
+      try {
+        const owned = this.#own(origin.config);
+        try {
+          await this.#start(owned, origin);
+          for (const [id, fds] of descriptors) owned.hotplug.given(id, fds);
+        } catch (error) {
+          owned.hotplug.close();
+          this.#owned = undefined;
+          throw error;
+        }
+      } finally {
+        await origin.close();
+      }
+      this.parts.tell('vm', 'restored');
+      if (!resume) return;
+      this.parts.tell('vm', 'resuming');
+      this.#running().resume();
+      this.parts.tell('vm', 'resumed');
     });
   }
 

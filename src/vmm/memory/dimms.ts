@@ -5,6 +5,7 @@
 import { MEMORY_SLOTS } from '../../arch/acpi/config.js';
 import { HOTPLUG_ALIGNMENT, type MemoryConfig, type MemoryZone } from '../../config/memory-config.js';
 import type { MemoryRange } from '../../memory/guest-memory.js';
+import { MachineError } from '../machine/machine-error.js';
 import { hugepageSize } from './hotplug.js';
 import type { MemoryManager } from './memory-manager.js';
 import type { MemoryPart } from './memory-part.js';
@@ -27,7 +28,7 @@ export interface Dimm {
 }
 
 export interface DimmParts {
-  readonly memory: Pick<MemoryManager, 'add' | 'remove'>;
+  readonly memory: Pick<MemoryManager, 'add' | 'addNow' | 'remove'>;
   /** How it is had of the host. */
   readonly zone: MemoryZone;
   readonly slots: Pick<MemorySlots, 'add' | 'remove'>;
@@ -102,6 +103,18 @@ export class Dimms {
     }
     this.#plugged.push({ slot, part });
     events.came(slot, range);
+  }
+
+  /** One that the guest of a machine that goes on has, and that no thread knows yet. @throws MachineError */
+  restore({ slot, address, size }: MemoryRange & { readonly slot: number }): void {
+    const { memory, zone, slots } = this.parts;
+    const gap = this.#gaps().some((free) => free.address <= address && address + size <= free.address + free.size);
+    const taken = slot >= MEMORY_SLOTS || this.#plugged.some((dimm) => dimm.slot === slot);
+    if (!gap || taken) throw new MachineError(`Memory slot ${slot}: accepted is one with room in the machine`);
+    const part = memory.addNow(zone, { address, size });
+    this.#taken.add(part.range);
+    slots.add(part);
+    this.#plugged.push({ slot, part });
   }
 
   /** Asks the guest to let one go, or asks again. */

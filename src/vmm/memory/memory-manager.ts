@@ -10,21 +10,33 @@ import { errnoName, errnoText, type HostKernel, type HostMapping, SystemError } 
 import type { MemoryFile, MemoryFiles } from '../host/memory-file.js';
 import { MachineError } from '../machine/machine-error.js';
 import { hugepageSize as sizeOfHugepages, sizeOptions, sizesOf } from './hotplug.js';
-import type { CoreMemory } from './core-file.js';
 import type { ZoneLayout } from './memory-layout.js';
+import type { HeldMemory } from './memory-pages.js';
 import { type MemoryPart, source } from './memory-part.js';
 import { MemorySlots } from './memory-slots.js';
+
+/** A file that memory is in, and from where on. */
+interface Backing extends Pick<MemoryFile, 'fd' | 'pageSize'> {
+  readonly offset: number;
+  /** Where it has something, and it goes with the memory; undefined: it is the machine's, and counts as a whole. */
+  readonly holes?: (from: number) => MemoryRange | undefined;
+}
+
+/** Descriptors of files with what stretches of memory hold at first, by guest physical address: each is as long as the stretch. */
+export type MemoryContents = ReadonlyMap<number, number>;
 
 /** Memory with what it takes of the host. */
 interface Stretch {
   readonly part: MemoryPart;
   readonly mapping: HostMapping;
-  /** Of shared memory. */
+  /** To be closed with it. */
   readonly fd: number | undefined;
-  /** What tells where nothing is: holes of `fd`, the pages of this process, or nothing, as a zone's file has its own contents. */
-  readonly holes: 'file' | 'pages' | 'none';
+  /** What tells where something is. */
+  readonly held: Pick<HeldMemory, 'touched' | 'nextData'>;
   /** The guest has it from the start. */
   readonly present: boolean;
+  /** It held something from the start. */
+  readonly content: boolean;
 }
 
 export class MemoryManager {
@@ -36,6 +48,7 @@ export class MemoryManager {
    * @param zones with their places. What the guest plugs is mapped and known to every thread from the start, too; only its pages
    * come and go.
    * @param files that zones are in
+   * @param contents what RAM holds at first, where it is not filled later
    * @throws MachineError when the host cannot map the memory asked for
    */
   constructor(
@@ -43,6 +56,7 @@ export class MemoryManager {
     private readonly config: MemoryConfig,
     zones: readonly ZoneLayout[],
     private readonly files: MemoryFiles = new Map(),
+    private readonly contents: MemoryContents = new Map(),
   ) {
     try {
       for (const { zone, ram } of zones) this.#allocateRam(zone, ram);
@@ -61,11 +75,34 @@ export class MemoryManager {
     let offset = 0;
     for (const range of ranges) {
       attempt(zone, () => {
-        const { mapping } = this.#allocate(zone, range, true, file && { ...file, offset });
+        const { mapping } = this.#allocate(
+          zone,
+          range,
+          true,
+          file === undefined ? this.#content(zone, range) : { ...file, offset },
+        );
         if (zone.prefault) this.#populate(mapping, 0, range.size);
       });
       offset += range.size;
     }
+  }
+
+  /** What a stretch holds at first, which it goes on from with pages of its own. @throws MachineError */
+  #content({ shared, hugepages }: MemoryZone, { address }: MemoryRange): Backing | undefined {
+    const file = this.contents.get(address);
+    if (file === undefined) return undefined;
+    if (shared || hugepages) {
+      throw new MachineError('memory_restore_mode=map: accepted is memory that is neither shared nor in huge pages');
+    }
+    const fd = this.kernel.duplicate(file);
+    return { fd, pageSize: PAGE_SIZE, offset: 0, holes: (from) => nextData(this.kernel, fd, from) };
+  }
+
+  /** The same at once, before the machine runs. @throws MachineError */
+  addNow(zone: MemoryZone, range: MemoryRange): MemoryPart {
+    let stretch: Stretch | undefined;
+    attempt(zone, () => (stretch = this.#allocate(zone, range, true, this.#content(zone, range))));
+    return stretch!.part;
   }
 
   /**
@@ -98,19 +135,15 @@ export class MemoryManager {
   }
 
   /** @param present the guest has all of it at once @param file what it is in, and from where on */
-  #allocate(
-    zone: MemoryZone,
-    range: MemoryRange,
-    present: boolean,
-    file?: Pick<MemoryFile, 'fd' | 'pageSize'> & { readonly offset: number },
-  ): Stretch {
+  #allocate(zone: MemoryZone, range: MemoryRange, present: boolean, file?: Backing): Stretch {
     const { address, size } = range;
     const { shared, hugepages, host_numa_node: node } = zone;
     const hugepageSize = file === undefined ? sizeOfHugepages(zone) : undefined;
     // An empty pool of huge pages is an error now, or a fault while the guest runs, which ends the process. What is plugged later is
     // had from the pool then, or not plugged.
     const reserve = present && (zone.reserve ?? hugepages);
-    const own = shared && file === undefined ? this.kernel.memfd('guest-ram', { size, hugepageSize }) : undefined;
+    const memfd = () => (shared ? this.kernel.memfd('guest-ram', { size, hugepageSize }) : undefined);
+    const own = file === undefined ? memfd() : file.holes && file.fd;
     const page = Math.max(hugepageSize ?? PAGE_SIZE, file?.pageSize ?? 0);
     // Behind a zone of smaller pages the guest may have it where none of these begins.
     const misplaced = address % page > 0;
@@ -125,8 +158,20 @@ export class MemoryManager {
     }
     // The host has a file's pages again where they were dropped, not zeros.
     const kind = shared ? 'shared' : file === undefined ? 'private' : 'copy';
-    const holes = file !== undefined ? 'none' : shared && !hugepages ? 'file' : 'pages';
-    const stretch = { part: { range, mapping: mapping.handle, kind }, mapping, fd: own, holes, present } as const;
+    const held =
+      file !== undefined
+        ? { touched: file.holes !== undefined, nextData: file.holes ?? ((from: number) => rest(range, from)) }
+        : shared && !hugepages
+          ? { touched: false, nextData: (from: number) => nextData(this.kernel, own!, from) }
+          : { touched: true };
+    const stretch = {
+      part: { range, mapping: mapping.handle, kind },
+      mapping,
+      fd: own,
+      held,
+      present,
+      content: file?.holes !== undefined,
+    } as const;
     this.#stretches.push(stretch);
     if (page === PAGE_SIZE) this.#advise(zone, mapping, this.config.thp ? 'hugepage' : 'nohugepage');
     if (zone.mergeable) this.#advise(zone, mapping, 'mergeable');
@@ -190,19 +235,20 @@ export class MemoryManager {
     }
   }
 
-  /** All of it, for a core file. */
-  core(): CoreMemory[] {
-    return this.#stretches.map(({ part: { range }, mapping, fd, holes }) => ({
+  /** All of it, as it is written to a file. */
+  held(): HeldMemory[] {
+    return this.#stretches.map(({ part: { range }, mapping, held }) => ({
       range,
       hostAddress: Number(mapping.handle.address),
       view: (offset, length) => mapping.view(offset, length),
-      nextData:
-        holes === 'none'
-          ? (from) => rest(range, from)
-          : holes === 'file'
-            ? (from) => nextData(this.kernel, fd!, from)
-            : undefined,
+      ...held,
     }));
+  }
+
+  /** Those that hold nothing yet. */
+  unfilled(): HeldMemory[] {
+    const filled = new Set(this.#stretches.filter(({ content }) => content).map(({ part }) => part.range));
+    return this.held().filter(({ range }) => !filled.has(range));
   }
 
   /** Unmaps it; no thread and no VM uses it any more. */

@@ -9,7 +9,7 @@ import { vmConfigSchema } from '../../../src/config/vm-config.js';
 const host = { cpus: [0, 1, 2, 5], hugepageSizes: [2 ** 21, 2 ** 30], numaNodes: [0, 2] };
 const parse = (...argv: string[]): ReturnType<typeof parseCommandLine> => parseCommandLine(argv, host);
 
-function run(...argv: string[]): Required<RunCommand> {
+function run(...argv: string[]): RunCommand & { readonly config: NonNullable<RunCommand['config']> } {
   const { config, ...command } = waiting(...argv);
   if (config === undefined) throw new Error('Got no machine');
   return { ...command, config };

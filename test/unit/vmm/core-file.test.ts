@@ -7,7 +7,8 @@ import { arm64CoreNotes } from '../../../src/arch/aarch64/core-notes.js';
 import type { X86Registers, X86Segment, X86SpecialRegisters } from '../../../src/hypervisor/x86-state.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { RequestError } from '../../../src/vmm/machine/machine-error.js';
-import { type Core, type CoreMemory, writeCore } from '../../../src/vmm/memory/core-file.js';
+import { type Core, writeCore } from '../../../src/vmm/memory/core-file.js';
+import type { HeldMemory } from '../../../src/vmm/memory/memory-pages.js';
 import { CoreReader } from '../../support/core-reader.js';
 
 const kernel = new LinuxKernel();
@@ -25,7 +26,7 @@ afterEach(() => {
 });
 
 /** As the memory manager makes it. */
-function memory(address: number, size: number, shared: boolean): CoreMemory {
+function memory(address: number, size: number, shared: boolean): HeldMemory {
   const fd = shared ? kernel.memfd('test', { size }) : undefined;
   const mapping = kernel.map({ length: size, fd, shared });
   undo.push(() => mapping.unmap());
@@ -35,8 +36,9 @@ function memory(address: number, size: number, shared: boolean): CoreMemory {
     hostAddress: Number(mapping.handle.address),
     view: (offset, length) => mapping.view(offset, length),
     ...(fd === undefined
-      ? {}
+      ? { touched: true }
       : {
+          touched: false,
           nextData: (from) => {
             const at = kernel.firstData(fd, from);
             return at === undefined ? undefined : { address: at, size: kernel.firstHole(fd, at) - at };
@@ -45,10 +47,10 @@ function memory(address: number, size: number, shared: boolean): CoreMemory {
   };
 }
 
-const fill = (part: CoreMemory, offset: number, text: string) =>
+const fill = (part: HeldMemory, offset: number, text: string) =>
   new Uint8Array(part.view(offset, text.length)).set(Buffer.from(text));
 
-const core = (...parts: readonly CoreMemory[]): Core => ({ machine: 62, notes: [], memory: parts });
+const core = (...parts: readonly HeldMemory[]): Core => ({ machine: 62, notes: [], memory: parts });
 const target = () => path.join(folder, 'core');
 const write = (what: Core, goesOn = () => true) => writeCore(target(), what, goesOn);
 

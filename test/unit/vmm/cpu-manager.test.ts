@@ -61,7 +61,7 @@ function threads() {
   );
   const manager = new CpuManager('kvm', [vcpu, vcpu, vcpu], new Map(), script, events);
   const machine: CpuStart = { platform: { shared: shared.buffer } as unknown as PlatformHandle, memory: [] };
-  const start = (held: boolean) => manager.start(machine, held);
+  const start = (held: boolean) => manager.start(machine, held, new Set([0, 1, 2]));
   const ran = async (count: number) => {
     while (up.length < count) await new Promise<void>((resolve) => listeners.push(resolve));
   };

@@ -57,6 +57,11 @@ class Outside {
           this.mapped.add(part);
           return part;
         },
+        addNow: (_zone, range) => {
+          const part = { range, mapping: { address: 0n, length: range.size }, kind: 'private' } as const;
+          this.mapped.add(part);
+          return part;
+        },
         remove: (part) => {
           this.step('unmap');
           // Nobody touches it any more.

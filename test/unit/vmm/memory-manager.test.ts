@@ -341,7 +341,7 @@ describe('guest RAM', () => {
       expect(memory.mappings().map(({ kind }) => kind)).toEqual(Array(2).fill(shared ? 'shared' : 'copy'));
       expect([memory.u8(3 * GIB - 1), memory.u8(4 * GIB), memory.u8(4 * GIB + 1)]).toEqual([1, 2, 3]);
       // A core file has all of it: what the guest has not touched is the file's.
-      const [low] = manager.core();
+      const [low] = manager.held();
       expect(low.nextData!(5)).toEqual({ address: 5, size: 3 * GIB - 5 });
       expect(low.nextData!(3 * GIB)).toBeUndefined();
       memory.setU8(4 * GIB + 1, 9);
