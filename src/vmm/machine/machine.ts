@@ -203,9 +203,12 @@ export class Machine {
    * @throws RequestError, HypervisorError or SystemError; nothing is left of it then
    */
   async writeSnapshot(folder: string, goesOn: () => boolean): Promise<void> {
+    const { hypervisor, config, tell } = this.parts;
+    // What the guest has written there is in this process alone.
+    const unsaved = config.pmem.find((pmem) => pmem.discard_writes);
+    if (unsaved !== undefined) throw new RequestError(`${unsaved.id}: accepted is no discard_writes=on`, 'failed');
     const { writeSnapshot } = await import('../snapshot/snapshot-folder.js');
     await this.#alone(async (life, lives) => {
-      const { hypervisor, config, tell } = this.parts;
       const saved = { hypervisor: hypervisor.name, config, life: await life.save() };
       const memory = life.held;
       const progress = new Progress(memory, (done, total) => tell('vm', 'memory-progress', { done, total }));

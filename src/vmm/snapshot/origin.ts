@@ -22,7 +22,7 @@ export interface OriginOptions {
   readonly prefault: boolean;
   readonly anew: GivenAnew;
   /** Asked now and then; false: it is not wanted any more. */
-  goesOn(): boolean;
+  readonly goesOn: () => boolean;
 }
 
 /** @throws RequestError or SnapshotError in one line; nothing is left open then */
