@@ -13,6 +13,7 @@ export function netDescriptors(
     const wanted = count ?? named?.length;
     if (wanted === undefined)
       throw refusal(['net_fds', index, 'num_fds'], 'how many descriptors of the request are its');
+    if (found.has(id)) throw refusal(['net_fds', index, 'id'], 'each network once');
     found.set(id, fds.slice(next, next + wanted));
     next += wanted;
   }

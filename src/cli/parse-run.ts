@@ -157,14 +157,15 @@ function readProcessOptions(found: Arguments): ProcessOptions {
   };
 }
 
-/** @throws OptionError */
-export function readRestore(text: string): RestoreConfig {
-  const { fields, typed } = parseSubOptions('--restore', text, RESTORE_SUB_OPTIONS);
+/** @param option for messages @throws OptionError */
+export function readRestore(option: string, text: string): RestoreConfig {
+  const { fields, typed } = parseSubOptions(option, text, RESTORE_SUB_OPTIONS);
   const checked = restoreSchema.safeParse(fields);
   if (checked.success) return checked.data;
   const { path, message } = checked.error.issues[0];
-  const field = String(path.at(0) ?? '');
-  throw new OptionError(`--restore ${typed.get(field) ?? (field === '' ? text : `${field}=`)}`, message);
+  const field = String(path[0]);
+  const missing = fields[field] === undefined;
+  throw new OptionError(`${option} ${typed.get(field) ?? text}`.trimEnd(), missing ? `${field}=, ${message}` : message);
 }
 
 function refuseDevice(
@@ -197,7 +198,7 @@ export function readRun(found: Arguments, host: HostFacts): RunCommand {
     if (describesMachine({ ...found, restore: undefined })) {
       throw new OptionError('--restore', 'it beside options of the process alone: the machine is that of the snapshot');
     }
-    return { kind: 'run', restore: readRestore(restore), process };
+    return { kind: 'run', restore: readRestore('--restore', restore), process };
   }
   const kernel = valueOf(found, 'kernel');
   if (kernel === undefined) {

@@ -32,6 +32,9 @@ export interface Outcome {
   readonly text: string;
 }
 
+/** What can be added, by its option. */
+type Added = 'disk' | 'net' | 'pmem' | 'vsock' | 'device-module';
+
 export interface Call {
   readonly name: string;
   /** Behind its name. */
@@ -46,7 +49,7 @@ export interface Call {
   /** Options without a value that it takes, and what each is. */
   readonly switches?: Readonly<Record<string, string>>;
   /** Of whose option the argument has the syntax. */
-  readonly device?: 'disk' | 'net' | 'pmem' | 'vsock' | 'device-module';
+  readonly option?: Added | 'restore';
   /** @returns undefined: there is nothing to say */
   run(client: Client, given: Given): Promise<Outcome | undefined>;
 }
@@ -87,10 +90,10 @@ function needed<T>(call: string, name: string, value: T | undefined): T {
 type Adder = (client: Client, device: object, options: CallOptions) => Promise<PciDeviceInfo | undefined>;
 
 /** What the option of the same name says of a machine that is to be made, said of one that is there. */
-function adds(kind: NonNullable<Call['device']>, what: string, add: Adder): Call {
+function adds(kind: Added, what: string, add: Adder): Call {
   const option = DEVICE_OPTIONS.find(({ name }) => name === kind)!;
   return {
-    ...{ name: `add-${kind}`, usage: 'KEY=VALUE,..', summary: `Give the machine one more ${what}`, device: kind },
+    ...{ name: `add-${kind}`, usage: 'KEY=VALUE,..', summary: `Give the machine one more ${what}`, option: kind },
     argument: 'required',
     run: async (client, { argument, signal }) => {
       const { fields } = readDevice(`add-${kind}`, argument!, option.subOptions);
@@ -164,8 +167,8 @@ export const CALLS: readonly Call[] = [
   },
   {
     ...{ name: 'restore', usage: 'source_url=FOLDER_URL[,..]', summary: 'Make a machine of a snapshot' },
-    argument: 'required',
-    run: (client, { argument, signal }) => nothing(client.restore(readRestore(argument!), { signal })),
+    ...{ argument: 'required', option: 'restore' },
+    run: (client, { argument, signal }) => nothing(client.restore(readRestore('restore', argument!), { signal })),
   },
   adds('disk', 'disk', (client, device, options) => client.addDisk(device as DiskConfig, options)),
   adds('net', 'network interface', (client, device, options) => client.addNet(device, options)),

@@ -4,7 +4,7 @@ import net from 'node:net';
 import { OptionError } from '../../config/option-syntax.js';
 import { Client } from '../../sdk/client.js';
 import { bodyOf, type CallOptions, ConnectionError } from '../../sdk/connection.js';
-import type { NetConfig, PciDeviceInfo } from '../../sdk/types.js';
+import type { NetConfig, PciDeviceInfo, RestoreConfig } from '../../sdk/types.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 
 export class RemoteClient extends Client {
@@ -15,18 +15,29 @@ export class RemoteClient extends Client {
     super(socketPath);
   }
 
-  override async addNet(device: NetConfig, options: CallOptions = {}): Promise<PciDeviceInfo | undefined> {
+  override async addNet(device: NetConfig, options?: CallOptions): Promise<PciDeviceInfo | undefined> {
     const { fds = [] } = device;
     if (fds.length === 0) return super.addNet(device, options);
+    return (await this.#give('add-net fd=', 'vm.add-net', device, fds, options)) as PciDeviceInfo | undefined;
+  }
+
+  override async restore(config: RestoreConfig, options?: CallOptions): Promise<void> {
+    const fds = (config.net_fds ?? []).flatMap((network) => network.fds ?? []);
+    if (fds.length === 0) return super.restore(config, options);
+    await this.#give('restore net_fds=', 'vm.restore', config, fds, options);
+  }
+
+  /** @param written what comes before the descriptors on the command line @throws OptionError when one is not open */
+  async #give(written: string, name: string, body: object, fds: readonly number[], options?: CallOptions) {
     for (const fd of fds) {
-      if (!isOpen(fd)) throw new OptionError(`add-net fd=[${fds.join(',')}]`, `open descriptors, not ${fd}`);
+      if (!isOpen(fd)) throw new OptionError(`${written}[${fds.join(',')}]`, `open descriptors, not ${fd}`);
     }
-    const { status, text } = await this.#exchange('vm.add-net', JSON.stringify(device), fds, options);
-    return bodyOf(status, text) as PciDeviceInfo | undefined;
+    const { status, text } = await this.#exchange(name, JSON.stringify(body), fds, options);
+    return bodyOf(status, text);
   }
 
   /** Streams of Node.js send no descriptors: the request goes by itself, and is small enough for a socket to take at once. */
-  async #exchange(name: string, body: string, fds: readonly number[], { signal }: CallOptions) {
+  async #exchange(name: string, body: string, fds: readonly number[], { signal }: CallOptions = {}) {
     const head = `PUT /api/v1/${name} HTTP/1.1\r\nHost: vmm\r\nConnection: close\r\nContent-Length: ${Buffer.byteLength(body)}`;
     const request = Buffer.from(`${head}\r\n\r\n${body}`);
     let connection: net.Socket | undefined;

@@ -113,8 +113,8 @@ function helpText(call: Call | undefined): string {
     ...Object.entries(call.switches ?? {}).map(([name, text]) => [`--${name}`, text] as const),
     ...(call.waits === true ? [WAIT] : []),
   ];
-  const device = RUN_FLAGS.find(({ name }) => name === call.device)?.help ?? '';
-  const list = device === '' ? '' : `\n${device.split('\n').join('\n  ')}\n`;
+  const option = RUN_FLAGS.find(({ name }) => name === call.option)?.help ?? '';
+  const list = option === '' ? '' : `\n${option.split('\n').join('\n  ')}\n`;
   return `vmm remote --api-socket PATH ${usageOf(call)} [OPTIONS]\n\n${call.summary}\n${list}\nOptions:\n${listText([...own, ...COMMON])}`;
 }
 

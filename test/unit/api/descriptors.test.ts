@@ -50,6 +50,13 @@ async function open(using: HostKernel = kernel): Promise<void> {
       for (const fd of fds) fs.closeSync(fd);
       return undefined;
     },
+    restore: async (_, descriptors) => {
+      await onAdd();
+      for (const [id, fds] of descriptors) {
+        added.push([id, ...fds.map(nameOf)]);
+        for (const fd of fds) fs.closeSync(fd);
+      }
+    },
   };
   const logger = { error: line, warn: line, info: () => undefined, debug: () => undefined };
   api = await openApi(using, path.join(folder, 'api'), vmm, { version: '1', logger });
@@ -174,9 +181,45 @@ test('with the headers and with the body, over several messages', async () => {
   client.close();
 });
 
-test.each(['vmm.ping', 'vm.add-disk', 'vm.create', 'vm.boot', 'none'])('%s takes none', async (name) => {
+const restoring = (networks: readonly object[]) =>
+  request(JSON.stringify({ source_url: 'file:///s', net_fds: networks }), 'vm.restore');
+
+test('a machine that is restored: for its networks in their order, as many as each says', async () => {
+  const client = new Client();
+  // The numbers in the body are the client's own.
+  const networks = [
+    { id: 'b', num_fds: 2 },
+    { id: 'none', num_fds: 0 },
+    { id: 'a', fds: [0] },
+  ];
+  expect((await client.send(restoring(networks), files(3)).answer()).status).toBe(204);
+  expect(added).toEqual([['b', 'file0', 'file1'], ['none'], ['a', 'file2']]);
+  expect(left()).toEqual([]);
+  client.close();
+});
+
+const COUNT = 'how many descriptors of the request are its';
+
+test.each([
+  ['too few', [{ id: 'a', num_fds: 3 }], 'net_fds: accepted is all 2 descriptors that came with the request'],
+  ['too many', [{ id: 'a', num_fds: 1 }], 'net_fds: accepted is all 2 descriptors that came with the request'],
+  ['for nobody', [], 'net_fds: accepted is all 2 descriptors that came with the request'],
+  ['that nobody counts', [{ id: 'a', num_fds: 2 }, { id: 'b' }], `net_fds[1].num_fds: accepted is ${COUNT}`],
+  ['twice for one', [1, 1].map((num_fds) => ({ id: 'a', num_fds })), 'net_fds[1].id: accepted is each network once'],
+])('a machine that is restored does not take %s', async (_, networks, message) => {
+  const client = new Client().send(restoring(networks), files(2));
+  expect(await client.answer()).toEqual({ status: 400, body: JSON.stringify([message]) });
+  expect([added, left()]).toEqual([[], []]);
+  client.close();
+});
+
+test.each(['vmm.ping', 'vm.add-disk', 'vm.create', 'vm.boot', 'vm.snapshot', 'none'])('%s takes none', async (name) => {
   const method = name === 'vmm.ping' ? 'GET' : 'PUT';
-  const body = name === 'vm.add-disk' ? '{"path":"/d"}' : '';
+  const bodies = new Map([
+    ['vm.add-disk', '{"path":"/d"}'],
+    ['vm.snapshot', '{"destination_url":"file:///s"}'],
+  ]);
+  const body = bodies.get(name) ?? '';
   const client = new Client();
   client.send(`${method} /api/v1/${name} HTTP/1.1\r\nContent-Length: ${body.length}\r\n\r\n${body}`, files(3));
   const { status, body: said } = await client.answer();
@@ -192,6 +235,7 @@ test('what fails gives them back', async () => {
   const client = new Client().send(request(), files(2));
   expect(await client.answer()).toEqual({ status: 400, body: '["no tap"]' });
   expect((await client.send(request('{'), files(2)).answer()).status).toBe(400);
+  expect(await client.send(restoring([{ id: 'a', num_fds: 2 }]), files(2)).answer()).toMatchObject({ status: 400 });
   expect(left()).toEqual([]);
   client.close();
 });

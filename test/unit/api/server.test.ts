@@ -104,6 +104,12 @@ test('the process and its machine can be told', async () => {
   expect(await put('vm.coredump', { destination_url: 'file:///tmp/a%20core' })).toEqual(none);
   expect(asked).toEqual([{ coredump: '/tmp/a core' }]);
   asked = [];
+  const folder = 'file:///tmp/a%20folder/';
+  for (const resume of [undefined, null, false, true])
+    expect(await put('vm.snapshot', { destination_url: folder, resume })).toEqual(none);
+  const written = (resume: boolean) => ({ snapshot: '/tmp/a folder', resume });
+  expect(asked).toEqual([written(false), written(false), written(false), written(true)]);
+  asked = [];
   for (const shrink of [undefined, null, false, true]) {
     expect(await put('vm.resize-disk', { id: '_disk0', desired_size: 1024, shrink })).toEqual(none);
   }
@@ -117,6 +123,7 @@ const RESIZE =
   'accepted is {"desired_vcpus": N, "desired_ram": BYTES, "desired_balloon": BYTES}, of which any may be left out';
 const RESIZE_ZONE = 'accepted is {"id": ZONE, "desired_ram": BYTES}';
 const SECTORS = 'desired_size: accepted is a multiple of 512 bytes';
+const FOLDER = 'accepted is the URL of a folder, such as file:///tmp/snapshot';
 
 test.each([
   ['GET', 'vm.nothing', undefined, 404, 'GET /api/v1/vm.nothing is not served here'],
@@ -163,6 +170,37 @@ test.each([
     'destination_url: accepted is the URL of a file that is not there yet, such as file:///tmp/core',
   ],
   ['PUT', 'vm.coredump', '[]', 400, 'accepted is {"destination_url": "file:///PATH"}'],
+  ...['/tmp/folder', 'file://host/folder', 'file:///', 'file:///a%00b', 'http://a/b', 'file:///a%2fb', '', 5].flatMap(
+    (url) =>
+      (['vm.snapshot', 'vm.restore'] as const).map((name) => {
+        const field = name === 'vm.snapshot' ? 'destination_url' : 'source_url';
+        return ['PUT', name, JSON.stringify({ [field]: url }), 400, `${field}: ${FOLDER}`] as const;
+      }),
+  ),
+  ['PUT', 'vm.snapshot', '{}', 400, `destination_url: ${FOLDER}`],
+  ['PUT', 'vm.snapshot', undefined, 400, 'accepted is {"destination_url": "file:///FOLDER", "resume": true or false}'],
+  ['PUT', 'vm.snapshot', '{"destination_url":"file:///s","resume":1}', 400, 'resume: accepted is true or false'],
+  ['PUT', 'vm.restore', '{}', 400, `source_url: ${FOLDER}`],
+  ['PUT', 'vm.restore', undefined, 400, 'accepted is {"source_url": "file:///FOLDER", ...}'],
+  ...(
+    [
+      ['{"memory_restore_mode":"OnDemand"}', 'memory_restore_mode: accepted is Copy or Map'],
+      ['{"memory_restore_mode":"copy"}', 'memory_restore_mode: accepted is Copy or Map'],
+      ['{"memory_restore_mode":"Map","prefault":true}', 'prefault: accepted is it only with memory_restore_mode Copy'],
+      ['{"prefault":"on"}', 'prefault: accepted is true or false'],
+      ['{"resume":0}', 'resume: accepted is true or false'],
+      ['{"net_fds":[{"num_fds":1}]}', 'net_fds[0].id: accepted is the name of a device of the snapshot'],
+      ['{"net_fds":[{"id":"n","fds":[-1]}]}', 'net_fds[0].fds[0]: accepted is a descriptor'],
+      ['{"net_fds":[{"id":"n"}]}', 'net_fds[0].num_fds: accepted is how many descriptors of the request are its'],
+      ['{"net_fds":[{"id":"n","num_fds":1}]}', 'net_fds: accepted is all 0 descriptors that came with the request'],
+      ['{"net":[{"tap":"t"}]}', 'net[0].id: accepted is the name of a device of the snapshot'],
+      ['{"net":[{"id":"n","mac":"x"}]}', 'net[0].mac: accepted is a unicast address such as 12:34:56:78:9a:bc'],
+      ['{"disks":[{"id":"d"}]}', 'disks[0].path: accepted is the path of a file'],
+      ['{"vsock":{"cid":2}}', 'vsock.cid: accepted is a context id from 3 to 4294967294'],
+    ] as const
+  ).map(
+    ([body, message]) => ['PUT', 'vm.restore', body.replace('{', '{"source_url":"file:///s",'), 400, message] as const,
+  ),
   ['PUT', 'vm.add-net', '[]', 400, 'accepted is the configuration of a device'],
   ['PUT', 'vm.add-disk', '{"vhost_user":true}', 400, 'vhost_user: accepted is null: what it asks for is not built yet'],
   ['PUT', 'vm.remove-device', '{}', 400, 'id: accepted is the name of a device'],
@@ -190,6 +228,22 @@ test('devices are added and removed', async () => {
     { add: 'vsock', device: { cid: 3, socket: 's' } },
     { remove: '_net7' },
   ]);
+  expect(logged).toEqual(['API: color is ignored: there is no such field']);
+});
+
+test('a machine is restored, with what is another', async () => {
+  await open();
+  const none = { status: 204, body: undefined };
+  expect(await put('vm.restore', { source_url: 'file:///s', prefault: null })).toEqual(none);
+  const defaults = { source_url: 'file:///s', memory_restore_mode: 'Copy', prefault: false, resume: false };
+  expect(asked.pop()).toEqual({ restore: defaults, descriptors: [] });
+  const all = {
+    ...{ source_url: 'file:///s', memory_restore_mode: 'Map', prefault: false, resume: true, net_fds: [] },
+    ...{ net: [{ id: '_net0', tap: 'tap9', mac: '12:34:56:78:9a:bc' }], disks: [{ id: '_disk1', path: '/other' }] },
+    ...{ vsock: { cid: 7, socket: '/v' }, serial: { mode: 'File', file: '/f' }, console: { mode: 'Null' } },
+  };
+  expect(await put('vm.restore', { ...all, color: 'red' })).toEqual(none);
+  expect(asked).toEqual([{ restore: all, descriptors: [] }]);
   expect(logged).toEqual(['API: color is ignored: there is no such field']);
 });
 
@@ -274,6 +328,13 @@ test.each([
   ['PUT', 'vm.resize', '{"desired_vcpus":1,"desired_ram":536870912,"desired_balloon":null}', 204],
   ['PUT', 'vm.resize-disk', '{"id":"_disk0","desired_size":1073741824}', 204],
   ['PUT', 'vm.pause', undefined, 204],
+  ['PUT', 'vm.snapshot', '{"destination_url":"file:///tmp/s"}', 204],
+  [
+    'PUT',
+    'vm.restore',
+    '{"source_url":"file:///tmp/s","prefault":false,"net_fds":null,"resume":false,"memory_restore_mode":"Copy"}',
+    204,
+  ],
   ['PUT', 'vm.resume', undefined, 204],
   [
     'PUT',

@@ -214,6 +214,47 @@ describe('a process', () => {
   });
 });
 
+describe('a snapshot', () => {
+  const defaults = { source_url: 'file:///s', memory_restore_mode: 'Copy', prefault: false, resume: false };
+
+  test('is all that a machine is made of', () => {
+    expect(waiting('--restore', 'source_url=file:///s')).toEqual({
+      kind: 'run',
+      restore: defaults,
+      process: { verbosity: 0 },
+    });
+  });
+
+  test('beside what is of the process', () => {
+    const { config, restore, process } = waiting(
+      ...['--restore', 'source_url=file:///s', '-v', '--no-shutdown', '--api-socket', 'a', '--hypervisor', 'kvm'],
+      ...['--log-file', 'l', '--event-monitor', 'path=e', '--end-with', 'fd=3'],
+    );
+    expect({ config, restore }).toEqual({ restore: defaults });
+    expect(process).toMatchObject({ verbosity: 1, noShutdown: true, apiSocket: 'a', hypervisor: 'kvm' });
+  });
+
+  test.each([
+    ['source_url="file:///a,b"', { source_url: 'file:///a,b' }],
+    ['memory_restore_mode=MAP', { memory_restore_mode: 'Map' }],
+    ['memory_restore_mode=copy,prefault=on', { prefault: true }],
+    ['resume=true', { resume: true }],
+    ['memory_restore_mode=,prefault=', {}],
+    [
+      'net_fds=[_net0@[4,5],b@[6]]',
+      {
+        net_fds: [
+          { id: '_net0', fds: [4, 5] },
+          { id: 'b', fds: [6] },
+        ],
+      },
+    ],
+  ])('with %s', (text, found) => {
+    const whole = text.startsWith('source_url') ? text : `source_url=file:///s,${text}`;
+    expect(waiting('--restore', whole).restore).toEqual({ ...defaults, ...found });
+  });
+});
+
 describe('a machine', () => {
   test('with defaults', () => {
     expect(run('--kernel', 'k')).toEqual({ kind: 'run', config: defaults, process: { verbosity: 0 } });
@@ -509,6 +550,45 @@ describe('refuses options', () => {
     ['--kernel k --serial file=', '--serial file=: accepted is a path'],
     ['--kernel k --serial socket=', '--serial socket=: accepted is a path'],
   ])('%s', (line, message) => refuses(line.split(' '), message));
+});
+
+describe('refuses --restore', () => {
+  const FOLDER = 'the URL of a folder, such as file:///tmp/snapshot';
+  const NETWORKS = 'a list such as [_net0@[4,5]]: network@[descriptors]';
+  const ALONE = 'it beside options of the process alone: the machine is that of the snapshot';
+  test.each([
+    ['', `--restore: accepted is source_url=, ${FOLDER}`],
+    ['resume=on', `--restore resume=on: accepted is source_url=, ${FOLDER}`],
+    ['source_url=/s', `--restore source_url=/s: accepted is ${FOLDER}`],
+    ['source_url=http://a/s', `--restore source_url=http://a/s: accepted is ${FOLDER}`],
+    ['source_url=file:///', `--restore source_url=file:///: accepted is ${FOLDER}`],
+    ['source_url=file:///s,source_url=file:///t', '--restore source_url=file:///t: accepted is source_url= once'],
+    ['memory_restore_mode=ondemand', '--restore memory_restore_mode=ondemand: accepted is copy or map'],
+    ['memory_restore_mode=map,prefault=on', '--restore prefault=on: accepted is it only with memory_restore_mode Copy'],
+    ['prefault=yes', '--restore prefault=yes: accepted is on or off'],
+    ['resume=1', '--restore resume=1: accepted is on or off'],
+    ...['4', '[4]', '[a@[4]@[5]]', '[@[4]]', '[a@[x]]'].map((value) => [
+      `net_fds=${value}`,
+      `--restore net_fds=${value}: accepted is ${NETWORKS}`,
+    ]),
+    [
+      'disks=[a]',
+      '--restore disks=[a]: accepted is a list of source_url=, memory_restore_mode=, prefault=, resume=, net_fds=',
+    ],
+  ])('%s', (text, message) => {
+    const whole = /^$|^source_url|^resume=on$/.test(text) ? text : `source_url=file:///s,${text}`;
+    refuses(['--restore', whole], message);
+  });
+
+  test.each(['--kernel k', '--cpus boot=1', '--disk path=d', '--pvpanic', '--serial tty', '--memory size=1G'])(
+    'beside %s',
+    (line) => refuses(['--restore', 'source_url=file:///s', ...line.split(' ')], `--restore: accepted is ${ALONE}`),
+  );
+
+  test('twice', () => {
+    const once = ['--restore', 'source_url=file:///s'];
+    refuses([...once, ...once], '--restore: accepted is one value, not 2');
+  });
 });
 
 describe('refuses --cpus', () => {

@@ -74,6 +74,46 @@ test('descriptors go with the request that takes them', async () => {
   await expect(call('add-net', 'fd=1')).rejects.toThrow(`No vmm answers at ${vmm.socket}: `);
 });
 
+test('and with that to restore, for its networks', async () => {
+  const seen: unknown[] = [];
+  await vmm.serve({
+    restore: (_, descriptors) => {
+      for (const [id, fds] of descriptors) {
+        seen.push([id, ...fds.map((fd) => fs.readlinkSync(`/proc/self/fd/${fd}`))]);
+        fds.forEach((fd) => fs.closeSync(fd));
+      }
+      return Promise.resolve();
+    },
+  });
+  const files = ['one', 'two', 'three'].map((name) => path.join(vmm.folder, name));
+  const fds = files.map((file) => fs.openSync(file, 'w'));
+  const given = `net_fds=[b@[${fds[0]}],a@[${fds[1]},${fds[2]}]]`;
+  expect(await call('restore', `source_url=file:///s,${given}`)).toBe('');
+  expect(seen).toEqual([
+    ['b', files[0]],
+    ['a', files[1], files[2]],
+  ]);
+  fds.forEach((fd) => fs.closeSync(fd));
+  await expect(call('restore', 'source_url=file:///s,net_fds=[a@[9999]]')).rejects.toThrow(
+    'restore net_fds=[9999]: accepted is open descriptors, not 9999',
+  );
+});
+
+test('a snapshot is taken and restored', async () => {
+  await vmm.serve();
+  for (const more of [[], ['--resume', 'off'], ['--resume=on']])
+    expect(await call('snapshot', 'file:///s', ...more)).toBe('');
+  expect(await call('restore', 'source_url=file:///s')).toBe('');
+  expect(await call('restore', 'source_url="file:///a,b",memory_restore_mode=map,resume=on')).toBe('');
+  const restored = { source_url: 'file:///s', memory_restore_mode: 'Copy', prefault: false, resume: false };
+  const mapped = { ...restored, source_url: 'file:///a,b', memory_restore_mode: 'Map', resume: true };
+  expect(vmm.asked).toEqual([
+    ...[false, false, true].map((resume) => ({ snapshot: '/s', resume })),
+    { restore: restored, descriptors: [] },
+    { restore: mapped, descriptors: [] },
+  ]);
+});
+
 test('sizes, and a core file', async () => {
   await vmm.serve();
   await call('resize', '--cpus', '2', '--memory=1G', '--balloon', '64M');
@@ -182,6 +222,14 @@ test.each([
   [['resize-zone', '--size', '1K'], 'resize-zone: accepted is it with --id ID'],
   [['resize-disk', '--size', '1K'], 'resize-disk: accepted is it with --disk ID'],
   [['resize-disk', '--disk', 'd'], 'resize-disk: accepted is it with --size SIZE'],
+  [['snapshot'], 'snapshot: accepted is it with FOLDER_URL'],
+  [['snapshot', 'file:///s', '--resume', 'yes'], '--resume yes: accepted is on or off'],
+  [['restore'], 'restore: accepted is it with source_url=FOLDER_URL[,..]'],
+  [['restore', 'file:///s'], 'restore file:///s: accepted is a list of source_url='],
+  [
+    ['restore', 'resume=on'],
+    'restore resume=on: accepted is source_url=, the URL of a folder, such as file:///tmp/snapshot',
+  ],
   [['ping', '--timeout', '0'], '--timeout 0: accepted is a number of seconds'],
   [['ping', '--timeout', '1e9'], '--timeout 1e9: accepted is a number of seconds'],
   [['ping', '--api-socket', '/other'], '--api-socket: accepted is it once'],
@@ -205,6 +253,8 @@ test('the help of all and of each', async () => {
     expect(await remote([name, '--help'], kernel)).toContain(summary);
   }
   expect(await remote(['add-disk', '--help'], kernel)).toContain('readonly=on|off: The guest cannot write [off]');
+  expect(await remote(['snapshot', '-h'], kernel)).toMatch(/--resume on +pause one that runs/);
+  expect(await remote(['restore', '-h'], kernel)).toContain('memory_restore_mode=copy|map: ');
   expect(await remote(['resize', '-h'], kernel)).toMatch(/--memory SIZE +in all\n[^]*--wait/);
 });
 

@@ -56,6 +56,16 @@ test('every call', async () => {
     { id: 'a', size: 512, shrink: true },
     { coredump: '/core' },
   ]);
+  vmm.asked = [];
+  await client.snapshot('file:///s');
+  await client.snapshot('file:///s', { resume: true });
+  await client.restore({ source_url: 'file:///s', memory_restore_mode: 'Map', disks: [{ id: '_disk0', path: '/d' }] });
+  const restored = { source_url: 'file:///s', memory_restore_mode: 'Map', prefault: false, resume: false };
+  expect(vmm.asked).toEqual([
+    { snapshot: '/s', resume: false },
+    { snapshot: '/s', resume: true },
+    { restore: { ...restored, disks: [{ id: '_disk0', path: '/d' }] }, descriptors: [] },
+  ]);
   expect((await client.info()).state).toBe('Running');
   expect(await client.counters()).toEqual({ _disk0: { read_ops: 1 } });
 });
