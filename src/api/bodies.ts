@@ -3,10 +3,9 @@
  * once. A refusal names the field as the client wrote it.
  */
 import type * as z from 'zod/mini';
+import { isDeep, MAX_DEPTH } from '../config/deep-json.js';
 import { RequestError } from '../vmm/machine/machine-error.js';
 
-/** Objects and lists within each other, more than any body has: against a stack that runs out. */
-const MAX_DEPTH = 32;
 /** Names that are remembered, against a client that makes up new ones; later ones are not logged. */
 const MAX_REMEMBERED = 256;
 
@@ -34,28 +33,6 @@ export function parseBody(text: string): unknown {
   } catch {
     throw refusal([], 'a body in JSON');
   }
-}
-
-/** JSON.parse takes seconds for a million levels, and others run out of stack. */
-function isDeep(text: string): boolean {
-  let depth = 0;
-  for (let at = 0; at < text.length; at++) {
-    const char = text[at];
-    if (char === '"') {
-      do at = text.indexOf('"', at + 1);
-      while (at > 0 && isEscaped(text, at));
-      if (at < 0) return false;
-    } else if (char === '[' || char === '{') {
-      if (++depth > MAX_DEPTH) return true;
-    } else if (char === ']' || char === '}') depth--;
-  }
-  return false;
-}
-
-function isEscaped(text: string, at: number): boolean {
-  let start = at;
-  while (text[start - 1] === '\\') start--;
-  return (at - start) % 2 === 1;
 }
 
 /** A copy without what is null. */

@@ -3,7 +3,9 @@
  * here. 64-bit numbers are text such as 0x1f, bytes are base64.
  */
 import * as z from 'zod/mini';
+import { isDeep, MAX_DEPTH } from '../../config/deep-json.js';
 import { MAX_VCPUS, vmConfigSchema } from '../../config/vm-config.js';
+import type { MemoryRange } from '../../memory/guest-memory.js';
 import { MACHINE_STATE_VERSION, type SavedMachine } from './saved-machine.js';
 import { SnapshotError } from './snapshot-error.js';
 
@@ -86,6 +88,7 @@ const x86Vcpu = z.strictObject({
 const x86Vm = z.strictObject({
   clock: u64,
   controllers: z.record(name, bytes),
+  synthetic: z.optional(bytes),
 });
 
 const armRegister = z.strictObject({ id: u64, value: bytes });
@@ -174,6 +177,12 @@ export function decodeMachine(texts: { readonly config: string; readonly state: 
   if (!present(found.present, found.board.vcpus.length)) {
     throw new SnapshotError('state: life.present: accepted are vCPUs whose state is there');
   }
+  if (found.board.vcpus.length > cpus.max_vcpus) {
+    throw new SnapshotError(`state: life.board.vcpus: accepted are up to ${cpus.max_vcpus} vCPUs`);
+  }
+  if (overlap(found.memory)) {
+    throw new SnapshotError('state: life.memory: accepted are stretches that do not overlap');
+  }
   return { hypervisor, config, life: { ...found, built: { cpus, memory } } };
 }
 
@@ -181,9 +190,14 @@ function present(vcpus: readonly number[], made: number): boolean {
   return vcpus.length > 0 && new Set(vcpus).size === vcpus.length && vcpus.every((id) => id < made);
 }
 
+function overlap(ranges: readonly MemoryRange[]): boolean {
+  const sorted = [...ranges].sort((a, b) => a.address - b.address);
+  return sorted.some(({ address }, index) => index > 0 && address < sorted[index - 1].address + sorted[index - 1].size);
+}
+
 /** As a machine's configuration is, which may have more queues than vCPUs by now. @throws SnapshotError */
 function checkConfig(input: unknown): SavedMachine['config'] {
-  const { cpus } = input as { cpus?: { boot_vcpus?: unknown; max_vcpus?: unknown } };
+  const { cpus } = (input ?? {}) as { cpus?: { boot_vcpus?: unknown; max_vcpus?: unknown } };
   const wide = { ...(input as object), cpus: { ...cpus, boot_vcpus: cpus?.max_vcpus } };
   const config = check(vmConfigSchema, wide, 'config');
   const boot = check(vcpu, cpus?.boot_vcpus, 'config: cpus.boot_vcpus');
@@ -191,6 +205,7 @@ function checkConfig(input: unknown): SavedMachine['config'] {
 }
 
 function parse(text: string, what: string): unknown {
+  if (isDeep(text)) throw new SnapshotError(`${what}: accepted are up to ${MAX_DEPTH} levels of objects and lists`);
   try {
     return JSON.parse(text);
   } catch {
