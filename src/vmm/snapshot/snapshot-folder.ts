@@ -2,6 +2,7 @@
  * A snapshot is a folder: `config.json`, `state.json`, and a file for each stretch of memory, in which what the guest has never touched is
  * a hole. It gets its name when it is whole, and on the disk: a crash leaves nothing, or something with a dot in front.
  */
+import { constants } from 'node:fs';
 import fs from 'node:fs/promises';
 import path from 'node:path';
 import type { MemoryRange } from '../../memory/guest-memory.js';
@@ -17,6 +18,8 @@ const STATE = 'state.json';
 const memoryFile = (index: number) => `memory-${index}`;
 /** Bytes; the state of 254 vCPUs with AMX has some 20 MiB. */
 const MAX_TEXT = 64 * 2 ** 20;
+/** To open a FIFO waits for nobody. */
+const READ = constants.O_RDONLY | constants.O_NONBLOCK;
 
 /** Called now and then, with the bytes of memory that have been dealt with; what it throws ends the work. */
 export type Progress = (bytes: number) => void;
@@ -114,8 +117,8 @@ export async function openSnapshot(kernel: HostKernel, folder: string): Promise<
     for (const handle of files.values()) await handle.close();
   };
   try {
-    const [config, state] = await Promise.all([CONFIG, STATE].map((name) => readText(path.join(folder, name))));
-    const machine = decodeMachine({ config, state });
+    const config = await readText(path.join(folder, CONFIG));
+    const machine = decodeMachine({ config, state: await readText(path.join(folder, STATE)) });
     for (const [index, range] of machine.life.memory.entries()) {
       files.set(range.address, await openMemory(path.join(folder, memoryFile(index)), range));
     }
@@ -128,7 +131,7 @@ export async function openSnapshot(kernel: HostKernel, folder: string): Promise<
 }
 
 async function readText(file: string): Promise<string> {
-  const handle = await fs.open(file, 'r');
+  const handle = await fs.open(file, READ);
   try {
     const stat = await handle.stat();
     if (!stat.isFile() || stat.size > MAX_TEXT)
@@ -140,7 +143,7 @@ async function readText(file: string): Promise<string> {
 }
 
 async function openMemory(file: string, { size }: MemoryRange): Promise<fs.FileHandle> {
-  const handle = await fs.open(file, 'r');
+  const handle = await fs.open(file, READ);
   const stat = await handle.stat();
   if (stat.isFile() && stat.size === size) return handle;
   await handle.close();
@@ -163,6 +166,13 @@ async function fill(
       const start = kernel.firstData(handle.fd, from);
       return start === undefined ? undefined : { address: start, size: kernel.firstHole(handle.fd, start) - start };
     };
-    await readPages(handle, nextData, part, progress);
+    const shorter = `memory at 0x${address.toString(16)}: its file has become shorter`;
+    try {
+      await readPages(handle, nextData, part, progress);
+    } catch (error) {
+      throw error instanceof RangeError ? new SnapshotError(shorter) : error;
+    }
+    // What is behind its end now looked like a hole.
+    if ((await handle.stat()).size < size) throw new SnapshotError(shorter);
   }
 }
