@@ -27,6 +27,7 @@ const window = fc
 const step = fc.oneof(
   fc.record({ take: fc.constant(true), size: fc.integer({ min: 1, max: 20 }), align: fc.constantFrom(1, 2, 4, 8, 16) }),
   fc.record({ take: fc.constant(false), index: fc.nat(20) }),
+  fc.record({ at: fc.nat(110), size: fc.integer({ min: 1, max: 20 }) }),
 );
 
 describe('the windows of segments', () => {
@@ -63,7 +64,7 @@ describe('the windows of segments', () => {
 });
 
 describe('the addresses of a window', () => {
-  test('are the highest that are free: within it, aligned, nobody else’s, and free again when given back', () => {
+  test('are the highest that are free, or those asked for: within it, aligned, nobody else’s, and free again when given back', () => {
     fc.assert(
       fc.property(window, fc.array(step, { maxLength: 60 }), (range, steps) => {
         const allocator = new WindowAllocator(range);
@@ -72,6 +73,14 @@ describe('the addresses of a window', () => {
           if ('index' in next) {
             const [gone] = taken.splice(next.index, 1) as (Taken | undefined)[];
             if (gone !== undefined) allocator.free(gone.start);
+            continue;
+          }
+          if ('at' in next) {
+            const [start, end] = [next.at, next.at + next.size];
+            const fits = start >= range.start && end <= range.end;
+            const free = taken.every((other) => end <= other.start || start >= other.end);
+            expect(allocator.reserve(start, next.size)).toBe(fits && free);
+            if (fits && free) taken.push({ start, end, align: 1 });
             continue;
           }
           const { size, align } = next;

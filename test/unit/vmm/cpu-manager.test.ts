@@ -61,7 +61,8 @@ function threads() {
   );
   const manager = new CpuManager('kvm', [vcpu, vcpu, vcpu], new Map(), script, events);
   const machine: CpuStart = { platform: { shared: shared.buffer } as unknown as PlatformHandle, memory: [] };
-  const start = (held: boolean) => manager.start(machine, held, new Set([0, 1, 2]));
+  const start = (held: boolean, present = [0, 1, 2]) => manager.start(machine, held, new Set(present));
+  const startPaused = (present: number[]) => manager.startPaused(machine, new Set(present));
   const ran = async (count: number) => {
     while (up.length < count) await new Promise<void>((resolve) => listeners.push(resolve));
   };
@@ -69,7 +70,7 @@ function threads() {
     Atomics.store(shared, 0, 1);
     Atomics.notify(shared, 0);
   };
-  return { manager, start, ran, up, letLastCome };
+  return { manager, start, startPaused, machine, ran, up, letLastCome };
 }
 
 test('no vCPU that is held runs before all are up', async () => {
@@ -132,6 +133,37 @@ test('a machine that is paused while its vCPUs wait for each other stays so', as
   const paused = manager.pause();
   letLastCome();
   await paused;
+  expect(up).toEqual([]);
+  manager.resume();
+  await ran(3);
+  expect(up).toEqual([3, 3, 3]);
+  await manager.stop();
+});
+
+test.each([true, false])(
+  'a vCPU that the guest does not have waits without a thread until it is given one (held: %s)',
+  async (held) => {
+    const { manager, start, ran, up, machine, letLastCome } = threads();
+    letLastCome();
+    start(held, [0, 2]);
+    await ran(2);
+    expect(Math.max(...up)).toBe(2);
+    await manager.unpark(1, machine);
+    await ran(3);
+    expect(up[2]).toBe(3);
+    await manager.stop();
+  },
+);
+
+test('a machine that begins paused runs when it is resumed, those that it has', async () => {
+  const { manager, startPaused, ran, up, machine, letLastCome } = threads();
+  startPaused([0, 1]);
+  // All are up, and made a change; nothing has run.
+  await manager.change({ kind: 'unplug', device: 'a' });
+  await manager.pause();
+  letLastCome();
+  await manager.unpark(2, machine);
+  await new Promise((resolve) => setTimeout(resolve, 20));
   expect(up).toEqual([]);
   manager.resume();
   await ran(3);

@@ -267,3 +267,28 @@ test('in any order', async () => {
     { numRuns: 300 },
   );
 });
+
+test('what the guest of another machine had is there at once, where it was', async () => {
+  const range = { address: ROOM.address + UNIT, size: UNIT };
+  dimms.restore({ slot: 3, ...range });
+  // No thread has started, and the guest knows.
+  expect(outside.state).toMatchObject({ mapped: 1, slots: [0], known: 0, told: 0, plugged: [[3, range]] });
+  const refused = [
+    { slot: 3, address: ROOM.address + 2 * UNIT, size: UNIT },
+    { slot: MEMORY_SLOTS, address: ROOM.address + 2 * UNIT, size: UNIT },
+    { slot: 4, ...range },
+    { slot: 4, address: ROOM.address, size: 2 * UNIT },
+    { slot: 4, address: ROOM.address - UNIT, size: UNIT },
+    { slot: 4, address: ROOM.address + ROOM.size - UNIT, size: 2 * UNIT },
+  ];
+  for (const dimm of refused) {
+    expect(() => dimms.restore(dimm)).toThrow(`Memory slot ${dimm.slot}: accepted is one with room in the machine`);
+  }
+  expect(outside.mapped.size).toBe(1);
+  // Others go round it, and it goes as any other does.
+  await dimms.plug(UNIT);
+  expect(outside.told).toEqual([['came', 0, { address: ROOM.address, size: UNIT }]]);
+  outside.known.add(dimms.plugged[0].part);
+  await dimms.unplug(3);
+  expect(outside.state).toMatchObject({ mapped: 1, plugged: [[0, { address: ROOM.address, size: UNIT }]] });
+});

@@ -438,3 +438,66 @@ describe('guest RAM', () => {
     expect(make).toThrow(/^--memory size=\d+: the host cannot map that much$/);
   });
 });
+
+describe('RAM that goes on from files', () => {
+  const MIB = 2 ** 20;
+  const kernel = new LinuxKernel();
+
+  function contents(size: number): number {
+    const fd = kernel.memfd('saved', { size });
+    kernel.writeAt(fd, Uint8Array.of(1, 2, 3), 2 * MIB - 1);
+    return fd;
+  }
+  const zone = (config: Partial<MemoryConfig>) => zonesOf(memoryOf(config))[0];
+  const manager = (config: Partial<MemoryConfig>, from: ReadonlyMap<number, number>) =>
+    new MemoryManager(kernel, memoryOf(config), layoutOf(config, RAM_WINDOWS).zones, new Map(), from);
+
+  test('has what they hold, and keeps what is written to itself', () => {
+    const before = openDescriptors();
+    const file = contents(4 * MIB);
+    const config = { size: 4 * MIB };
+    const made = manager(config, new Map([[0, file]]));
+    const { memory } = made;
+    expect([memory.u8(2 * MIB - 1), memory.u8(2 * MIB), memory.u8(0)]).toEqual([1, 2, 0]);
+    memory.setU8(2 * MIB, 9);
+    memory.setU8(3 * MIB, 8);
+    const read = new Uint8Array(2);
+    kernel.readAt(file, read, 2 * MIB);
+    expect([...read]).toEqual([2, 3]);
+    // Pages that go back would show the file's contents.
+    expect(memory.mappings().map(({ kind }) => kind)).toEqual(['copy']);
+    const [held] = made.held();
+    expect([held.touched, held.nextData!(4096)]).toEqual([true, { address: 2 * MIB - 4096, size: 8192 }]);
+    expect(made.unfilled()).toEqual([]);
+
+    // More that is there from the start: the one from a file, the other to be filled.
+    const another = contents(4 * MIB);
+    const more = manager(config, new Map([[2 ** 40, another]]));
+    more.addNow(zone(config), { address: 2 ** 40, size: 4 * MIB });
+    const part = more.addNow(zone(config), { address: 2 ** 41, size: 4 * MIB });
+    expect(more.held().map(({ range }) => range.address)).toEqual([0, 2 ** 40, 2 ** 41]);
+    expect(more.unfilled().map(({ range }) => range.address)).toEqual([0, 2 ** 41]);
+    expect(new Uint8Array(more.held()[1].view(2 * MIB, 1))[0]).toBe(2);
+    more.remove(part);
+    expect(more.held()).toHaveLength(2);
+
+    // The files are whoever's they were.
+    more.close();
+    made.close();
+    expect(fs.fstatSync(file).size).toBe(4 * MIB);
+    kernel.close(file);
+    kernel.close(another);
+    expect(newDescriptors(before)).toEqual([]);
+  });
+
+  test.each([{ shared: true }, { hugepages: true, hugepage_size: 2 * MIB, reserve: false }])('is not %j', (more) => {
+    const before = openDescriptors();
+    const file = contents(4 * MIB);
+    const config = { size: 4 * MIB, ...more };
+    expect(() => manager(config, new Map([[0, file]]))).toThrow(
+      'memory_restore_mode=map: accepted is memory that is neither shared nor in huge pages',
+    );
+    kernel.close(file);
+    expect(newDescriptors(before)).toEqual([]);
+  });
+});
