@@ -6,6 +6,7 @@ import type { Dimm, Dimms } from '../../src/vmm/memory/dimms.js';
 import { RequestError } from '../../src/vmm/machine/machine-error.js';
 import type { MachineLife } from '../../src/vmm/machine/incarnation.js';
 import type { LifeMaker } from '../../src/vmm/machine/machine.js';
+import type { SavedLife } from '../../src/vmm/snapshot/saved-machine.js';
 import type { VmmParts } from '../../src/vmm/machine/vmm.js';
 
 type Parts = Parameters<LifeMaker>[0];
@@ -87,7 +88,11 @@ export class FakeLives {
   readonly open: FakeLife[] = [];
   /** What the next one is not made for, or ends with. */
   failure:
-    { readonly at: 'make' | 'start' | 'plug' | 'plug memory' | 'pause' | 'close'; readonly error: Error } | undefined;
+    | {
+        readonly at: 'make' | 'start' | 'restore' | 'save' | 'plug' | 'plug memory' | 'pause' | 'close';
+        readonly error: Error;
+      }
+    | undefined;
   /** How long each takes to pause. */
   pausing: Promise<void> = Promise.resolve();
   /** How long a core file takes. */
@@ -95,10 +100,15 @@ export class FakeLives {
   /** How long each takes to close. */
   closing: Promise<void> = Promise.resolve();
   readonly events: string[] = [];
+  /** The state of each that is saved. */
+  saved: SavedLife | undefined;
+  /** What the guest of a machine that goes on had been asked for. */
+  asked: ReturnType<MachineLife['asked']> = { devices: [], vcpus: [], dimms: [] };
 
   readonly parts: VmmParts = {
     kernel: new LinuxKernel(),
-    hypervisor: undefined as never,
+    // Nothing else of it is asked for.
+    hypervisor: { name: 'kvm' } as never,
     logger: { error: () => undefined, warn: () => undefined, info: () => undefined, debug: () => undefined },
     tell: (source, event, properties) => {
       this.events.push([source, event, properties?.['id']].filter(Boolean).join(' '));
@@ -150,8 +160,13 @@ export class FakeLives {
         life.paused = true;
         return Promise.resolve();
       },
-      asked: () => ({ devices: [], vcpus: [], dimms: [] }),
-      save: () => Promise.reject(new Error('A life without a hypervisor has no state')),
+      asked: () => this.asked,
+      save: async () => {
+        await this.dumping;
+        life.cores.push(life.paused ? 'paused' : 'running');
+        this.#fail('save');
+        return this.saved!;
+      },
       held: [],
       powerButton: () => (life.pressed += 1),
       writeCore: async (file, goesOn) => {

@@ -72,6 +72,9 @@ class Life {
     }),
   );
   readonly fits = () => true;
+  /** vCPUs that were let go. */
+  readonly parked: number[] = [];
+  readonly unplugVcpu = (vcpu: number) => this.#change(() => void this.parked.push(vcpu));
 
   /** @param ram bytes that it has from the start */
   constructor(
@@ -173,7 +176,23 @@ function machine(devices: object = {}) {
   const eject = (slot: number) => hotplug.ejected(0, slot, running);
   const resize = (size: number) => hotplug.resize({ desired_ram: size }, running);
   const ejectMemory = (slot: number) => hotplug.memoryEjected(slot, running);
-  return { config, events, asked, hotplug, held, state, switchOn, begin, end, add, remove, eject, resize, ejectMemory };
+  return {
+    config,
+    events,
+    asked,
+    hotplug,
+    held,
+    state,
+    running,
+    switchOn,
+    begin,
+    end,
+    add,
+    remove,
+    eject,
+    resize,
+    ejectMemory,
+  };
 }
 type Machine = ReturnType<typeof machine>;
 
@@ -633,4 +652,41 @@ test('descriptors that come with a network are kept while it is in the configura
   m.hotplug.close();
   m.hotplug.close();
   expect(m.events.slice(2)).toEqual(['11 given back', '12 given back']);
+});
+
+test('what the guest of another machine was asked for goes when it lets it go', async () => {
+  const memory = { size: RAM, hotplug_size: ROOM };
+  const m = machine({
+    disks: [{ path: 'a' }, { path: 'b' }],
+    net: [{}],
+    memory,
+    cpus: { boot_vcpus: 2, max_vcpus: 3 },
+  });
+  m.switchOn();
+  const { life } = m.state;
+  await life!.dimms.plug(UNIT);
+  await life!.dimms.plug(UNIT);
+  m.hotplug.goOn({ devices: ['_disk0'], vcpus: [1], dimms: [1] });
+  expect([...m.hotplug.leaving]).toEqual(['_disk0']);
+  expect(await refusal(m.remove('_disk0'))).toBe(
+    'busy: The guest has been asked to let _disk0 go, and has not answered yet',
+  );
+  // Nothing that it was not asked for.
+  for (const slot of [0, 1, 2]) await m.eject(slot);
+  for (const slot of [0, 1, 2]) await m.ejectMemory(slot);
+  for (const vcpu of [0, 1, 2]) await m.hotplug.vcpuEjected(vcpu, m.running);
+  expect(m.events).toEqual(['_disk0 removed from slot 0']);
+  expect(m.held().map(({ id }) => id)).toEqual(['_disk1', '_net2']);
+  expect(life!.dimms.plugged.map(({ slot }) => slot)).toEqual([0]);
+  expect(life!.parked).toEqual([1]);
+});
+
+test('descriptors that a machine is restored with go as those that came with a network do', async () => {
+  const m = machine({ net: [{ id: 'a' }, { id: 'b' }] });
+  m.hotplug.given('a', [10, 11]);
+  m.hotplug.given('b', [12]);
+  await m.remove('a');
+  expect(m.events).toEqual(['10 given back', '11 given back', 'a removed from undefined']);
+  m.hotplug.close();
+  expect(m.events.slice(3)).toEqual(['12 given back']);
 });
