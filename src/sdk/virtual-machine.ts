@@ -15,7 +15,7 @@ import { Client } from './client.js';
 import { type CallOptions, ConnectionError } from './connection.js';
 import { Console } from './console.js';
 import { EventSource, type VmmEvent } from './events.js';
-import type { VmConfig } from './types.js';
+import type { RestoreConfig, VmConfig } from './types.js';
 
 export interface StartOptions {
   /** Ends the machine when it is aborted, at any time. */
@@ -100,7 +100,26 @@ export class VirtualMachine extends Client implements AsyncDisposable {
    *
    * @throws ProcessError, ApiError when the configuration is refused, or the signal's reason
    */
-  static async create(config: VmConfig, options: StartOptions = {}): Promise<VirtualMachine> {
+  static create(config: VmConfig, options?: StartOptions): Promise<VirtualMachine> {
+    const { serial, console } = config;
+    const terminal = serial === undefined && console === undefined ? { serial: { mode: 'Tty' as const } } : {};
+    return VirtualMachine.#start((machine) => machine.create({ ...config, ...terminal }), options);
+  }
+
+  /**
+   * Starts a process, and gives it the machine of a snapshot, where that one stood: paused, unless `resume` is said.
+   *
+   * @throws ProcessError, ApiError when it cannot be restored, or the signal's reason
+   */
+  static restore(config: RestoreConfig, options?: StartOptions): Promise<VirtualMachine> {
+    return VirtualMachine.#start((machine) => machine.restore(config), options);
+  }
+
+  /** @param make has the process make its machine */
+  static async #start(
+    make: (machine: VirtualMachine) => Promise<void>,
+    options: StartOptions = {},
+  ): Promise<VirtualMachine> {
     const { signal, hypervisor, log = () => undefined, verbosity = 0, command = OWN_COMMAND() } = options;
     signal?.throwIfAborted();
     // Nobody else can guess its name or, once it is there, connect to it.
@@ -123,9 +142,7 @@ export class VirtualMachine extends Client implements AsyncDisposable {
     void machine.ended.then(() => signal?.removeEventListener('abort', abort));
     try {
       await machine.#listens();
-      const { serial, console } = config;
-      const terminal = serial === undefined && console === undefined ? { serial: { mode: 'Tty' as const } } : {};
-      await machine.create({ ...config, ...terminal });
+      await make(machine);
       signal?.throwIfAborted();
       return machine;
     } catch (error) {

@@ -62,7 +62,7 @@ const HEAD = `
 
 describe('the examples of docs/sdk.md', () => {
   const document = fs.readFileSync('docs/sdk.md', 'utf8');
-  const [first, second, third] = [...document.matchAll(/^```ts\n([^]*?)^```$/gm)].map(([, source]) => source);
+  const [first, second, saved, third] = [...document.matchAll(/^```ts\n([^]*?)^```$/gm)].map(([, source]) => source);
 
   beforeAll(async () => {
     const image = await kernel('cloud');
@@ -92,6 +92,11 @@ describe('the examples of docs/sdk.md', () => {
       ...['vm rebooting', 'vm rebooted', 'vm shutdown', 'vm deleted', 'vmm shutdown'],
     ]);
     for (const line of asked) expect(events).toContain(line);
+    expect(await left(host)).toBe('');
+  });
+
+  test('a machine that is saved', async () => {
+    expect(await outputOf(host, saved)).toMatch(/^Paused\n[^]*\nkept here\n$/);
     expect(await left(host)).toBe('');
   });
 
