@@ -47,7 +47,8 @@ export async function snapshotScenario({ host, backend, scratch, modules, start 
   await shell.run('until cat /tmp/sums1 /tmp/sums2 /tmp/blocks >/dev/null 2>&1; do sleep 0.1; done');
   await shell.run('ip addr add 10.78.0.2/24 dev eth0; ip link set eth0 up; ping -c 1 -w 30 10.78.0.1 >/dev/null');
   const counts = async () => {
-    const said = await shell.run('cat /tmp/sums1 /tmp/sums2 /tmp/blocks; cat /tmp/wrong 2>/dev/null || true');
+    const said = await shell.run('cat /tmp/sums1 /tmp/sums2 /tmp/blocks; sort /tmp/wrong 2>/dev/null | uniq -c');
+    expect(said).toMatch(/^\s*(\d+\s+){3}$/);
     return said.trim().split(/\s+/).map(Number);
   };
   for (let round = 0; round < ROUNDS; round++) {
