@@ -160,7 +160,6 @@ test('a machine that begins paused runs when it is resumed, those that it has', 
   startPaused([0, 1]);
   // All are up, and made a change; nothing has run.
   await manager.change({ kind: 'unplug', device: 'a' });
-  await manager.pause();
   letLastCome();
   await manager.unpark(2, machine);
   await new Promise((resolve) => setTimeout(resolve, 20));
