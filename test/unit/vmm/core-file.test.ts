@@ -116,10 +116,11 @@ test('a file system without room leaves nothing', async () => {
 });
 
 test('a machine that ends meanwhile leaves nothing', async () => {
-  const part = memory(0, 64 * MIB, false);
+  const part = memory(0, 160 * MIB, false);
   let asked = 0;
   await expect(write(core(part), () => ++asked < 3)).rejects.toThrow('The machine has ended');
-  expect(asked).toBe(3);
+  // Of ten slices, the three others that were under way.
+  expect(asked).toBeLessThanOrEqual(6);
   expect(fs.readdirSync(folder)).toEqual([]);
 });
 
