@@ -100,7 +100,7 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
     ],
     [
       'vm.snapshot',
-      tell('Writes all of a paused machine to a folder', 'VmSnapshotConfig', ['unknown'], (body) => {
+      tell('Writes all of a paused machine to a folder', 'VmSnapshotConfig', [], (body) => {
         const { destination_url: url, resume } = reader.read(snapshotSchema, body);
         return vmm.snapshot(folderPath(url)!, resume);
       }),

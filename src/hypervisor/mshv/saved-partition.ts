@@ -35,7 +35,8 @@ export function loadPartition(hypercalls: Hypercalls, { clock, controllers, synt
   const extra = Object.keys(controllers).at(0);
   if (extra !== undefined) throw new HypervisorError(`The record has ${extra}, which the Microsoft hypervisor has not`);
   const time = clock / NANOSECONDS;
-  if (clock < 0n || time !== BigInt.asUintN(63, time)) throw new HypervisorError('The record has an impossible reference time');
+  if (clock < 0n || time !== BigInt.asUintN(63, time))
+    throw new HypervisorError('The record has an impossible reference time');
   hypercalls.setProperty(abi.HV_PARTITION_PROPERTY.REFERENCE_TIME, time);
   const inOrder = SHARED_REGISTERS.flatMap((name) => registers.filter(([one]) => one === name));
   if (inOrder.length > 0) hypercalls.setRegisters(FIRST_VP, inOrder);
