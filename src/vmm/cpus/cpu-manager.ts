@@ -201,10 +201,11 @@ export class CpuManager {
     await this.#until(isHeld);
   }
 
-  /** The machine begins paused: no vCPU runs before `resume`. */
-  startPaused(start: CpuStart, present: ReadonlySet<number>): void {
+  /** The machine begins paused; resolves when the threads are up: a guest whose vCPUs go on one by one takes some for stuck. */
+  async startPaused(start: CpuStart, present: ReadonlySet<number>): Promise<void> {
     this.#paused = true;
     this.start(start, true, present);
+    await this.#until(isHeld);
   }
 
   /** Lets all go. */

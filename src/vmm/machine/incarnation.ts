@@ -183,7 +183,8 @@ export class Incarnation {
     for (const worker of this.#devices.workers) {
       this.#io.start(this.#devices.workerData(worker, this.#devices.devices));
     }
-    this.#cpus.startPaused(this.#present(), this.#vcpus);
+    await this.#cpus.startPaused(this.#present(), this.#vcpus);
+    await this.#io.pause();
   }
 
   #units(): StateUnits {

@@ -157,7 +157,7 @@ test.each([true, false])(
 
 test('a machine that begins paused runs when it is resumed, those that it has', async () => {
   const { manager, startPaused, ran, up, machine, letLastCome } = threads();
-  startPaused([0, 1]);
+  await startPaused([0, 1]);
   // All are up, and made a change; nothing has run.
   await manager.change({ kind: 'unplug', device: 'a' });
   letLastCome();
