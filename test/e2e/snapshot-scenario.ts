@@ -82,7 +82,7 @@ export async function snapshotScenario({ host, backend, scratch, modules, start 
     await host.check(`rm -r ${folder}`);
   }
   const warnings = 'soft lockup|stall|unstable|WARNING|BUG:|hung task|Call [Tt]race';
-  expect(await shell.run(`dmesg | grep -E '${warnings}' || true`)).toBe('');
+  expect((await shell.run(`dmesg | grep -E '${warnings}' || true`)).trim()).toBe('');
   expect(await counts()).toHaveLength(3);
   guest.process.kill('SIGTERM');
   expect(await guest.end()).toMatchObject({ status: 0 });
