@@ -2,6 +2,7 @@
  * Guest RAM: allocated on the host the way `--memory` says, and given to the VM as slots.
  * Each range of a zone has a mapping of its own.
  */
+import fs from 'node:fs';
 import type { MemoryConfig, MemoryZone } from '../../config/memory-config.js';
 import type { Vm } from '../../hypervisor/hypervisor.js';
 import { GuestMemory, type MemoryRange, WINDOW_SIZE } from '../../memory/guest-memory.js';
@@ -88,11 +89,16 @@ export class MemoryManager {
   }
 
   /** What a stretch holds at first, which it goes on from with pages of its own. @throws MachineError */
-  #content({ shared, hugepages }: MemoryZone, { address }: MemoryRange): Backing | undefined {
+  #content({ shared, hugepages }: MemoryZone, { address, size }: MemoryRange): Backing | undefined {
     const file = this.contents.get(address);
     if (file === undefined) return undefined;
     if (shared || hugepages) {
       throw new MachineError('memory_restore_mode=map: accepted is memory that is neither shared nor in huge pages');
+    }
+    // A touch behind the end of a file would end the process (SIGBUS).
+    if (fs.fstatSync(file).size !== size) {
+      const where = `memory at 0x${address.toString(16)}`;
+      throw new MachineError(`${where}: accepted is a file of ${size} bytes, as much as the configuration makes`);
     }
     const fd = this.kernel.duplicate(file);
     return { fd, pageSize: PAGE_SIZE, offset: 0, holes: (from) => nextData(this.kernel, fd, from) };

@@ -490,6 +490,16 @@ describe('RAM that goes on from files', () => {
     expect(newDescriptors(before)).toEqual([]);
   });
 
+  test.each([2, 6])('is as long as the stretch, not %d MiB', (mib) => {
+    const before = openDescriptors();
+    const file = contents(mib * MIB);
+    expect(() => manager({ size: 4 * MIB }, new Map([[0, file]]))).toThrow(
+      `memory at 0x0: accepted is a file of ${4 * MIB} bytes, as much as the configuration makes`,
+    );
+    kernel.close(file);
+    expect(newDescriptors(before)).toEqual([]);
+  });
+
   test.each([{ shared: true }, { hugepages: true, hugepage_size: 2 * MIB, reserve: false }])('is not %j', (more) => {
     const before = openDescriptors();
     const file = contents(4 * MIB);
