@@ -15,7 +15,7 @@ import type { AddressWindow, SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
-import { type Board, configuredTopology } from './board.js';
+import { addressBits, type Board, configuredTopology } from './board.js';
 import type { Arm64BoardState } from './board-state.js';
 import type { MemoryFiles } from '../host/memory-file.js';
 import { numaNodes, type PlacedFunction, segmentsOf } from './numa.js';
@@ -51,11 +51,7 @@ export class Arm64Board implements Board {
     private readonly saved?: Arm64BoardState,
   ) {
     const { cpus, memory } = config;
-    const possible = Math.min(hypervisor.ipaBits, cpus.max_phys_bits);
-    const ipaBits = saved?.addressBits ?? possible;
-    if (ipaBits > possible) {
-      throw new MachineError(`The guest has ${ipaBits} physical address bits; accepted are at most ${possible} here`);
-    }
+    const ipaBits = addressBits(Math.min(hypervisor.ipaBits, cpus.max_phys_bits), saved);
     this.#ipaBits = ipaBits;
     if (cpus.max_vcpus > layout.MAX_VCPUS) {
       throw new MachineError(

@@ -7,6 +7,7 @@ import type { GuestMemory } from '../../memory/guest-memory.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
+import { MachineError } from '../machine/machine-error.js';
 import type { MemoryLayout } from '../memory/memory-layout.js';
 import type { BoardState } from './board-state.js';
 import type { PlacedFunction } from './numa.js';
@@ -66,4 +67,17 @@ export function configuredTopology({ topology, max_vcpus: max }: CpusConfig): To
     diesPerPackage: topology.dies_per_package,
     packages: topology.packages,
   };
+}
+
+/**
+ * Of guest physical addresses: where devices lie depends on it.
+ *
+ * @param possible the most that a guest can have here
+ * @param saved the state of another board, from which this one goes on
+ * @throws MachineError when that guest has more
+ */
+export function addressBits(possible: number, saved: Pick<BoardState, 'addressBits'> | undefined): number {
+  const bits = saved?.addressBits ?? possible;
+  if (bits <= possible) return bits;
+  throw new MachineError(`The guest has ${bits} physical address bits; accepted are at most ${possible} here`);
 }

@@ -22,7 +22,7 @@ import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
-import { type Board, configuredTopology } from './board.js';
+import { addressBits, type Board, configuredTopology } from './board.js';
 import type { X86BoardState } from './board-state.js';
 import type { MemoryFiles } from '../host/memory-file.js';
 import { MachineError } from '../machine/machine-error.js';
@@ -71,7 +71,8 @@ export class X86Board implements Board {
     });
     try {
       this.#supported = this.vm.supportedCpuid();
-      this.#physicalBits = this.#addressBits(Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits));
+      const possible = Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits);
+      this.#physicalBits = addressBits(possible, saved);
       this.#area = layout.platformArea(this.#physicalBits, plugsDimms(config.memory));
       this.memory = place(config.memory, files);
       this.#checkMemory();
@@ -81,13 +82,6 @@ export class X86Board implements Board {
       this.vm.close();
       throw error;
     }
-  }
-
-  /** @param possible the most that it can have here @throws MachineError */
-  #addressBits(possible: number): number {
-    const { addressBits } = this.saved ?? { addressBits: possible };
-    if (addressBits <= possible) return addressBits;
-    throw new MachineError(`The guest has ${addressBits} physical address bits; accepted are at most ${possible} here`);
   }
 
   /** @throws MachineError */
@@ -205,8 +199,7 @@ export class X86Board implements Board {
 
   save(): X86BoardState {
     const vcpus = this.#vcpus.map((vcpu) => vcpu.save());
-    const addressBits = this.#physicalBits;
-    return { architecture: 'x86_64', addressBits, cpuid: this.#cpuid, vcpus, vm: this.vm.save() };
+    return { architecture: 'x86_64', addressBits: this.#physicalBits, cpuid: this.#cpuid, vcpus, vm: this.vm.save() };
   }
 
   load(): void {

@@ -159,9 +159,7 @@ export class Incarnation {
   }
 
   start(): void {
-    for (const worker of this.#devices.workers) {
-      this.#io.start(this.#devices.workerData(worker, this.#devices.devices));
-    }
+    this.#startWorkers();
     this.#board.vm.startTime();
     this.#cpus.start(this.#present(), this.#held, this.#vcpus);
   }
@@ -180,11 +178,15 @@ export class Incarnation {
     this.#platform.restored(this.#paused);
     this.#devices.restored();
     this.#io.beginPaused();
+    this.#startWorkers();
+    await this.#cpus.startPaused(this.#present(), this.#vcpus);
+    await this.#io.pause();
+  }
+
+  #startWorkers(): void {
     for (const worker of this.#devices.workers) {
       this.#io.start(this.#devices.workerData(worker, this.#devices.devices));
     }
-    await this.#cpus.startPaused(this.#present(), this.#vcpus);
-    await this.#io.pause();
   }
 
   #units(): StateUnits {

@@ -12,7 +12,7 @@ import type { MemoryFile, MemoryFiles } from '../host/memory-file.js';
 import { MachineError } from '../machine/machine-error.js';
 import { hugepageSize as sizeOfHugepages, sizeOptions, sizesOf } from './hotplug.js';
 import type { ZoneLayout } from './memory-layout.js';
-import type { HeldMemory } from './memory-pages.js';
+import { type HeldMemory, nextData } from './memory-pages.js';
 import { type MemoryPart, source } from './memory-part.js';
 import { MemorySlots } from './memory-slots.js';
 
@@ -269,11 +269,6 @@ export class MemoryManager {
 
 function rest({ size }: MemoryRange, from: number): MemoryRange | undefined {
   return from < size ? { address: from, size: size - from } : undefined;
-}
-
-function nextData(kernel: HostKernel, fd: number, from: number): MemoryRange | undefined {
-  const address = kernel.firstData(fd, from);
-  return address === undefined ? undefined : { address, size: kernel.firstHole(fd, address) - address };
 }
 
 /** @throws MachineError where the host refuses */

@@ -1,6 +1,7 @@
 /** Guest memory of a machine that stands still, as what it holds is written to a file: what the guest has never touched is a hole there. */
 import fs from 'node:fs/promises';
 import type { MemoryRange } from '../../memory/guest-memory.js';
+import type { HostKernel } from '../../sys/host-kernel.js';
 
 const PAGE_SIZE = 4096;
 /** Looked at and written at a time. Bytes. */
@@ -28,6 +29,12 @@ export interface HeldMemory {
 interface Piece {
   readonly start: number;
   readonly end: number;
+}
+
+/** @returns the next bytes that a file has, from `from` on; undefined: the rest is a hole */
+export function nextData(kernel: HostKernel, fd: number, from: number): MemoryRange | undefined {
+  const address = kernel.firstData(fd, from);
+  return address === undefined ? undefined : { address, size: kernel.firstHole(fd, address) - address };
 }
 
 /**

@@ -8,7 +8,7 @@ import path from 'node:path';
 import type { MemoryRange } from '../../memory/guest-memory.js';
 import { errnoText, type HostKernel } from '../../sys/host-kernel.js';
 import { RequestError } from '../machine/machine-error.js';
-import { type HeldMemory, readPages, writePages } from '../memory/memory-pages.js';
+import { type HeldMemory, nextData, readPages, writePages } from '../memory/memory-pages.js';
 import type { SavedMachine } from './saved-machine.js';
 import { SnapshotError } from './snapshot-error.js';
 import { decodeMachine, encodeMachine } from './state-schema.js';
@@ -162,13 +162,9 @@ async function fill(
     if (handle === undefined || (await handle.stat()).size !== size) {
       throw new SnapshotError(`state: memory at 0x${address.toString(16)}: accepted is what the configuration makes`);
     }
-    const nextData = (from: number) => {
-      const start = kernel.firstData(handle.fd, from);
-      return start === undefined ? undefined : { address: start, size: kernel.firstHole(handle.fd, start) - start };
-    };
     const shorter = `memory at 0x${address.toString(16)}: its file has become shorter`;
     try {
-      await readPages(handle, nextData, part, progress);
+      await readPages(handle, (from) => nextData(kernel, handle.fd, from), part, progress);
     } catch (error) {
       throw error instanceof RangeError ? new SnapshotError(shorter) : error;
     }
