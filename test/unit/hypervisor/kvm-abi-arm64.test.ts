@@ -9,6 +9,7 @@ import { KVM_EXIT, RUN } from '../../../src/hypervisor/kvm/abi.js';
 /** C expressions for the constants that the headers do not spell the same way. */
 const EXPRESSIONS: Readonly<Record<string, string>> = {
   ENABLE_CAP_SIZE: 'sizeof(struct kvm_enable_cap)',
+  MP_STATE_SIZE: 'sizeof(struct kvm_mp_state)',
   VCPU_INIT_SIZE: 'sizeof(struct kvm_vcpu_init)',
   VCPU_INIT_FEATURES_OFFSET: 'offsetof(struct kvm_vcpu_init, features)',
   ONE_REG_SIZE: 'sizeof(struct kvm_one_reg)',

@@ -6,43 +6,48 @@
  */
 
 export {
+  ENABLE_CAP_SIZE,
   IOEVENTFD_SIZE,
+  IRQFD_SIZE,
   IRQ_ROUTING_ENTRY_SIZE,
   IRQ_ROUTING_HEADER_SIZE,
-  IRQFD_SIZE,
   KVM_API_VERSION,
   KVM_CHECK_EXTENSION,
   KVM_CREATE_VCPU,
   KVM_CREATE_VM,
+  KVM_ENABLE_CAP,
   KVM_GET_API_VERSION,
   KVM_GET_DEVICE_ATTR,
+  KVM_GET_MP_STATE,
+  KVM_GET_ONE_REG,
+  KVM_GET_VCPU_EVENTS,
   KVM_GET_VCPU_MMAP_SIZE,
   KVM_IOEVENTFD,
   KVM_IOEVENTFD_FLAG_DEASSIGN,
-  KVM_IRQ_ROUTING_IRQCHIP,
-  KVM_IRQ_ROUTING_MSI,
   KVM_IRQFD,
   KVM_IRQFD_FLAG_DEASSIGN,
+  KVM_IRQ_ROUTING_IRQCHIP,
+  KVM_IRQ_ROUTING_MSI,
+  KVM_MP_STATE_RUNNABLE,
   KVM_MSI_VALID_DEVID,
   KVM_RUN,
   KVM_SET_DEVICE_ATTR,
   KVM_SET_GSI_ROUTING,
+  KVM_SET_MP_STATE,
+  KVM_SET_ONE_REG,
   KVM_SET_SIGNAL_MASK,
   KVM_SET_USER_MEMORY_REGION,
+  KVM_SET_VCPU_EVENTS,
   KVM_SIGNAL_MSI,
   KVM_SYSTEM_EVENT_RESET,
   KVM_SYSTEM_EVENT_SHUTDOWN,
+  MP_STATE_SIZE,
   MSI_SIZE,
+  ONE_REG_SIZE,
   USER_MEMORY_REGION_SIZE,
+  VCPU_EVENTS_SIZE,
 } from '../abi.js';
 
-export const KVM_ENABLE_CAP = 0x4068aea3;
-export const KVM_GET_MP_STATE = 0x8004ae98;
-export const KVM_SET_MP_STATE = 0x4004ae99;
-export const KVM_GET_VCPU_EVENTS = 0x8040ae9f;
-export const KVM_SET_VCPU_EVENTS = 0x4040aea0;
-export const KVM_GET_ONE_REG = 0x4010aeab;
-export const KVM_SET_ONE_REG = 0x4010aeac;
 export const KVM_GET_REG_LIST = 0xc008aeb0;
 export const KVM_ARM_VCPU_INIT = 0x4020aeae;
 export const KVM_ARM_PREFERRED_TARGET = 0x8020aeaf;
@@ -70,9 +75,6 @@ export const KVM_CAP = {
   ARM_INJECT_EXT_DABT: 178,
 } as const;
 
-/** struct kvm_enable_cap: cap at 0. */
-export const ENABLE_CAP_SIZE = 104;
-
 /** struct kvm_vcpu_init: target at 0, features from 4 on. */
 export const VCPU_INIT_SIZE = 32;
 export const VCPU_INIT_FEATURES_OFFSET = 4;
@@ -84,8 +86,6 @@ export const KVM_ARM_VCPU_SVE = 4;
 export const KVM_ARM_VCPU_PTRAUTH_ADDRESS = 5;
 export const KVM_ARM_VCPU_PTRAUTH_GENERIC = 6;
 
-/** struct kvm_one_reg: id at 0, addr at 8. */
-export const ONE_REG_SIZE = 16;
 /** Ids of registers: those of struct kvm_regs count in 32-bit words, system registers are op0, op1, CRn, CRm, op2. */
 export const REG_X0 = 0x6030_0000_0010_0000n;
 /**
@@ -110,11 +110,9 @@ export const KVM_REG_ARM_FW = 0x14_0000n;
 export const KVM_REG_ARM_FW_FEAT_BMAP = 0x16_0000n;
 export const KVM_REG_ARM64_SVE_VLS = 0x6060_0000_0015_ffffn;
 
-export const KVM_MP_STATE_RUNNABLE = 0;
 export const KVM_MP_STATE_STOPPED = 5;
 
-/** struct kvm_vcpu_events. */
-export const VCPU_EVENTS_SIZE = 64;
+/** Offsets in struct kvm_vcpu_events, which has other fields than x86_64's. */
 export const VCPU_EVENTS_SERROR_PENDING_OFFSET = 0;
 export const VCPU_EVENTS_SERROR_HAS_ESR_OFFSET = 1;
 export const VCPU_EVENTS_EXT_DABT_OFFSET = 2;

@@ -12,7 +12,6 @@ import { loadRegisters, type RegisterFile, saveRegisters } from './register-file
 
 /** KVM_REG_SIZE_U2048, the largest there is. */
 const LARGEST_REGISTER = 256;
-const MP_STATE_SIZE = 4;
 /** Bits of a system register's id: where op0, op1, CRn, CRm and op2 begin, and how many each has. */
 const SYSREG_FIELDS = [
   [14n, 2n],
@@ -26,7 +25,7 @@ const SYSREG_FIELDS = [
 export function saveVcpu(kernel: HostKernel, vcpu: number): Arm64VcpuState {
   // First, as KVM carries out a CPU_ON that is under way when it is asked for a register.
   const registers = withRegisters(kernel, vcpu, saveRegisters);
-  const mpState = new Uint8Array(MP_STATE_SIZE);
+  const mpState = new Uint8Array(abi.MP_STATE_SIZE);
   kernel.ioctlBuffer(vcpu, abi.KVM_GET_MP_STATE, mpState);
   const events = new Uint8Array(abi.VCPU_EVENTS_SIZE);
   kernel.ioctlBuffer(vcpu, abi.KVM_GET_VCPU_EVENTS, events);
@@ -47,7 +46,7 @@ export function saveVcpu(kernel: HostKernel, vcpu: number): Arm64VcpuState {
  */
 export function loadVcpu(kernel: HostKernel, vcpu: number, { registers, poweredOff, serror }: Arm64VcpuState): void {
   withRegisters(kernel, vcpu, (file) => loadRegisters(file, registers));
-  const mpState = new Uint8Array(MP_STATE_SIZE);
+  const mpState = new Uint8Array(abi.MP_STATE_SIZE);
   mpState[0] = poweredOff ? abi.KVM_MP_STATE_STOPPED : abi.KVM_MP_STATE_RUNNABLE;
   kernel.ioctlBuffer(vcpu, abi.KVM_SET_MP_STATE, mpState);
   if (!serror.pending) return;
