@@ -200,6 +200,11 @@ export const vmConfigSchema = vmFields.check(({ value, issues }) => {
 export type VmConfig = z.infer<typeof vmConfigSchema>;
 export type CpusConfig = VmConfig['cpus'];
 
+/** A configuration as it is checked once devices may have come to it: they may have a queue for each vCPU that can be there. */
+export function withAllVcpus(config: VmConfig): VmConfig {
+  return { ...config, cpus: { ...config.cpus, boot_vcpus: config.cpus.max_vcpus } };
+}
+
 export const HYPERVISORS = ['kvm', 'mshv'] as const;
 
 /** What concerns the process rather than the machine. */

@@ -7,7 +7,7 @@
 import type * as z from 'zod/mini';
 import type { DeviceModuleConfig, DiskConfig, NetConfig, PmemConfig, VsockConfig } from '../../config/device-config.js';
 import { findHostProblem, readHostFacts } from '../../config/host-facts.js';
-import { type VmConfig, vmConfigSchema } from '../../config/vm-config.js';
+import { type VmConfig, vmConfigSchema, withAllVcpus } from '../../config/vm-config.js';
 import type { DeviceResource } from '../devices/device-manager.js';
 import { type DeviceKind, DeviceNames, deviceNames, fixedNames } from '../devices/device-names.js';
 import type { HostResources } from '../host/host-resources.js';
@@ -108,9 +108,7 @@ export class Hotplug {
     }
     const section = SECTIONS[kind];
     const several = section === 'vsock' ? undefined : config[section];
-    // A queue for each vCPU that can be there.
-    const cpus = { ...config.cpus, boot_vcpus: config.cpus.max_vcpus };
-    const wanted = { ...config, cpus, [section]: several === undefined ? device : [...several, device] };
+    const wanted = { ...withAllVcpus(config), [section]: several === undefined ? device : [...several, device] };
     const { success, data, error } = vmConfigSchema.safeParse(wanted);
     const issue = success ? findHostProblem(data, readHostFacts()) : error.issues[0];
     if (issue !== undefined) throw new RequestError(problem(kind, issue), 'invalid');

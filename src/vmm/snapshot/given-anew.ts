@@ -1,7 +1,8 @@
 /** What of a machine's configuration is another where it is restored: so one snapshot makes many machines. */
-import { findHostProblem, readHostFacts } from '../../config/host-facts.js';
+import { checkConfig } from '../../config/check-config.js';
+import { readHostFacts } from '../../config/host-facts.js';
 import type { RestoreConfig } from '../../config/restore-config.js';
-import { type VmConfig, vmConfigSchema } from '../../config/vm-config.js';
+import { type VmConfig, withAllVcpus } from '../../config/vm-config.js';
 import { RequestError } from '../machine/machine-error.js';
 
 /** By the names of the configuration's fields. */
@@ -51,15 +52,11 @@ export function configAnew(saved: VmConfig, anew: GivenAnew): VmConfig {
     serial: serial ?? saved.serial,
     console: console ?? saved.console,
   };
-  // A queue for each vCPU that can be there.
-  const wide = { ...config, cpus: { ...config.cpus, boot_vcpus: config.cpus.max_vcpus } };
-  const { success, data, error } = vmConfigSchema.safeParse(wide);
-  if (!success) {
-    const { path, message } = error.issues[0];
-    throw new RequestError(`${path.map(String).join('.')}: accepted is ${message}`, 'invalid');
+  const checked = checkConfig(withAllVcpus(config), readHostFacts());
+  if ('problem' in checked) {
+    const { path, accepted } = checked.problem;
+    throw new RequestError(`${path.map(String).join('.')}: accepted is ${accepted}`, 'invalid');
   }
-  const problem = findHostProblem(data, readHostFacts());
-  if (problem !== undefined)
-    throw new RequestError(`${problem.path.map(String).join('.')}: accepted is ${problem.accepted}`, 'invalid');
-  return { ...data, cpus: { ...data.cpus, boot_vcpus: config.cpus.boot_vcpus } };
+  const { cpus } = checked.config;
+  return { ...checked.config, cpus: { ...cpus, boot_vcpus: config.cpus.boot_vcpus } };
 }
