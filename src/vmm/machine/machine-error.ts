@@ -1,5 +1,6 @@
 /** What went wrong, and how it is said. */
 import { inspect } from 'node:util';
+import { errnoText } from '../../sys/host-kernel.js';
 
 /** Causes followed at most, against a chain that loops. */
 const MAX_CAUSES = 16;
@@ -20,6 +21,13 @@ export class RequestError extends Error {
   ) {
     super(message);
   }
+}
+
+/** What Node.js failed with at a file or a folder, as it is told to who asked for it; anything else as it is. */
+export function fileError(file: string, error: unknown): unknown {
+  const { errno } = error as NodeJS.ErrnoException;
+  // Node.js has them negated.
+  return errno === undefined || errno > 0 ? error : new RequestError(`${file}: ${errnoText(-errno)}`, 'failed');
 }
 
 /** Messages of an error and its causes, outermost first, each once and on one line: also what one ends with is said. */

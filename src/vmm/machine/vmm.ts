@@ -135,16 +135,10 @@ export class Vmm {
    */
   snapshot(folder: string, resume: boolean): Promise<void> {
     return this.#next(async () => {
-      const machine = this.#running();
-      const runs = !machine.paused;
-      if (runs && !resume) throw refused(this.#owned, 'Paused');
-      if (runs) await machine.pause();
-      this.parts.tell('vm', 'snapshotting');
-      try {
-        await machine.writeSnapshot(folder, () => this.#ending === undefined);
-      } finally {
-        if (runs) machine.resume();
-      }
+      if (!this.#running().paused && !resume) throw refused(this.#owned, 'Paused');
+      await this.#standingStill('snapshotting', (machine) =>
+        machine.writeSnapshot(folder, () => this.#ending === undefined),
+      );
       this.parts.tell('vm', 'snapshotted');
     });
   }
@@ -179,10 +173,7 @@ export class Vmm {
         await origin.close();
       }
       this.parts.tell('vm', 'restored');
-      if (!resume) return;
-      this.parts.tell('vm', 'resuming');
-      this.#running().resume();
-      this.parts.tell('vm', 'resumed');
+      if (resume) this.#resume();
     });
   }
 
@@ -218,12 +209,16 @@ export class Vmm {
   /** Lets a paused machine go on. @throws RequestError */
   resume(): Promise<void> {
     return this.#next(() => {
-      const { machine } = this.#owned ?? {};
-      if (machine?.paused !== true) throw refused(this.#owned, 'Paused');
-      this.parts.tell('vm', 'resuming');
-      machine.resume();
-      this.parts.tell('vm', 'resumed');
+      this.#resume();
     });
+  }
+
+  #resume(): void {
+    const { machine } = this.#owned ?? {};
+    if (machine?.paused !== true) throw refused(this.#owned, 'Paused');
+    this.parts.tell('vm', 'resuming');
+    machine.resume();
+    this.parts.tell('vm', 'resumed');
   }
 
   /**
@@ -281,17 +276,25 @@ export class Vmm {
    */
   coredump(file: string): Promise<void> {
     return this.#next(async () => {
-      const machine = this.#running();
-      const runs = !machine.paused;
-      if (runs) await machine.pause();
-      this.parts.tell('vm', 'coredumping');
-      try {
-        await machine.writeCore(file);
-      } finally {
-        if (runs) machine.resume();
-      }
+      await this.#standingStill('coredumping', (machine) => machine.writeCore(file));
       this.parts.tell('vm', 'coredumped');
     });
+  }
+
+  /** One that runs is paused meanwhile. @param event told when it is @throws RequestError, or what the step does */
+  async #standingStill(
+    event: 'snapshotting' | 'coredumping',
+    step: (machine: Machine) => Promise<void>,
+  ): Promise<void> {
+    const machine = this.#running();
+    const runs = !machine.paused;
+    if (runs) await machine.pause();
+    this.parts.tell('vm', event);
+    try {
+      await step(machine);
+    } finally {
+      if (runs) machine.resume();
+    }
   }
 
   /** Logs what the vCPUs and devices have done so far. */

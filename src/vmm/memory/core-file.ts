@@ -4,8 +4,7 @@
  */
 import fs from 'node:fs/promises';
 import path from 'node:path';
-import { errnoText } from '../../sys/host-kernel.js';
-import { RequestError } from '../machine/machine-error.js';
+import { fileError, RequestError } from '../machine/machine-error.js';
 import { type HeldMemory, write, writePages } from './memory-pages.js';
 
 /** Of the file's segments. Bytes. */
@@ -49,8 +48,7 @@ export async function writeCore(file: string, core: Core, goesOn: () => boolean)
       throw error;
     }
   } catch (error) {
-    const { errno } = error as NodeJS.ErrnoException;
-    throw errno === undefined ? error : new RequestError(`${file}: ${errnoText(-errno)}`, 'failed');
+    throw fileError(file, error);
   }
 }
 

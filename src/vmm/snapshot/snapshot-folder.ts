@@ -6,8 +6,8 @@ import { constants } from 'node:fs';
 import fs from 'node:fs/promises';
 import path from 'node:path';
 import type { MemoryRange } from '../../memory/guest-memory.js';
-import { errnoText, type HostKernel } from '../../sys/host-kernel.js';
-import { RequestError } from '../machine/machine-error.js';
+import type { HostKernel } from '../../sys/host-kernel.js';
+import { fileError, RequestError } from '../machine/machine-error.js';
 import { type HeldMemory, nextData, readPages, writePages } from '../memory/memory-pages.js';
 import type { SavedMachine } from './saved-machine.js';
 import { SnapshotError } from './snapshot-error.js';
@@ -49,8 +49,7 @@ export async function writeSnapshot(
       throw error;
     }
   } catch (error) {
-    const { errno } = error as NodeJS.ErrnoException;
-    throw errno === undefined ? error : new RequestError(`${folder}: ${errnoText(-errno)}`, 'failed');
+    throw fileError(folder, error);
   }
 }
 
@@ -125,8 +124,7 @@ export async function openSnapshot(kernel: HostKernel, folder: string): Promise<
     return { machine, files, close, fill: (memory, progress) => fill(kernel, files, memory, progress) };
   } catch (error) {
     await close();
-    const { errno } = error as NodeJS.ErrnoException;
-    throw errno === undefined ? error : new RequestError(`${folder}: ${errnoText(-errno)}`, 'failed');
+    throw fileError(folder, error);
   }
 }
 
