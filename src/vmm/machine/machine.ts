@@ -12,7 +12,8 @@ import { FIXED_NAMES } from '../devices/device-names.js';
 import { deviceTree, type RunningInfo } from './device-tree.js';
 import { FalseStarts } from './false-starts.js';
 import { GuestLog, type LeftOut } from '../log/guest-log.js';
-import { type DiskResource, resizeRefusal } from '../host/disk-resource.js';
+import { DiskResizes } from './disk-resizes.js';
+import { resizeRefusal } from '../host/disk-resource.js';
 import { isTerminal } from '../host/host-output.js';
 import { type HostEnds, namedByHost, openHostEnds } from './host-ends.js';
 import { MachineError, RequestError } from './machine-error.js';
@@ -41,14 +42,6 @@ type DeviceMessage =
   /** Whether that is the size that was asked for: a driver tells of each step on its way. */
   | { readonly kind: 'balloon-actual' | 'memory-plugged'; readonly size: number; readonly reached: boolean }
   | { readonly kind: 'resize-failed'; readonly reason: string };
-
-/** A disk's new size that its workers have yet to answer. */
-interface Resizing {
-  readonly disk: DiskResource;
-  left: number;
-  failure: string;
-  readonly settle: (failure: string) => void;
-}
 
 /** From power-on to a reset or the end. Its promise is wrapped: awaiting it is not awaiting the start. */
 interface Life {
@@ -82,8 +75,7 @@ export class Machine {
   #paused = false;
   /** Called when the next life has begun. */
   readonly #begun: (() => void)[] = [];
-  /** By disk. */
-  readonly #resizing = new Map<string, Resizing>();
+  readonly #resizes = new DiskResizes();
   readonly #falseStarts = new FalseStarts();
   /** Bytes that the guest has put in its balloon. */
   #ballooned = 0;
@@ -278,24 +270,7 @@ export class Machine {
     if (disk === undefined) throw new RequestError(`The machine has no disk ${id}`, 'unknown');
     const refusal = resizeRefusal(disk, size, shrink);
     if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
-    if (this.#resizing.has(id)) throw new RequestError(`The disk ${id} is being resized`, 'failed');
-    const failure = await new Promise<string>((settle) => {
-      const left = this.#current?.control(id, { size }) ?? 0;
-      if (left === 0) settle('The machine does not run');
-      else this.#resizing.set(id, { disk, left, failure: '', settle });
-    });
-    if (failure !== '') throw new RequestError(failure, 'failed');
-  }
-
-  /** A worker has answered. @param size the disk's size now; undefined: as before */
-  #resized(id: string, failure: string, size?: number): void {
-    const resizing = this.#resizing.get(id);
-    if (resizing === undefined) return;
-    if (size !== undefined) resizing.disk.size = size;
-    if (failure !== '') resizing.failure = failure;
-    if (--resizing.left > 0) return;
-    this.#resizing.delete(id);
-    resizing.settle(resizing.failure);
+    await this.#resizes.ask(disk, () => this.#current?.control(id, { size }) ?? 0);
   }
 
   /** Builds the machine and lets it run. @throws what `boot` throws */
@@ -340,8 +315,7 @@ export class Machine {
           return incarnation.close();
         });
       } finally {
-        for (const { settle } of this.#resizing.values()) settle('The machine was reset');
-        this.#resizing.clear();
+        this.#resizes.giveUp('The machine was reset');
       }
       this.#logCounters(incarnation);
     };
@@ -422,11 +396,11 @@ export class Machine {
         break;
       case 'resized':
         logger.info(`${device}: ${message.size} bytes from now on`);
-        this.#resized(device, '', message.size);
+        this.#resizes.answered(device, '', message.size);
         break;
       case 'resize-failed':
         logger.warn(`${device}: ${message.reason}`);
-        this.#resized(device, message.reason);
+        this.#resizes.answered(device, message.reason);
         break;
     }
   }
