@@ -46,6 +46,7 @@ import type {
   VsockResource,
 } from '../host/host-resources.js';
 import { IoPlanner, type PlannedDevice, type PlannedWorker } from './io-planner.js';
+import { Undo } from './undo.js';
 import type { Logger } from '../log/logger.js';
 import { MachineError } from '../machine/machine-error.js';
 import type { ZoneLayout } from '../memory/memory-layout.js';
@@ -105,18 +106,6 @@ export interface PlacedDevice {
   readonly served: ReadonlyMap<ManagedWorker, readonly number[]>;
   /** Guest memory that it brings. */
   readonly memory: MemoryPart | undefined;
-}
-
-/** How what a device holds is given back, what came last first. */
-class Undo {
-  /** Of the host. */
-  readonly host: (() => void)[] = [];
-  /** Of the VM: left out where that goes as a whole. */
-  readonly vm: (() => void)[] = [];
-
-  all(): (() => void)[] {
-    return [...this.vm.toReversed(), ...this.host.toReversed()];
-  }
 }
 
 /** What the guest finds of a device, and where. */
