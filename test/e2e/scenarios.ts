@@ -703,11 +703,8 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
   test('memory zones, one in a file, NUMA nodes with distances, segments of PCI; a zone grows and shrinks', () =>
     numaScenario({ host, backend, scratch, modules, start }));
 
-  // The others' machines are saved and go on as well, but what their guests say of it has not been seen to be as quiet.
-  if (backend.hypervisor === 'kvm' && backend.architecture === 'x86_64') {
-    test('snapshot: all that a guest does goes on where it was, by copy and by map', () =>
-      snapshotScenario({ host, backend, scratch, modules, start }));
-  }
+  test('snapshot: all that a guest does goes on where it was, by copy and by map', () =>
+    snapshotScenario({ host, backend, scratch, modules, start }));
 
   test('pmem: keeps what was written', async () => {
     await host.check(`cd ${scratch} && truncate -s 8M pmem && printf before | dd of=pmem conv=notrunc 2>/dev/null`);
