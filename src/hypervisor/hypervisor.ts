@@ -206,6 +206,22 @@ export interface Vm {
   addMemory(slot: MemorySlot): void;
   /** The guest finds nothing any more where this slot's memory was. */
   removeMemory(slot: number): void;
+  /**
+   * Whether the pages of this slot that the guest writes, or the hypervisor on its behalf, are noted; off at first. What this process
+   * writes there is not. Vcpus may run: each page costs its first write something, and the host maps it by itself, not within a huge page.
+   *
+   * @param slot as it was given to `addMemory` @throws SystemError or HypervisorError; nothing has changed then
+   */
+  trackWrites(slot: MemorySlot, on: boolean): void;
+  /**
+   * Tells the pages of a slot that were written since they were last taken, or since they are tracked, and forgets them. What is written
+   * meanwhile is told now or the next time. Vcpus may run.
+   *
+   * @param slot one that is tracked
+   * @param into page n of the slot (4 KiB each) is bit n % 32 of word n / 32; an even number of words, as many as the pages need or more
+   * @throws SystemError or HypervisorError
+   */
+  takeWritten(slot: MemorySlot, into: Uint32Array): void;
   /** @param pin the input of the machine's interrupt controller: the IOAPIC's, or the number of the GIC's SPI */
   createInterrupt(pin: number): InterruptHandle;
   /**

@@ -14,6 +14,7 @@ export const KVM_GET_MSR_INDEX_LIST = 0xc004ae02;
 export const KVM_GET_VCPU_MMAP_SIZE = 0xae04;
 export const KVM_GET_SUPPORTED_CPUID = 0xc008ae05;
 export const KVM_CREATE_VCPU = 0xae41;
+export const KVM_GET_DIRTY_LOG = 0x4010ae42;
 export const KVM_SET_USER_MEMORY_REGION = 0x4020ae46;
 export const KVM_SET_TSS_ADDR = 0xae47;
 export const KVM_SET_IDENTITY_MAP_ADDR = 0x4008ae48;
@@ -157,7 +158,11 @@ export const FPU_SIZE = 416;
 export const FPU_FCW_OFFSET = 128;
 export const FPU_MXCSR_OFFSET = 408;
 export const LAPIC_SIZE = 1024;
+/** struct kvm_userspace_memory_region: slot at 0, flags at 4, guest_phys_addr at 8, memory_size at 16, userspace_addr at 24. */
 export const USER_MEMORY_REGION_SIZE = 32;
+export const KVM_MEM_LOG_DIRTY_PAGES = 1;
+/** struct kvm_dirty_log: slot at 0, dirty_bitmap at 8. */
+export const DIRTY_LOG_SIZE = 16;
 export const IRQFD_SIZE = 32;
 export const KVM_IRQFD_FLAG_DEASSIGN = 1;
 /** struct kvm_ioeventfd: datamatch at 0, addr at 8, len at 16, fd at 20, flags at 24. */

@@ -11,8 +11,12 @@ import {
   type VmSignals,
 } from '../hypervisor.js';
 import * as abi from './abi.js';
+import { withBuffer } from './attribute.js';
 import { kvmRoutesLayout, MAX_ROUTES } from './routes.js';
 import { attachKvmSignals } from './signals.js';
+
+/** Bytes. */
+const PAGE = 4096;
 
 export class KvmVmBase {
   readonly signals: VmSignals;
@@ -36,14 +40,8 @@ export class KvmVmBase {
     return { fd: this.fd, routes: this.routes.buffer };
   }
 
-  addMemory({ slot, guestAddress, mapping }: MemorySlot): void {
-    const region = new Uint8Array(abi.USER_MEMORY_REGION_SIZE);
-    const view = new DataView(region.buffer);
-    view.setUint32(0, slot, true);
-    view.setBigUint64(8, BigInt(guestAddress), true);
-    view.setBigUint64(16, BigInt(mapping.length), true);
-    view.setBigUint64(24, mapping.address, true);
-    this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_USER_MEMORY_REGION, region);
+  addMemory(slot: MemorySlot): void {
+    this.#setRegion(slot, 0);
   }
 
   /** A slot of no bytes is none: api.rst, 4.35. */
@@ -51,6 +49,35 @@ export class KvmVmBase {
     const region = new Uint8Array(abi.USER_MEMORY_REGION_SIZE);
     new DataView(region.buffer).setUint32(0, slot, true);
     this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_USER_MEMORY_REGION, region);
+  }
+
+  #setRegion({ slot, guestAddress, mapping }: MemorySlot, flags: number): void {
+    const region = new Uint8Array(abi.USER_MEMORY_REGION_SIZE);
+    const view = new DataView(region.buffer);
+    view.setUint32(0, slot, true);
+    view.setUint32(4, flags, true);
+    view.setBigUint64(8, BigInt(guestAddress), true);
+    view.setBigUint64(16, BigInt(mapping.length), true);
+    view.setBigUint64(24, mapping.address, true);
+    this.kernel.ioctlBuffer(this.fd, abi.KVM_SET_USER_MEMORY_REGION, region);
+  }
+
+  /** The flags of a slot that is there can be changed: api.rst, 4.35. Huge mappings come back when they are off. */
+  trackWrites(slot: MemorySlot, on: boolean): void {
+    this.#setRegion(slot, on ? abi.KVM_MEM_LOG_DIRTY_PAGES : 0);
+  }
+
+  /** KVM_GET_DIRTY_LOG fills whole words of 64 bits, and protects the pages again before it returns: api.rst, 4.8. */
+  takeWritten({ slot, mapping }: MemorySlot, into: Uint32Array): void {
+    const length = Math.ceil(mapping.length / PAGE / 64) * 8;
+    withBuffer(this.kernel, length, (bytes, address) => {
+      const request = new DataView(new ArrayBuffer(abi.DIRTY_LOG_SIZE));
+      request.setUint32(0, slot, true);
+      request.setBigUint64(8, address, true);
+      this.kernel.ioctlBuffer(this.fd, abi.KVM_GET_DIRTY_LOG, new Uint8Array(request.buffer));
+      into.set(new Uint32Array(bytes.buffer, 0, length / 4));
+      into.fill(0, length / 4);
+    });
   }
 
   createInterrupt(pin: number): InterruptHandle {

@@ -22,11 +22,13 @@ import type { X86VmState } from '../saved-state.js';
 import type { CpuidEntry } from '../x86-state.js';
 import * as abi from './abi.js';
 import { readCpuid } from './cpuid.js';
+import { driverRequest } from './driver-request.js';
 import { HYPERCALL_PAGES_SIZE, Hypercalls } from './hypercalls.js';
 import { mshvRoutesLayout } from './routes.js';
 import { loadPartition, savePartition } from './saved-partition.js';
 import { attachMshvSignals, setIrqfd, SIGNAL_SLOTS_SIZE } from './signals.js';
 import { MshvVcpu, VP_PAGES_SIZE } from './vcpu.js';
+import { WrittenPages } from './written-pages.js';
 
 export const MSHV_DEVICE = abi.MSHV_DEVICE;
 
@@ -153,6 +155,7 @@ class MshvVm implements X86Vm {
   readonly #freeRoutes: number[] = [];
   /** By slot. */
   readonly #memory = new Map<number, MemorySlot>();
+  readonly #written: WrittenPages;
   /** VP 0, which answers what CPUID is before anybody asked for it. */
   #first: MshvVcpu | undefined;
   #cpuid: CpuidEntry[] = [];
@@ -165,6 +168,7 @@ class MshvVm implements X86Vm {
     try {
       this.#slots = kernel.map({ length: SIGNAL_SLOTS_SIZE, shared: false });
       this.#hypercalls = new Hypercalls(kernel, fd, this.#pages);
+      this.#written = new WrittenPages(kernel, fd, this.#hypercalls);
     } catch (error) {
       undoAll(error, [() => this.#pages.unmap()]);
     }
@@ -177,7 +181,7 @@ class MshvVm implements X86Vm {
       0n,
     );
     this.#hypercalls.setProperty(SYNTHETIC_PROC_FEATURES, features);
-    this.#request('INITIALIZE_PARTITION', () => this.kernel.ioctl(this.fd, abi.MSHV_INITIALIZE_PARTITION));
+    driverRequest('INITIALIZE_PARTITION', () => this.kernel.ioctl(this.fd, abi.MSHV_INITIALIZE_PARTITION));
     // It has begun to run: until the vCPUs do, it stands still.
     this.#hypercalls.setProperty(TIME_FREEZE, 1n);
     // As KVM does for what it does not know; guests probe for much.
@@ -185,15 +189,6 @@ class MshvVm implements X86Vm {
     this.#hypercalls.setProperty(UNIMPLEMENTED_MSR_ACTION, action);
     this.#first = this.#createVp(0);
     this.#cpuid = readCpuid(this.#first.hypercalls, 0);
-  }
-
-  #request<T>(name: string, call: () => T): T {
-    try {
-      return call();
-    } catch (error) {
-      if (!(error instanceof SystemError)) throw error;
-      throw new HypervisorError(`${MSHV_DEVICE} refuses ${name}: ${error.reason}`, { cause: error });
-    }
   }
 
   get handle(): VmHandle {
@@ -220,6 +215,16 @@ class MshvVm implements X86Vm {
   removeMemory(slot: number): void {
     this.#setMemory(this.#memory.get(slot)!, 1 << abi.MSHV_SET_MEM_BIT.UNMAP);
     this.#memory.delete(slot);
+    this.#written.removed(slot);
+  }
+
+  trackWrites(slot: MemorySlot, on: boolean): void {
+    if (on) this.#written.track(slot);
+    else this.#written.untrack(slot);
+  }
+
+  takeWritten(slot: MemorySlot, into: Uint32Array): void {
+    this.#written.take(slot, into);
   }
 
   #setMemory({ guestAddress, mapping }: MemorySlot, flags: number): void {
@@ -229,7 +234,7 @@ class MshvVm implements X86Vm {
     view.setBigUint64(abi.MEM_REGION.guestPfn, BigInt(guestAddress / abi.MSHV_HV_PAGE_SIZE), true);
     view.setBigUint64(abi.MEM_REGION.userspaceAddress, mapping.address, true);
     region[abi.MEM_REGION.flags] = flags;
-    this.#request('SET_GUEST_MEMORY', () => this.kernel.ioctlBuffer(this.fd, abi.MSHV_SET_GUEST_MEMORY, region));
+    driverRequest('SET_GUEST_MEMORY', () => this.kernel.ioctlBuffer(this.fd, abi.MSHV_SET_GUEST_MEMORY, region));
   }
 
   /** @param id also the VP's index: the driver takes a message's destination for it */
@@ -242,7 +247,7 @@ class MshvVm implements X86Vm {
 
   #createVp(id: number): MshvVcpu {
     const argument = new Uint8Array(new Uint32Array([id]).buffer);
-    const fd = this.#request('CREATE_VP', () => this.kernel.ioctlBuffer(this.fd, abi.MSHV_CREATE_VP, argument));
+    const fd = driverRequest('CREATE_VP', () => this.kernel.ioctlBuffer(this.fd, abi.MSHV_CREATE_VP, argument));
     const undo: (() => void)[] = [() => this.kernel.close(fd)];
     try {
       const pages = this.kernel.map({ length: VP_PAGES_SIZE, shared: false });
@@ -270,7 +275,7 @@ class MshvVm implements X86Vm {
   createInterrupt(pin: number): InterruptHandle {
     const eventfd = this.kernel.eventfd();
     this.#eventfds.push(eventfd);
-    this.#request('IRQFD', () => setIrqfd(this.kernel, this.fd, pin, eventfd, 0));
+    driverRequest('IRQFD', () => setIrqfd(this.kernel, this.fd, pin, eventfd, 0));
     return { eventfd };
   }
 

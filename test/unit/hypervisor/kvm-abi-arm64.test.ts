@@ -8,6 +8,7 @@ import { KVM_EXIT, RUN } from '../../../src/hypervisor/kvm/abi.js';
 
 /** C expressions for the constants that the headers do not spell the same way. */
 const EXPRESSIONS: Readonly<Record<string, string>> = {
+  DIRTY_LOG_SIZE: 'sizeof(struct kvm_dirty_log)',
   ENABLE_CAP_SIZE: 'sizeof(struct kvm_enable_cap)',
   MP_STATE_SIZE: 'sizeof(struct kvm_mp_state)',
   VCPU_INIT_SIZE: 'sizeof(struct kvm_vcpu_init)',
@@ -38,6 +39,11 @@ const EXPRESSIONS: Readonly<Record<string, string>> = {
 const PLACES: Readonly<Record<string, number>> = {
   'offsetof(struct kvm_one_reg, addr)': 8,
   'offsetof(struct kvm_reg_list, reg)': 8,
+  'offsetof(struct kvm_dirty_log, dirty_bitmap)': 8,
+  'offsetof(struct kvm_userspace_memory_region, flags)': 4,
+  'offsetof(struct kvm_userspace_memory_region, guest_phys_addr)': 8,
+  'offsetof(struct kvm_userspace_memory_region, memory_size)': 16,
+  'offsetof(struct kvm_userspace_memory_region, userspace_addr)': 24,
   'sizeof(struct kvm_mp_state)': 4,
   KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT: 32,
   VGIC_LEVEL_INFO_LINE_LEVEL: 0,

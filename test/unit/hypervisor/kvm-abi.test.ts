@@ -20,6 +20,7 @@ const STRUCTURES: Readonly<Record<string, string>> = {
   FPU_MXCSR_OFFSET: 'offsetof(struct kvm_fpu, mxcsr)',
   LAPIC_SIZE: 'sizeof(struct kvm_lapic_state)',
   USER_MEMORY_REGION_SIZE: 'sizeof(struct kvm_userspace_memory_region)',
+  DIRTY_LOG_SIZE: 'sizeof(struct kvm_dirty_log)',
   IRQFD_SIZE: 'sizeof(struct kvm_irqfd)',
   IOEVENTFD_SIZE: 'sizeof(struct kvm_ioeventfd)',
   MSI_SIZE: 'sizeof(struct kvm_msi)',

@@ -26,7 +26,9 @@ class ClockKernel {
   readonly clocksSet: bigint[] = [];
   /** On Arm. */
   counter = 500n;
-  readonly regions: { slot: number; address: bigint; size: bigint; host: bigint }[] = [];
+  readonly regions: { slot: number; flags: number; address: bigint; size: bigint; host: bigint }[] = [];
+  /** The log of each slot, as KVM's words; it is forgotten when it is told. */
+  readonly written = new Map<number, bigint[]>();
   /** Entries of the table of routes as it was given last. */
   routes = 0;
   readonly #memory = new Map<bigint, ArrayBuffer>();
@@ -84,8 +86,22 @@ class ClockKernel {
         view.setBigUint64(abi.MSRS_HEADER_SIZE + 8, this.tsc + this.offsets.get(fd)!, true);
         return 1;
       case abi.KVM_SET_USER_MEMORY_REGION:
-        this.regions.push({ slot: view.getUint32(0, true), address: u64(8), size: u64(16), host: u64(24) });
+        this.regions.push({
+          ...{ slot: view.getUint32(0, true), flags: view.getUint32(4, true) },
+          ...{ address: u64(8), size: u64(16), host: u64(24) },
+        });
         break;
+      case abi.KVM_GET_DIRTY_LOG: {
+        const slot = view.getUint32(0, true);
+        const log = this.written.get(slot);
+        if (log === undefined) throw new SystemError('ENOENT', 2, 'ioctl', 'no such file or directory');
+        expect([argument.length, view.getUint32(4, true)]).toEqual([abi.DIRTY_LOG_SIZE, 0]);
+        const bitmap = this.#memory.get(u64(8))!;
+        expect(bitmap.byteLength).toBe(log.length * 8);
+        new BigUint64Array(bitmap).set(log);
+        this.written.set(slot, new Array<bigint>(log.length).fill(0n));
+        break;
+      }
       case abi.KVM_SET_GSI_ROUTING:
         this.routes = view.getUint32(0, true);
         break;
@@ -196,9 +212,7 @@ describe('the clocks of x86 guests', () => {
 });
 
 test('the counter of Arm guests goes on where it was', () => {
-  const host = new ClockKernel();
-  const gic = { distributor: 0x0800_0000, its: 0x0808_0000, redistributors: 0x080a_0000, spis: 96 };
-  const vm = openKvmArm64(host as unknown as HostKernel).createVm({ ipaBits: 40, gic });
+  const { host, vm } = arm64();
   for (const id of [0, 1]) vm.createVcpu(id, id > 0);
   vm.startTime();
   expect(host.counter).toBe(500n);
@@ -211,14 +225,72 @@ test('the counter of Arm guests goes on where it was', () => {
   expect(host.counter).toBe(520n);
 });
 
+function arm64() {
+  const host = new ClockKernel();
+  const gic = { distributor: 0x0800_0000, its: 0x0808_0000, redistributors: 0x080a_0000, spis: 96 };
+  return { host, vm: openKvmArm64(host as unknown as HostKernel).createVm({ ipaBits: 40, gic }) };
+}
+
 test('memory that is gone is a slot of no bytes', () => {
   const { host, vm } = x86(0);
   vm.addMemory({ slot: 3, guestAddress: 0x1_0000_0000, mapping: { address: 0x7000_0000n, length: 0x20_0000 } });
   vm.removeMemory(3);
   expect(host.regions).toEqual([
-    { slot: 3, address: 0x1_0000_0000n, size: 0x20_0000n, host: 0x7000_0000n },
-    { slot: 3, address: 0n, size: 0n, host: 0n },
+    { slot: 3, flags: 0, address: 0x1_0000_0000n, size: 0x20_0000n, host: 0x7000_0000n },
+    { slot: 3, flags: 0, address: 0n, size: 0n, host: 0n },
   ]);
+});
+
+describe.each([
+  ['x86_64', () => x86(0)],
+  ['aarch64', arm64],
+])('pages that a guest writes on %s', (_name, machine) => {
+  const slotOf = (pages: number) => ({
+    ...{ slot: 2, guestAddress: 0x1_0000_0000 },
+    mapping: { address: 0x7000_0000n, length: pages * 0x1000 },
+  });
+
+  test('are logged by a flag of their slot', () => {
+    const { host, vm } = machine();
+    const slot = slotOf(512);
+    vm.addMemory(slot);
+    vm.trackWrites(slot, true);
+    vm.trackWrites(slot, false);
+    const region = { slot: 2, address: 0x1_0000_0000n, size: 0x20_0000n, host: 0x7000_0000n };
+    expect(host.regions).toEqual([0, 1, 0].map((flags) => ({ ...region, flags })));
+  });
+
+  test.each([1, 63, 64, 65])('are told of a slot of %d pages', (pages) => {
+    const { host, vm } = machine();
+    const slot = slotOf(pages);
+    const last = 1n << BigInt((pages - 1) % 64);
+    const log = new Array<bigint>(Math.ceil(pages / 64)).fill(0n);
+    log[0] |= 1n;
+    log[log.length - 1] |= last;
+    host.written.set(2, log);
+    const mapped = host.mapped;
+    // More words than are needed, with what was there before.
+    const into = new Uint32Array(6).fill(0xffff_ffff);
+    vm.takeWritten(slot, into);
+    const bits = [...into].flatMap((word, at) =>
+      Array.from({ length: 32 }, (_, bit) => bit).flatMap((bit) => ((word >>> bit) & 1 ? [at * 32 + bit] : [])),
+    );
+    expect(bits).toEqual([...new Set([0, pages - 1])]);
+    vm.takeWritten(slot, into);
+    expect([...into]).toEqual([0, 0, 0, 0, 0, 0]);
+    expect(host.mapped).toBe(mapped);
+  });
+
+  test('are not told into too few words', () => {
+    const { host, vm } = machine();
+    host.written.set(2, [0n, 0n]);
+    expect(() => vm.takeWritten(slotOf(65), new Uint32Array(2))).toThrow(RangeError);
+  });
+
+  test('are not told of a slot that is not tracked', () => {
+    const { vm } = machine();
+    expect(() => vm.takeWritten(slotOf(1), new Uint32Array(2))).toThrow(SystemError);
+  });
 });
 
 test('a route that is given back is the next that is taken, and sends nothing meanwhile', () => {
