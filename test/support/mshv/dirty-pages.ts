@@ -50,8 +50,9 @@ export class DirtyPages {
         const bit = 1 << ((first + page) & 7);
         const dirty = (this.shared.bytes[byte] & bit) !== 0;
         if (dirty || type === abi.MSHV_GPAP_ACCESS_TYPE.ACCESSED) into[page >> 3] |= 1 << (page & 7);
+        // What is not accessed is not dirty. The driver takes any other operation for SET, NOOP as well.
         if (operation === abi.MSHV_GPAP_ACCESS_OP.CLEAR) this.shared.bytes[byte] &= ~bit;
-        if (operation === abi.MSHV_GPAP_ACCESS_OP.SET) this.shared.bytes[byte] |= bit;
+        else if (type === abi.MSHV_GPAP_ACCESS_TYPE.DIRTY) this.shared.bytes[byte] |= bit;
       }
       return 0;
     });
@@ -76,8 +77,9 @@ export class DirtyPages {
       }
       const first = Number(guest) / PAGE;
       for (let index = 0; index < log.length * 8; index++) {
-        if ((log[index >> 3] & (1 << (index & 7))) === 0) continue;
-        this.shared.bytes[this.#start + ((first + index) >> 3)] |= 1 << ((first + index) & 7);
+        if (log[index >> 3] === 0) index |= 7;
+        else if ((log[index >> 3] & (1 << (index & 7))) !== 0)
+          this.shared.bytes[this.#start + ((first + index) >> 3)] |= 1 << ((first + index) & 7);
       }
     }
     return 0;

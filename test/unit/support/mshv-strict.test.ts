@@ -176,6 +176,10 @@ whole('memory', () => {
     expect(vmm.message.getBigUint64(abi.MEMORY_MESSAGE.guestPhysicalAddress, true)).toBe(0x40_0000n);
     expect(dirty() & (1 << 5)).not.toBe(0);
     expect(dirty() & (1 << 5)).toBe(0);
+    argument.setUint8(abi.GPAP_BITMAP.operation, abi.MSHV_GPAP_ACCESS_OP.NOOP);
+    expect(dirty() & (1 << 5)).toBe(0);
+    argument.setUint8(abi.GPAP_BITMAP.operation, abi.MSHV_GPAP_ACCESS_OP.CLEAR);
+    expect(dirty()).toBe(0xffff);
     argument.setUint8(abi.GPAP_BITMAP.operation, 3);
     expect(outcome(dirty)).toBe('EINVAL');
     readOnly.unmap();
