@@ -227,7 +227,8 @@ export interface Vm {
   /**
    * Lets the guest's time run, for all vCPUs from the same moment on. Before the first of them runs, and after `stopTime`.
    *
-   * @param passed nanoseconds that its clocks are to be ahead of where they stood, all by the same; KVM on x86_64 alone does so
+   * @param passed nanoseconds that its clocks are to be ahead of where they stood when they were stopped, or saved: of all vCPUs by the
+   *   same, as exactly as the host's own frequencies are known
    */
   startTime(passed?: bigint): void;
   /** The guest's clocks stand still until `startTime`, so that it does not miss the time between. No vCPU runs. */

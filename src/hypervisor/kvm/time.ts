@@ -62,7 +62,7 @@ export class KvmTime {
   /**
    * KVM starts the clocks of all vCPUs together by itself: each new one takes the time of the first.
    *
-   * @param passed nanoseconds that the guest is to miss since they were stopped
+   * @param passed nanoseconds that they are to be ahead of where they stood; before Linux 5.16 kvmclock alone is, as the counters go on
    */
   start(passed: bigint): void {
     const stopped = this.#stopped;

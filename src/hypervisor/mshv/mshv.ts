@@ -21,6 +21,7 @@ import {
 import type { X86VmState } from '../saved-state.js';
 import type { CpuidEntry } from '../x86-state.js';
 import * as abi from './abi.js';
+import { setAhead } from './clocks.js';
 import { readCpuid } from './cpuid.js';
 import { driverRequest } from './driver-request.js';
 import { HYPERCALL_PAGES_SIZE, Hypercalls } from './hypercalls.js';
@@ -156,6 +157,8 @@ class MshvVm implements X86Vm {
   /** By slot. */
   readonly #memory = new Map<number, MemorySlot>();
   readonly #written: WrittenPages;
+  /** Indexes of all VPs. */
+  readonly #vps: number[] = [];
   /** VP 0, which answers what CPUID is before anybody asked for it. */
   #first: MshvVcpu | undefined;
   #cpuid: CpuidEntry[] = [];
@@ -255,7 +258,9 @@ class MshvVm implements X86Vm {
       const registerPage = this.#mapRegisterPage(fd);
       undo.push(() => registerPage?.unmap());
       const handle: VcpuHandle = { id, fd, run: pages.handle, registerPage: registerPage?.handle };
-      return new MshvVcpu(this.kernel, handle, pages, registerPage, { cpuid: () => this.#cpuid });
+      const vcpu = new MshvVcpu(this.kernel, handle, pages, registerPage, { cpuid: () => this.#cpuid });
+      this.#vps.push(id);
+      return vcpu;
     } catch (error) {
       return undoAll(error, undo);
     }
@@ -279,7 +284,8 @@ class MshvVm implements X86Vm {
     return { eventfd };
   }
 
-  startTime(): void {
+  startTime(passed = 0n): void {
+    if (passed > 0n) setAhead(this.#hypercalls, this.#vps, passed);
     this.#hypercalls.setProperty(abi.HV_PARTITION_PROPERTY.TIME_FREEZE, 0n);
   }
 

@@ -11,6 +11,7 @@
 import { HypervisorError } from '../hypervisor.js';
 import type { X86VmState } from '../saved-state.js';
 import * as abi from './abi.js';
+import { REFERENCE_UNIT } from './clocks.js';
 import type { Hypercalls } from './hypercalls.js';
 import { decodeOwnForm, encodeOwnForm } from './own-form.js';
 
@@ -19,14 +20,11 @@ const FIRST_VP = 0;
 /** A guest has hypercalls once it has said who it is (TLFS 3.13), so it is told in this order. */
 const SHARED_REGISTERS = [abi.HV_REGISTER.GUEST_OS_ID, abi.HV_X64_REGISTER.HYPERCALL, abi.HV_REGISTER.REFERENCE_TSC];
 
-/** Of the reference time's units, which are 100 ns. */
-const NANOSECONDS = 100n;
-
 export function savePartition(hypercalls: Hypercalls): X86VmState {
   const time = hypercalls.getProperty(abi.HV_PARTITION_PROPERTY.REFERENCE_TIME);
   const registers = hypercalls.readRegisters(FIRST_VP, SHARED_REGISTERS);
   const synthetic = encodeOwnForm({ registers, parts: new Map() });
-  return { clock: time * NANOSECONDS, controllers: {}, synthetic };
+  return { clock: time * REFERENCE_UNIT, controllers: {}, synthetic };
 }
 
 /** @throws HypervisorError */
@@ -34,7 +32,7 @@ export function loadPartition(hypercalls: Hypercalls, { clock, controllers, synt
   const { registers } = decodeOwnForm(synthetic, SHARED_REGISTERS, []);
   const extra = Object.keys(controllers).at(0);
   if (extra !== undefined) throw new HypervisorError(`The record has ${extra}, which the Microsoft hypervisor has not`);
-  const time = clock / NANOSECONDS;
+  const time = clock / REFERENCE_UNIT;
   if (clock < 0n || time !== BigInt.asUintN(63, time))
     throw new HypervisorError('The record has an impossible reference time');
   hypercalls.setProperty(abi.HV_PARTITION_PROPERTY.REFERENCE_TIME, time);

@@ -157,6 +157,19 @@ test("the virtual counter goes on where it stood, and is the VM's alone", () => 
   expect(passed).toBeLessThan(62_500_000n);
 });
 
+test('the virtual counter is set ahead when it goes on', () => {
+  const next = make();
+  load(next, save(used()));
+  next.vm.stopTime();
+  const { counter } = next.vm.save();
+  next.vm.startTime(100_000_000_000n);
+  next.vm.stopTime();
+  const seconds = Number(next.vm.save().counter - counter) / 62_500_000;
+  // The frequency is measured, to one percent at least.
+  expect(seconds).toBeGreaterThan(99);
+  expect(seconds).toBeLessThan(110);
+});
+
 test('nothing is saved while time runs', () => {
   expect(() => make().vm.save()).toThrow(/time has to stand still/);
 });

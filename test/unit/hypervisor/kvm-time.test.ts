@@ -182,14 +182,28 @@ describe('the clocks of x86 guests', () => {
     expect(host.mapped).toBe(mapped);
   });
 
+  test('are set ahead together', () => {
+    const { host, vm, pass } = x86();
+    vm.startTime();
+    const { clock } = host;
+    vm.stopTime();
+    pass(1_000_000n);
+    vm.startTime(5_000_000_001n);
+    const ticks = 3n * (5_000_000_001n - 1_000_000n);
+    expect([host.clocksSet, [...host.offsets.values()]]).toEqual([
+      [clock + 5_000_000_001n],
+      [ticks, ticks - 7n, ticks - 14n],
+    ]);
+  });
+
   test('on a kernel that has no offsets: kvmclock alone', () => {
     const { host, vm, pass } = x86();
     host.hasOffsets = false;
     const { clock } = host;
     vm.stopTime();
     pass(1_000n);
-    vm.startTime();
-    expect([host.clocksSet, [...host.offsets.values()]]).toEqual([[clock], [0n, -7n, -14n]]);
+    vm.startTime(7n);
+    expect([host.clocksSet, [...host.offsets.values()]]).toEqual([[clock + 7n], [0n, -7n, -14n]]);
   });
 
   test('where the clock does not tell the counter, too', () => {

@@ -39,6 +39,23 @@ function register(vcpu: X86Vcpu, name: number): bigint {
     expect(read).toEqual([...read].sort((a, b) => Number(a - b)));
     expect(read[0]).toBeGreaterThan(still[0]);
   }
+  // They are set ahead by the same.
+  board.vm.stopTime();
+  const stood = times();
+  expect(new Set(stood).size).toBe(1);
+  const { clock } = board.vm.save();
+  const passed = 3600_000_000_000n;
+  board.vm.startTime(passed);
+  board.vm.stopTime();
+  const ahead = times();
+  expect(new Set(ahead).size).toBe(1);
+  const { tscKhz } = vcpus[0].save();
+  const [ticks, reference] = [ahead[0] - stood[0], board.vm.save().clock - clock];
+  expect(reference).toBeGreaterThanOrEqual(passed);
+  expect(reference).toBeLessThan(passed + 60_000_000_000n);
+  // Both have gone on for the same moment since.
+  expect(Number(ticks) / tscKhz!).toBeCloseTo(Number(reference) / 1e6, -4);
+  board.vm.startTime();
   // The hypervisor's own.
   expect(vcpus.map((vcpu) => register(vcpu, MSR_IA32_MISC_ENABLE))).toEqual([miscEnable, miscEnable, miscEnable]);
   for (const vcpu of vcpus) vcpu.close();

@@ -5,6 +5,7 @@ import { describe, expect, test } from '@jest/globals';
 import fc from 'fast-check';
 import { HypervisorError } from '../../../src/hypervisor/hypervisor.js';
 import * as abi from '../../../src/hypervisor/mshv/abi.js';
+import { setAhead } from '../../../src/hypervisor/mshv/clocks.js';
 import { HYPERCALL_PAGES_SIZE, Hypercalls } from '../../../src/hypervisor/mshv/hypercalls.js';
 import { loadPartition, savePartition } from '../../../src/hypervisor/mshv/saved-partition.js';
 import { VCPU_STATE_VERSION, type X86VcpuState, type X86VmState } from '../../../src/hypervisor/saved-state.js';
@@ -284,6 +285,17 @@ describe('a partition', () => {
     ]);
     expect(driver.properties.get(REFERENCE_TIME)).toBe(1234n);
     expect(driver.registers.get(H.REFERENCE_TSC)).toEqual([BigInt(H.REFERENCE_TSC) << 8n, 0n]);
+  });
+
+  test('has its clocks set ahead together, whichever part of a unit is left', () => {
+    const driver = fresh();
+    driver.properties.set(REFERENCE_TIME, 1234n);
+    driver.registers.set(R.TSC, [2n ** 64n - 1n, 0n]);
+    setAhead(hypercallsOf(driver), [0], 5_000_000_199n);
+    expect([driver.properties.get(REFERENCE_TIME), driver.registers.get(R.TSC)]).toEqual([
+      50_000_001n + 1234n,
+      [(50_000_001n * HZ) / 10_000_000n - 1n, 0n],
+    ]);
   });
 
   test.each([

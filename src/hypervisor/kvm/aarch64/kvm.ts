@@ -130,9 +130,12 @@ class KvmArm64Vm extends KvmVmBase implements Arm64Vm {
     return vcpu;
   }
 
-  startTime(): void {
+  startTime(passed = 0n): void {
     const [first] = this.#vcpus;
-    if (this.#stopped !== undefined) setRegister(this.kernel, first, abi.REG_TIMER_CNT, this.#stopped);
+    if (this.#stopped !== undefined) {
+      const ticks = passed === 0n ? 0 : Math.round((Number(passed) * this.#frequency()) / 1e9);
+      setRegister(this.kernel, first, abi.REG_TIMER_CNT, this.#stopped + BigInt(ticks));
+    }
     this.#stopped = undefined;
     this.#look = lookAt(this.#counter);
   }
@@ -148,8 +151,13 @@ class KvmArm64Vm extends KvmVmBase implements Arm64Vm {
     if (this.#stopped === undefined)
       throw new HypervisorError("The machine's time has to stand still while it is saved");
     const gic = saveGic(this.kernel, this.#savedGic());
+    return { counter: this.#stopped, counterFrequency: Math.round(this.#frequency()), gic };
+  }
+
+  /** Hz. */
+  #frequency(): number {
     const { least, most } = measureFrequency(this.#look!, this.#counter);
-    return { counter: this.#stopped, counterFrequency: Math.round((least + most) / 2), gic };
+    return (least + most) / 2;
   }
 
   load({ counter, counterFrequency, gic }: Arm64VmState): void {
