@@ -1,8 +1,9 @@
 /** A network device whose packets the host's kernel moves: this worker serves the control queue alone. */
+import type { WrittenPages } from '../memory/written-pages.js';
 import { EPOLL, SystemError } from '../sys/host-kernel.js';
 import type { DeviceContext, DeviceQueue, Driver, VirtioDevice } from '../virtio/device.js';
 import { NetControl, type TapControl } from '../virtio/devices/net/control.js';
-import { VhostPair } from './vhost.js';
+import { VHOST_LOG, vhostFeatures, VhostPair } from './vhost.js';
 
 export interface VhostNetOptions {
   /** One for each pair of queues; all but the first are detached. */
@@ -20,6 +21,7 @@ export class VhostNetDevice implements VirtioDevice {
   readonly #error: number;
   /** The doorbell of the control queue, where the worker would not hear it: without VIRTIO_NET_F_MQ it is one of a pair's. */
   #doorbell = -1;
+  #written: WrittenPages | undefined;
 
   constructor(
     private readonly context: DeviceContext,
@@ -57,7 +59,8 @@ export class VhostNetDevice implements VirtioDevice {
         });
         const [receive, transmit] = queues;
         if (receive === undefined || transmit === undefined) return;
-        this.#pairs.push(new VhostPair(kernel, tap, driver.features, regions, [receive, transmit]));
+        const log = this.#written?.hostAddress;
+        this.#pairs.push(new VhostPair(kernel, tap, driver.features, regions, [receive, transmit], log));
       });
     } catch (error) {
       if (!(error instanceof SystemError)) throw error;
@@ -67,6 +70,13 @@ export class VhostNetDevice implements VirtioDevice {
 
   kick(queue: DeviceQueue): void {
     if (queue === this.#control.queue) this.#control.serve();
+  }
+
+  /** Its pairs are made anew when it goes on, so that the kernel need not be told while it serves them. */
+  trackWrites(pages: WrittenPages | undefined): void {
+    if (pages !== undefined && (vhostFeatures(this.context.kernel)[0] & (1 << VHOST_LOG.F_LOG_ALL)) === 0)
+      throw new Error("the host's kernel (vhost-net) keeps no log of what it writes");
+    this.#written = pages;
   }
 
   /** As NetDevice's. */

@@ -8,6 +8,7 @@ export const VHOST = {
   SET_FEATURES: 0x4008af00,
   SET_OWNER: 0xaf01,
   SET_MEM_TABLE: 0x4008af03,
+  SET_LOG_BASE: 0x4008af04,
   SET_VRING_NUM: 0x4008af10,
   SET_VRING_ADDR: 0x4028af11,
   SET_VRING_BASE: 0x4008af12,
@@ -16,6 +17,9 @@ export const VHOST = {
   SET_VRING_ERR: 0x4008af22,
   NET_SET_BACKEND: 0x4008af30,
 } as const;
+
+/** Bits: of the features, that what is written is marked in the log; of a ring's flags, that its own used ring is. */
+export const VHOST_LOG = { F_LOG_ALL: 26, VRING_F_LOG: 0 } as const;
 
 export const VHOST_DEVICE = '/dev/vhost-net';
 const REGION_BYTES = 32;
@@ -26,6 +30,8 @@ export interface VhostQueue {
   readonly descriptors: number;
   readonly available: number;
   readonly used: number;
+  /** The guest's address of `used`. */
+  readonly usedAt: number;
   readonly kick: number;
   readonly call: number;
   /** The next entry of the available ring. */
@@ -56,18 +62,23 @@ export function vhostFeatures(kernel: HostKernel): [number, number] {
  * VIRTIO_F_ACCESS_PLATFORM, it would ask for a translation of each and move nothing.
  */
 const NOT_FOR_VHOST = featureWords([Feature.accessPlatform]);
+const LOG_ALL = featureWords([VHOST_LOG.F_LOG_ALL]);
 
 /** One pair of queues on one tap. */
 export class VhostPair {
   readonly #fd: number;
 
-  /** @throws SystemError */
+  /**
+   * @param log where it marks the pages that it writes, in the host; all regions have bits there
+   * @throws SystemError
+   */
   constructor(
     private readonly kernel: HostKernel,
     tap: number,
     features: readonly [number, number],
     regions: readonly VhostRegion[],
     queues: readonly VhostQueue[],
+    log?: number,
   ) {
     this.#fd = kernel.open(VHOST_DEVICE);
     try {
@@ -75,9 +86,12 @@ export class VhostPair {
       // Of the device's own features, which are the tap's business, vhost takes only those that concern it.
       const known = new Uint32Array(2);
       this.#call(VHOST.GET_FEATURES, known);
+      const wanted = features.map(
+        (word, index) => (word & ~NOT_FOR_VHOST[index]) | (log === undefined ? 0 : LOG_ALL[index]),
+      );
       this.#call(
         VHOST.SET_FEATURES,
-        known.map((word, index) => word & features[index] & ~NOT_FOR_VHOST[index]),
+        known.map((word, index) => word & wanted[index]),
       );
       const table = new Uint8Array(8 + regions.length * REGION_BYTES);
       const view = new DataView(table.buffer);
@@ -89,14 +103,17 @@ export class VhostPair {
         view.setBigUint64(at + 16, BigInt(hostAddress), true);
       });
       kernel.ioctlBuffer(this.#fd, VHOST.SET_MEM_TABLE, table);
-      queues.forEach(({ size, descriptors, available, used, kick, call, error, base }, index) => {
+      // Before the rings have a backend, which looks whether they can be logged.
+      if (log !== undefined) this.#call(VHOST.SET_LOG_BASE, Uint32Array.of(log % 2 ** 32, log / 2 ** 32));
+      queues.forEach(({ size, descriptors, available, used, usedAt, kick, call, error, base }, index) => {
         this.#call(VHOST.SET_VRING_NUM, Uint32Array.of(index, size));
         this.#call(VHOST.SET_VRING_BASE, Uint32Array.of(index, base));
-        // struct vhost_vring_addr: index, flags, descriptors, used, available, log.
+        // struct vhost_vring_addr: index, flags, descriptors, used, available, the used ring's address in the log.
         const address = new DataView(new ArrayBuffer(40));
         address.setUint32(0, index, true);
-        [descriptors, used, available].forEach((host, field) =>
-          address.setBigUint64(8 + field * 8, BigInt(host), true),
+        address.setUint32(4, log === undefined ? 0 : 1 << VHOST_LOG.VRING_F_LOG, true);
+        [descriptors, used, available, usedAt].forEach((place, field) =>
+          address.setBigUint64(8 + field * 8, BigInt(place), true),
         );
         kernel.ioctlBuffer(this.#fd, VHOST.SET_VRING_ADDR, new Uint8Array(address.buffer));
         this.#call(VHOST.SET_VRING_KICK, Uint32Array.of(index, kick));

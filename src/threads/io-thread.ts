@@ -6,6 +6,7 @@ import { BlockDevice } from '../block/block-device.js';
 import { openEngine } from '../block/engines/engine.js';
 import { openImage } from '../block/formats/open-image.js';
 import { monotonicClock } from '../state/monotonic-clock.js';
+import { WrittenPages, type WrittenPagesHandle } from '../memory/written-pages.js';
 import { undoAll } from '../sys/close-all.js';
 import { EPOLL, type HostKernel } from '../sys/host-kernel.js';
 import { tapControl } from '../net/tap.js';
@@ -86,6 +87,7 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
   const memory = attachMemory(data.memory, kernel);
   const pages = new HostPages(kernel, memory);
   const command = new Int32Array(data.command);
+  let written = attachWritten(data.written);
 
   const guestLog = new GuestLog((level, line, leftOut) => post({ kind: 'log', level, line, leftOut }));
   const outbox = new Outbox(data.mail, post);
@@ -97,6 +99,19 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
   /** It protects the host, so its time goes on while the machine is paused: the buckets fill, and no further. */
   function groupLimiter({ limits, state }: LimitGroup): GroupLimiter {
     return new GroupLimiter(limits, state, () => monotonicClock() / 1e6);
+  }
+
+  function attachWritten(handle: WrittenPagesHandle | undefined): WrittenPages | undefined {
+    return handle === undefined ? undefined : WrittenPages.attach(kernel, handle);
+  }
+
+  /** The pages read as zeros then, or some of them where the host refuses. @throws SystemError */
+  function discard(address: number, length: number): void {
+    try {
+      pages.discard(address, length);
+    } finally {
+      written?.mark(address, length);
+    }
   }
 
   function build(spec: BackendSpec, context: DeviceContext): VirtioDevice {
@@ -130,14 +145,13 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
       case 'entropy':
         return new EntropyDevice(context, { source: spec.source });
       case 'mem': {
-        const discard = (address: number, length: number) => pages.discard(address, length);
         const populate = spec.populate
           ? (address: number, length: number) => pages.populate(address, length)
           : undefined;
         return new MemDevice(context, { plugged: spec.plugged, discard, populate });
       }
       case 'balloon':
-        return new BalloonDevice(context, { discard: (address, length) => pages.discard(address, length) });
+        return new BalloonDevice(context, { discard });
       case 'pmem':
         return new PmemDevice(context, { fd: spec.fd });
       case 'module':
@@ -154,7 +168,9 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
     const emit = (device: string, message: unknown) => outbox.send({ kind: 'device', device, message });
     const log = (level: 'info' | 'warn', line: string) => guestLog.log(handle.id, level, line);
     const services = { kernel, loop, wake: data.wake, memory, signals, intx, log, emit };
-    runners.set(handle.id, new VirtioRunner(handle, queues, services, (context) => build(backend, context)));
+    const runner = new VirtioRunner(handle, queues, services, (context) => build(backend, context));
+    if (written !== undefined) orClose(runner, () => track(runner, written));
+    runners.set(handle.id, runner);
   }
 
   function drop(device: string): void {
@@ -181,12 +197,21 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
         syncAll();
         return;
       case 'add-memory':
-        changeMemory(held, () => memory.add(attachPart(order.part, kernel)));
+        // The host's kernel would mark what lies behind the bitmap.
+        if (written?.covers(order.part.range) === false)
+          throw new Error('It does not fit what is watched of guest memory');
+        standingStill(held, () => memory.add(attachPart(order.part, kernel)));
         return;
       case 'remove-memory':
-        changeMemory(held, () => {
+        standingStill(held, () => {
           for (const runner of runners.values()) runner.loseMemory(order.part.range);
           memory.remove(order.part.range.address);
+        });
+        return;
+      case 'track-writes':
+        standingStill(held, () => {
+          written = attachWritten(order.pages);
+          for (const runner of runners.values()) track(runner, written);
         });
     }
   }
@@ -205,10 +230,13 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
   }
 
   /** Nothing is under way meanwhile. */
-  function changeMemory(held: boolean, change: () => void): void {
+  function standingStill(held: boolean, change: () => void): void {
     if (!held) for (const runner of runners.values()) runner.pause();
-    change();
-    if (!held) for (const runner of runners.values()) runner.resume();
+    try {
+      change();
+    } finally {
+      if (!held) for (const runner of runners.values()) runner.resume();
+    }
   }
 
   function takeOrders(held: boolean): void {
@@ -262,6 +290,15 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
   guestLog.close();
   loop.unwatch(data.wake);
   loop.close();
+}
+
+/** @throws Error that names the device */
+function track(runner: VirtioRunner, written: WrittenPages | undefined): void {
+  try {
+    runner.trackWrites(written);
+  } catch (error) {
+    throw new Error(`${runner.handle.id}: ${reasonOf(error)}`, { cause: error });
+  }
 }
 
 /** What is made beside something that is closed when that fails. */

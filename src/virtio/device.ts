@@ -7,6 +7,7 @@
  * gives them back on reset.
  */
 import type { GuestMemory } from '../memory/guest-memory.js';
+import type { WrittenPages } from '../memory/written-pages.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { Latency } from './latency.js';
 import type { VirtQueue } from './queue/queue.js';
@@ -68,6 +69,8 @@ export interface QueuePlace {
   readonly used: number;
   /** The eventfd that the driver's kicks signal. */
   readonly kick: number;
+  /** The guest's address of `used`. */
+  readonly usedAt: number;
   /** The next entry of the available ring to be taken; not 0 where the driver has stopped the device and lets it go on. */
   readonly base: number;
 }
@@ -114,6 +117,11 @@ export interface VirtioDevice {
   configWritten?(): void;
   /** A word from main, such as a new size. */
   control?(message: unknown): void;
+  /**
+   * From its next `activate` on, what the host's kernel writes for it to guest memory is to be marked there; undefined: nowhere. What it writes
+   * itself, its queues mark. While it stands still. Throws where the host's kernel does not.
+   */
+  trackWrites?(pages: WrittenPages | undefined): void;
   /** What the driver has written, and only this process knows, is put into the files behind the device. While it stands still. May throw. */
   sync?(): void;
   /** The end: gives back descriptors and timers. After `deactivate` if it was active. */

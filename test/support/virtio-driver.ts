@@ -136,7 +136,8 @@ export class TestQueue {
     const signal = () => {
       if (ring.needsInterrupt()) this.interrupts++;
     };
-    this.queue = { index, ring, signal, place: { size, descriptors: 0, available: 0, used: 0, kick: -1, base: 0 } };
+    const host = { descriptors: 0, available: 0, used: 0 };
+    this.queue = { index, ring, signal, place: { size, ...host, usedAt: this.deviceArea, kick: -1, base: 0 } };
   }
 
   /** Descriptors that are free. */

@@ -1,5 +1,6 @@
 /** Packed virtqueues (virtio 1.3, 2.8). */
 import type { GuestMemory } from '../../memory/guest-memory.js';
+import type { WrittenPages } from '../../memory/written-pages.js';
 import {
   ChainBuilder,
   DESCRIPTOR_BYTES,
@@ -7,6 +8,7 @@ import {
   DESCRIPTOR_NEXT,
   DESCRIPTOR_WRITE,
 } from './chain-builder.js';
+import { HeldWrites } from './held-writes.js';
 import {
   Chain,
   MAX_QUEUE_SIZE,
@@ -44,6 +46,7 @@ export class PackedQueue implements VirtQueue {
   readonly #deviceEvents: Uint16Array;
   /** Slots of each chain that the device holds, by its id; 0: it holds none of that id. */
   readonly #slots: Uint16Array;
+  #writes: HeldWrites | undefined;
   /** The flags of the first of several chains that are to be seen together, and where they belong; -1: none. */
   #heldAt = -1;
   #heldFlags = 0;
@@ -104,6 +107,7 @@ export class PackedQueue implements VirtQueue {
     if (id >= this.size || this.#slots[id] !== 0) return this.#broken('a buffer id outside the ring, or used twice');
     this.#slots[id] = count;
     this.words[this.at + QueueWord.available] = this.#advance(position, count);
+    if (this.#writes !== undefined) this.#writes.taken(this.chain);
     return Pop.Taken;
   }
 
@@ -165,10 +169,12 @@ export class PackedQueue implements VirtQueue {
     const wrap = this.words[at] & WRAP;
     this.words[at] = slot < 0 ? (slot + this.size) | (wrap ^ WRAP) : slot | wrap;
     this.#slots[id] = 0;
+    if (this.#writes !== undefined) this.#writes.returned(id);
   }
 
   push(id: number, written: number, more = false): void {
     const { words, at } = this;
+    if (this.#writes !== undefined) this.#writes.returned(id);
     const position = words[at + QueueWord.used];
     const slot = position & 0x7fff;
     const count = this.#slots[id];
@@ -216,6 +222,19 @@ export class PackedQueue implements VirtQueue {
       Atomics.store(this.#deviceEvents, EVENT_FLAGS, EVENTS_AT_DESCRIPTOR);
     } else Atomics.store(this.#deviceEvents, EVENT_FLAGS, EVENTS_ENABLE);
     return this.#isAvailable();
+  }
+
+  trackWrites(pages: WrittenPages | undefined): void {
+    const { words, at, size } = this;
+    const rings = [
+      { address: queueAddress(words, at + QueueWord.descriptorLow), size: size * DESCRIPTOR_BYTES },
+      { address: queueAddress(words, at + QueueWord.deviceLow), size: 4 },
+    ];
+    this.#writes = pages === undefined ? undefined : new HeldWrites(pages, size, rings);
+  }
+
+  markAll(): void {
+    this.#writes?.markAll();
   }
 
   #broken(fault: string): Pop {

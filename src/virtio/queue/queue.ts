@@ -5,6 +5,7 @@
  * breaks the queue: `pop` says so, `fault` says why, and the device asks the driver for a reset (2.1.2).
  */
 import type { GuestMemory } from '../../memory/guest-memory.js';
+import type { WrittenPages } from '../../memory/written-pages.js';
 import { NO_VECTOR } from '../../pci/msix.js';
 import { DOUBLE } from '../../state/state-block.js';
 
@@ -148,6 +149,10 @@ export interface VirtQueue {
   suppressKicks(): void;
   /** Asks for kicks again. @returns true when there is a chain already, for which no kick may come */
   resumeKicks(): boolean;
+  /** The worker's own call: what is written through the queue from now on is marked there; undefined: nowhere. No chain is in the device's hands. */
+  trackWrites(pages: WrittenPages | undefined): void;
+  /** The worker's own call: the device stands still, and what has been written and not yet marked is. */
+  markAll(): void;
 }
 
 /** 2.6: which formats and notification rules were negotiated. */

@@ -1,5 +1,6 @@
 /** Split virtqueues (virtio 1.3, 2.7). */
 import type { GuestMemory } from '../../memory/guest-memory.js';
+import type { WrittenPages } from '../../memory/written-pages.js';
 import {
   ChainBuilder,
   DESCRIPTOR_BYTES,
@@ -7,6 +8,7 @@ import {
   DESCRIPTOR_NEXT,
   DESCRIPTOR_WRITE,
 } from './chain-builder.js';
+import { HeldWrites } from './held-writes.js';
 import {
   Chain,
   MAX_CHAIN,
@@ -38,6 +40,7 @@ export class SplitQueue implements VirtQueue {
   readonly #used: Uint16Array;
   /** The used ring's elements: id, length. */
   readonly #usedElements: Uint32Array;
+  #writes: HeldWrites | undefined;
 
   /**
    * @param words the device's state block; the queue's own words start at `at`
@@ -86,6 +89,7 @@ export class SplitQueue implements VirtQueue {
     this.chain.id = head;
     if (!this.#follow(head)) return Pop.Broken;
     this.words[this.at + QueueWord.available] = (next + 1) & 0xffff;
+    if (this.#writes !== undefined) this.#writes.taken(this.chain);
     return Pop.Taken;
   }
 
@@ -139,10 +143,12 @@ export class SplitQueue implements VirtQueue {
   unpop(): void {
     const at = this.at + QueueWord.available;
     this.words[at] = (this.words[at] - 1) & 0xffff;
+    if (this.#writes !== undefined) this.#writes.returned(this.chain.id);
   }
 
   push(id: number, written: number, more = false): void {
     const { words, at } = this;
+    if (this.#writes !== undefined) this.#writes.returned(id);
     const used = words[at + QueueWord.used];
     const slot = (used & this.#mask) * 2;
     this.#usedElements[slot] = id;
@@ -179,6 +185,15 @@ export class SplitQueue implements VirtQueue {
     if (this.features.eventIndex) Atomics.store(this.#used, RING + 4 * this.size, next);
     else Atomics.store(this.#used, FLAGS, 0);
     return Atomics.load(this.#available, INDEX) !== next;
+  }
+
+  trackWrites(pages: WrittenPages | undefined): void {
+    const used = { address: queueAddress(this.words, this.at + QueueWord.deviceLow), size: 6 + 8 * this.size };
+    this.#writes = pages === undefined ? undefined : new HeldWrites(pages, this.size, [used]);
+  }
+
+  markAll(): void {
+    this.#writes?.markAll();
   }
 
   #broken(fault: string): Pop {

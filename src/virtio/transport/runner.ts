@@ -1,6 +1,7 @@
 /** One virtio device on an I/O worker: it gives the device its queues when the driver is ready and takes them back on reset. */
 import type { VmSignals } from '../../hypervisor/hypervisor.js';
 import type { GuestMemory, MemoryRange } from '../../memory/guest-memory.js';
+import type { WrittenPages } from '../../memory/written-pages.js';
 import type { IntxLines } from '../../pci/intx.js';
 import { NO_VECTOR } from '../../pci/msix.js';
 import { StateBlock } from '../../state/state-block.js';
@@ -63,6 +64,8 @@ export class VirtioRunner {
   #broken = false;
   /** The device has its queues, and touches neither them nor guest memory for now. */
   #paused = false;
+  /** Where what it writes to guest memory is marked. */
+  #written: WrittenPages | undefined;
   /** The resets that had been when main was told that the device is active; undefined: it was not, or of its reset as well. */
   #toldActive: number | undefined;
   /** What the driver did before the worker's thread was up is new to it. */
@@ -189,7 +192,10 @@ export class VirtioRunner {
     // A driver has taken its queues back and nobody has seen it: what is saved of a machine that is paused knows no holders.
     const held = this.#words[this.#at.holders + this.#worker];
     if (held !== 0 && held !== Atomics.load(this.#words, this.#at.session)) this.#letGo();
-    if (this.#device.holdsChains !== true) return;
+    if (this.#device.holdsChains !== true) {
+      for (const queue of this.#queues) queue?.ring.markAll();
+      return;
+    }
     this.#deactivate();
     this.#paused = true;
   }
@@ -198,6 +204,16 @@ export class VirtioRunner {
     if (!this.#paused) return;
     this.#paused = false;
     if (this.#words[this.#at.holders + this.#worker] !== 0 && !this.#broken) this.#activate();
+  }
+
+  /**
+   * What is written to guest memory for the device from now on is marked there; undefined: nowhere. Between `pause` and `resume`, or before
+   * it has been given queues. @throws Error where the host's kernel writes and does not mark; nothing has changed then
+   */
+  trackWrites(pages: WrittenPages | undefined): void {
+    this.#device.trackWrites?.(pages);
+    this.#written = pages;
+    for (const queue of this.#queues) queue?.ring.trackWrites(pages);
   }
 
   /** A range is no guest memory from now on. Between `pause` and `resume`. */
@@ -253,6 +269,7 @@ export class VirtioRunner {
       eventIndex,
       indirect: this.#has(Feature.indirect),
     });
+    if (this.#written !== undefined) ring.trackWrites(this.#written);
     const counters = this.#counters[index];
     const signal = () => {
       if (!ring.needsInterrupt()) return;
@@ -273,6 +290,7 @@ export class VirtioRunner {
       descriptors: host(QueueWord.descriptorLow, size * 16),
       available: host(QueueWord.driverLow, 4),
       used: host(QueueWord.deviceLow, 4),
+      usedAt: queueAddress(words, at + QueueWord.deviceLow),
       kick: this.handle.doorbells[index],
       base: words[at + QueueWord.available] & 0xffff,
     };
@@ -281,7 +299,11 @@ export class VirtioRunner {
   #deactivate(): void {
     // None: the driver put them where none can be.
     if (this.#queues.length > 0) this.#device.deactivate();
-    for (const queue of this.#queues) if (queue !== undefined) this.#rewind(queue);
+    for (const queue of this.#queues) {
+      if (queue === undefined) continue;
+      queue.ring.markAll();
+      this.#rewind(queue);
+    }
     this.#queues = [];
   }
 

@@ -1,6 +1,7 @@
 /** What main tells an I/O worker about the devices that it serves. Everything here can be cloned to another thread. */
 import type { EngineName } from '../../block/engines/io-engine.js';
 import type { HypervisorName, VmHandle } from '../../hypervisor/hypervisor.js';
+import type { WrittenPagesHandle } from '../../memory/written-pages.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { DeviceSetup } from '../../virtio/device-module.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
@@ -77,6 +78,8 @@ export interface IoWorkerData {
 export interface IoWorkerStart extends IoWorkerData {
   /** Words of {@link Mail}. */
   readonly mail: SharedArrayBuffer;
+  /** Where it marks what it writes to guest memory. */
+  readonly written: WrittenPagesHandle | undefined;
 }
 
 /** Words that count a worker's messages of devices to main: those that main has not read; whether the worker waits for room. */
@@ -93,7 +96,9 @@ export type IoCommand =
   /** Files behind its devices are to hold all that their drivers have written; while it is held. */
   | { readonly kind: 'sync' }
   | { readonly kind: 'add-memory'; readonly part: MemoryPart }
-  | { readonly kind: 'remove-memory'; readonly part: MemoryPart };
+  | { readonly kind: 'remove-memory'; readonly part: MemoryPart }
+  /** What it writes to guest memory from now on is to be marked there; undefined: nowhere. */
+  | { readonly kind: 'track-writes'; readonly pages: WrittenPagesHandle | undefined };
 
 /** Bits of the word `command`; those above them count commands, so that a worker that is held sees that one has come. */
 export const IoOrder = { stop: 1, hold: 2, count: 4 } as const;

@@ -1,5 +1,6 @@
 /** The I/O workers: which thread serves which queues; started, told things, and ended from main. */
 import { Worker } from 'node:worker_threads';
+import type { WrittenPagesHandle } from '../../memory/written-pages.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { LeftOut } from '../log/guest-log.js';
 import type { MemoryPart } from '../memory/memory-part.js';
@@ -53,6 +54,7 @@ const GONE = 'Its thread has ended';
 export class IoManager {
   readonly #threads: Thread[] = [];
   #paused = false;
+  #written: WrittenPagesHandle | undefined;
 
   constructor(
     private readonly kernel: HostKernel,
@@ -73,7 +75,7 @@ export class IoManager {
     this.#threads.push(thread);
     if (this.#paused) this.#hold(thread);
     const mail = new Int32Array(new SharedArrayBuffer(Mail.words * 4));
-    const workerData: IoWorkerStart = { ...data, mail: mail.buffer };
+    const workerData: IoWorkerStart = { ...data, mail: mail.buffer, written: this.#written };
     const worker = new Worker(this.script, { name: data.name, workerData, resourceLimits: WORKER_HEAP, ...QUIET });
     thread.worker = worker;
     worker.on('message', (message: IoMessage) => {
@@ -189,6 +191,23 @@ export class IoManager {
   async changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<string | undefined> {
     const failures = await Promise.all(this.#threads.map((thread) => this.#ask(thread, { kind, part })));
     return failures.find((failure) => failure !== undefined && (failure !== GONE || kind === 'add-memory'));
+  }
+
+  /**
+   * Resolves when all that devices write to guest memory from now on is marked in these pages, but for their rings, which are marked when the
+   * workers are paused. Also of devices and workers that come later. Undefined: nothing is marked any more, and nobody uses the pages.
+   *
+   * @returns why not, and of which device; nothing is marked then
+   */
+  async trackWrites(pages: WrittenPagesHandle | undefined): Promise<string | undefined> {
+    this.#written = pages;
+    const failures = await Promise.all(
+      this.#threads.map((thread) => this.#ask(thread, { kind: 'track-writes', pages })),
+    );
+    // One that is no more writes nothing.
+    const failure = failures.find((each) => each !== undefined && each !== GONE);
+    if (failure !== undefined && pages !== undefined) await this.trackWrites(undefined);
+    return failure;
   }
 
   /** Resolves when no device touches guest memory any more. */

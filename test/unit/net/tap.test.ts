@@ -7,7 +7,8 @@ import path from 'node:path';
 import { describe, expect, test } from '@jest/globals';
 import { adoptTap, NET_HEADER_BYTES, NETDEVICE, openTap, tapControl, TapError, TUN } from '../../../src/net/tap.js';
 import { VhostNetDevice } from '../../../src/net/vhost-device.js';
-import { VHOST, VHOST_DEVICE, vhostFeatures, VhostPair, type VhostQueue } from '../../../src/net/vhost.js';
+import { VHOST, VHOST_DEVICE, VHOST_LOG, vhostFeatures, VhostPair, type VhostQueue } from '../../../src/net/vhost.js';
+import { WrittenPages } from '../../../src/memory/written-pages.js';
 import { type OpenOptions, SystemError } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { IovecArray } from '../../../src/virtio/queue/iovec.js';
@@ -37,7 +38,7 @@ test("every constant agrees with the kernel's own headers", () => {
       name === 'IFREQ_BYTES' ? 'sizeof(struct ifreq)' : name,
       value,
     ]),
-    ...Object.entries(VHOST).map(([name, value]): [string, number] => [`VHOST_${name}`, value]),
+    ...Object.entries({ ...VHOST, ...VHOST_LOG }).map(([name, value]): [string, number] => [`VHOST_${name}`, value]),
     ['sizeof(struct virtio_net_hdr_v1)', NET_HEADER_BYTES],
   ];
   const theirs = probe(ours.map(([name]) => name));
@@ -456,6 +457,7 @@ describe('vhost-net', () => {
     descriptors: 0x7f00_0000_0000 + base,
     available: 0x7f00_0000_1000 + base,
     used: 0x7f00_0000_2000 + base,
+    usedAt: 0x2_0000_0000 + base,
     kick: base + 1,
     call: base + 2,
     base: base * 2,
@@ -502,6 +504,38 @@ describe('vhost-net', () => {
     expect(kernel.live.size).toBe(0);
   });
 
+  test('that logs what it writes hears so before the rings have a backend', () => {
+    const [flags, log] = probe(['flags', 'log_guest_addr'].map((f) => `offsetof(struct vhost_vring_addr, ${f})`));
+    const logged = (at: number | undefined) => {
+      const kernel = new RecordingKernel();
+      const pair = new VhostPair(kernel, 77, [0x1000_8023, 1], REGIONS, [queue(0x10), queue(0x20)], at);
+      pair.close();
+      const rings = kernel.of(VHOST.SET_VRING_ADDR);
+      return {
+        features: kernel.of(VHOST.SET_FEATURES).map((bytes) => [bytes.readUInt32LE(0), bytes.readUInt32LE(4)]),
+        base: kernel.of(VHOST.SET_LOG_BASE).map((bytes) => bytes.readBigUInt64LE(0)),
+        rings: rings.map((bytes) => [bytes.readUInt32LE(flags), Number(bytes.readBigUInt64LE(log))]),
+        order: kernel.calls
+          .map(({ request }) => Object.entries(VHOST).find(([, value]) => value === request)![0])
+          .filter((name) => ['SET_FEATURES', 'SET_LOG_BASE', 'SET_VRING_ADDR', 'NET_SET_BACKEND'].includes(name)),
+      };
+    };
+    const used = [0x10, 0x20].map((base) => queue(base).usedAt);
+    const ring = ['SET_VRING_ADDR', 'NET_SET_BACKEND'];
+    expect(logged(0x7fff_1234_5000)).toEqual({
+      features: [[0x1400_8023, 1]],
+      base: [0x7fff_1234_5000n],
+      rings: used.map((address) => [1, address]),
+      order: ['SET_FEATURES', 'SET_LOG_BASE', ...ring, ...ring],
+    });
+    expect(logged(undefined)).toEqual({
+      features: [[0x1000_8023, 1]],
+      base: [],
+      rings: used.map((address) => [0, address]),
+      order: ['SET_FEATURES', ...ring, ...ring],
+    });
+  });
+
   test("memory and rings are in the kernel's structures", () => {
     const kernel = new RecordingKernel();
     const pair = new VhostPair(kernel, 77, [0, 1], REGIONS, [queue(0x10), queue(0x20)]);
@@ -538,7 +572,7 @@ describe('vhost-net', () => {
   test.each(requests)('that refuses %s leaves no descriptor', (_name, request) => {
     const kernel = new RecordingKernel();
     kernel.refused = { request, after: 0 };
-    expect(() => new VhostPair(kernel, 77, [0, 1], REGIONS, [queue(0), queue(8)])).toThrow(SystemError);
+    expect(() => new VhostPair(kernel, 77, [0, 1], REGIONS, [queue(0), queue(8)], 0x1000)).toThrow(SystemError);
     expect(kernel.live.size).toBe(0);
   });
 
@@ -595,6 +629,33 @@ describe('vhost-net', () => {
         [true, false],
       ]);
       close();
+    });
+
+    test('has the kernel mark what it writes while that is asked for, where the kernel can', () => {
+      const kernel = new RecordingKernel();
+      const { net, guest, queues, context, close } = device(kernel, [0, 1]);
+      const pages = WrittenPages.create(kernel, guest.memory.mappings());
+      // As the worker has it: the device stands still meanwhile.
+      const change = (to: WrittenPages | undefined) => {
+        net.deactivate();
+        try {
+          net.trackWrites(to);
+        } finally {
+          net.activate(testDriver(guest, queues, MQ));
+        }
+      };
+      const bases = () => kernel.of(VHOST.SET_LOG_BASE).map((bytes) => bytes.readBigUInt64LE(0));
+      change(pages);
+      expect(bases()).toEqual([pages.handle.mapping.address]);
+      change(undefined);
+      expect(bases()).toHaveLength(1);
+      kernel.features[0] = 0xfbff_ffff;
+      expect(() => change(pages)).toThrow("the host's kernel (vhost-net) keeps no log of what it writes");
+      expect([bases().length, context.resets]).toEqual([1, []]);
+      // Served all the same.
+      expect(kernel.of(VHOST.NET_SET_BACKEND)).toHaveLength(8);
+      close();
+      pages.close();
     });
 
     test('serves the pairs whose queues are there, until it is reset', () => {

@@ -1,6 +1,7 @@
 /** The I/O workers as main sees them, with threads that do what the test tells them. */
 import { afterEach, describe, expect, jest, test } from '@jest/globals';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
+import type { WrittenPagesHandle } from '../../../src/memory/written-pages.js';
 import { IoOrder, type IoWorkerData, type ServedDevice } from '../../../src/vmm/devices/device-specs.js';
 import { IoManager } from '../../../src/vmm/devices/io-manager.js';
 import type { MemoryPart } from '../../../src/vmm/memory/memory-part.js';
@@ -17,16 +18,17 @@ const url = (script: string) =>
  * ordered (`[worker, device, message]`). What it is to serve says by its name what shall come of it: `fails`, `fails WORKER` or `dies`.
  */
 const WORKER = url(`
-  const { workerData: { name, command }, parentPort, receiveMessageOnPort } = require('node:worker_threads');
+  const { workerData: { name, command, written }, parentPort, receiveMessageOnPort } = require('node:worker_threads');
   const words = new Int32Array(command);
   const say = (...message) => parentPort.postMessage({ kind: 'log', level: 'info', line: JSON.stringify([name, ...message]) });
+  if (written) say('written', written);
   for (let word = Atomics.load(words, 0); ; word = Atomics.load(words, 0)) {
     if (word & ${IoOrder.stop}) break;
     const held = (word & ${IoOrder.hold}) !== 0;
     if (held) parentPort.postMessage({ kind: 'held', word });
     for (let next = receiveMessageOnPort(parentPort); next; next = receiveMessageOnPort(parentPort)) {
-      const { kind, device, message, part } = next.message;
-      const id = kind === 'serve' ? device.handle.id : kind.endsWith('memory') ? part.range.address : device;
+      const { kind, device, message, part, pages } = next.message;
+      const id = kind === 'serve' ? device.handle.id : kind.endsWith('memory') ? part.range.address : kind === 'track-writes' ? (pages ?? 'none') : device;
       if (id === 'dies') process.exit();
       say(kind, id, ...(message === undefined ? [] : [message]), ...(held ? ['held'] : []));
       if (kind !== 'control') parentPort.postMessage({ kind: 'answer', failure: id === 'fails' || id === 'fails ' + name ? kind + ' ' + name : undefined });
@@ -215,6 +217,46 @@ describe('what a worker is asked for', () => {
     await manager.pause();
     await stop();
     expect(crashes).toEqual(['io0']);
+  });
+});
+
+describe('what workers write to guest memory', () => {
+  const pages = (name: string) => name as unknown as WrittenPagesHandle;
+
+  test('is marked by all, and by those that start later, until it is not asked for any more', async () => {
+    const { manager, of, start, stop } = workers();
+    start('io0');
+    start('io1');
+    expect(await manager.trackWrites(pages('a'))).toBeUndefined();
+    start('io2');
+    expect(await manager.trackWrites(undefined)).toBeUndefined();
+    start('io3');
+    await stop();
+    const [on, off] = [
+      ['track-writes', 'a'],
+      ['track-writes', 'none'],
+    ];
+    expect([0, 1, 2, 3].map((worker) => of(`io${worker}`).slice(0, -1))).toEqual([
+      [on, off],
+      [on, off],
+      [['written', 'a'], off],
+      [],
+    ]);
+  });
+
+  test('is marked by none where one cannot; one that has ended writes nothing', async () => {
+    const { manager, of, start, stop } = workers();
+    for (const name of ['io0', 'io1', 'io2']) start(name);
+    await manager.serve('io2', device('dies'));
+    expect(await manager.trackWrites(pages('fails io1'))).toBe('track-writes io1');
+    expect(of('io0')).toEqual([
+      ['track-writes', 'fails io1'],
+      ['track-writes', 'none'],
+    ]);
+    start('io3');
+    expect(await manager.trackWrites(pages('b'))).toBeUndefined();
+    expect(of('io3')).toEqual([['track-writes', 'b']]);
+    await stop();
   });
 });
 
