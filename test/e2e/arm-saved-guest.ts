@@ -3,6 +3,7 @@ import path from 'node:path';
 import { expect, test } from '@jest/globals';
 import { testFolder } from '../support/guest.js';
 import type { TestHost } from '../support/host.js';
+import type { WrittenReport } from '../support/written-check.js';
 import { assemble } from './arm-bare-guest.js';
 
 /**
@@ -375,7 +376,11 @@ export function savedGuest(host: () => TestHost): void {
       const runner = path.resolve('dist/tools/arm-state-runner.js');
       const { status, stdout, stderr } = await host().run([process.execPath, runner, image]);
       expect([status, stderr]).toEqual([0, '']);
-      const { sent, last, seen } = JSON.parse(stdout) as Record<'sent' | 'last' | 'seen', Record<string, number>>;
+      const { sent, last, seen, written } = JSON.parse(stdout) as Record<
+        'sent' | 'last' | 'seen',
+        Record<string, number>
+      > &
+        WrittenReport;
       expect(last).toMatchObject({ ...sent, error: 0 });
       expect(seen).toMatchObject({ wrongTime: [] });
       // One that is short may see no turn of the loop on a slow host.
@@ -383,6 +388,10 @@ export function savedGuest(host: () => TestHost): void {
       for (const some of [...Object.values(sent), seen['pendingAtSave'], seen['poweredOff'], seen['poweredOn']]) {
         expect(some).toBeGreaterThan(0);
       }
+      expect(seen['aheadOnBoth']).toBeGreaterThan(0);
+      expect(written).toMatchObject({ problems: [], again: 0 });
+      expect(written.changed).toBeGreaterThan(seen['lives'] / 3);
+      expect(written.unchanged).toBeLessThan(32);
     } finally {
       remove();
     }

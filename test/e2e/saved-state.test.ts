@@ -5,6 +5,7 @@ import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { testFolder } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
+import type { WrittenReport } from '../support/written-check.js';
 
 /**
  * Four vCPUs: 0 works, and its timer has deadlines; 1 works, and its timer is periodic; 2 halts, and its timer goes off once each
@@ -306,8 +307,11 @@ test(
     const check = path.resolve('dist/tools/saved-state-check.js');
     const { stdout, stderr, status } = await host.run([process.execPath, check, assemble(GUEST), '100']);
     expect([stderr, status]).toEqual(['', 0]);
-    const report = JSON.parse(stdout) as { aheadMicroseconds: number; pending: number; messages: number };
-    expect(report).toMatchObject({ rounds: 100, problems: [] });
+    const report = JSON.parse(stdout) as Record<'aheadMicroseconds' | 'pending' | 'messages', number> & WrittenReport;
+    expect(report).toMatchObject({ rounds: 100, problems: [], written: { problems: [], again: 0 } });
+    // Pages in which its vCPUs count; and of the rest of the memory, little is said to be written: its page tables.
+    expect(report.written.changed).toBeGreaterThan(100);
+    expect(report.written.unchanged).toBeLessThan(32);
     // Its clocks never show more than has passed while it ran.
     expect(report.aheadMicroseconds).toBeLessThan(100);
     // Interrupts that were pending when it was saved have come.

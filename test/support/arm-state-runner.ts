@@ -13,12 +13,14 @@ import {
   type Arm64Vcpu,
   type Arm64Vm,
   ExitKind,
+  type MemorySlot,
   type VcpuHandle,
   type VmHandle,
 } from '../../src/hypervisor/hypervisor.js';
 import type { Arm64VcpuState, Arm64VmState } from '../../src/hypervisor/saved-state.js';
 import type { HostMapping } from '../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
+import { WrittenCheck } from './written-check.js';
 
 const RAM = 0x4000_0000;
 const RAM_SIZE = 0x20_0000;
@@ -40,9 +42,11 @@ const TIME = 45_000;
 const LIFE = 60;
 const DEATH = 30;
 const PATIENCE = 30_000;
+/** Nanoseconds by which the counter is set ahead, when it is. */
+const AHEAD = 10_000_000_000;
 
 /** Where each counter stands in the guest's data, in 64-bit words. */
-const WORDS = ['loops', 'ticks0', 'lpi0', 'lpi1', 'edges', 'levels', 'boots', 'ticks1', 'error'] as const;
+const WORDS = ['loops', 'ticks0', 'lpi0', 'lpi1', 'edges', 'levels', 'boots', 'ticks1', 'error', 'time'] as const;
 type Counters = Record<(typeof WORDS)[number], number>;
 /** What is sent to the guest, by the counter that tells that it has come. */
 const SIGNALS = ['lpi0', 'lpi1', 'edges', 'levels'] as const;
@@ -112,6 +116,7 @@ class Life {
   readonly #vm: Arm64Vm;
   readonly #vcpus: Arm64Vcpu[];
   readonly #ram: HostMapping;
+  readonly #slot: MemorySlot;
   readonly bytes: Uint8Array;
 
   constructor(hypervisor: ReturnType<typeof openKvmArm64>, memory: Uint8Array, saved: Saved | undefined) {
@@ -119,7 +124,8 @@ class Life {
     this.#ram = kernel.map({ length: RAM_SIZE, shared: false });
     this.bytes = new Uint8Array(this.#ram.view(0, RAM_SIZE));
     this.bytes.set(memory);
-    this.#vm.addMemory({ slot: 0, guestAddress: RAM, mapping: this.#ram.handle });
+    this.#slot = { slot: 0, guestAddress: RAM, mapping: this.#ram.handle };
+    this.#vm.addMemory(this.#slot);
     this.#vcpus = Array.from({ length: VCPUS }, (_, id) => this.#vm.createVcpu(id, id > 0));
     this.#vm.finishVcpus();
     if (saved === undefined) {
@@ -130,10 +136,21 @@ class Life {
     }
   }
 
-  /** @returns the most and the least that the guest's counter may have counted, in nanoseconds */
-  async run(threads: readonly VcpuThread[], live: () => Promise<void>): Promise<{ least: number; most: number }> {
+  track(written: WrittenCheck): void {
+    written.start(this.#vm, this.#slot, this.bytes);
+  }
+
+  /**
+   * @param ahead nanoseconds that the guest has missed
+   * @returns the most and the least that its counter may have counted, in nanoseconds
+   */
+  async run(
+    threads: readonly VcpuThread[],
+    ahead: number,
+    live: () => Promise<void>,
+  ): Promise<{ least: number; most: number }> {
     const before = performance.now();
-    this.#vm.startTime();
+    this.#vm.startTime(BigInt(ahead));
     const started = performance.now();
     const ends = threads.map((thread) => thread.next('end'));
     const ids = await Promise.all(
@@ -144,7 +161,7 @@ class Life {
     for (const { end } of await Promise.all(ends)) if (end !== 'parked') throw new Error(end);
     const stopping = performance.now();
     this.#vm.stopTime();
-    return { least: (stopping - started) * 1e6, most: (performance.now() - before) * 1e6 };
+    return { least: ahead + (stopping - started) * 1e6, most: ahead + (performance.now() - before) * 1e6 };
   }
 
   send(what: (typeof SIGNALS)[number]): void {
@@ -179,7 +196,16 @@ async function main(image: string): Promise<void> {
   const threads = Array.from({ length: VCPUS }, () => new VcpuThread());
   const sent: Record<string, number> = Object.fromEntries(SIGNALS.map((name) => [name, 0]));
   /** Of all lives: what was seen, and what must not be. */
-  const seen = { lives: 0, poweredOff: 0, poweredOn: 0, pendingAtSave: 0, busyLives: 0, wrongTime: [] as string[] };
+  const seen = {
+    lives: 0,
+    poweredOff: 0,
+    poweredOn: 0,
+    pendingAtSave: 0,
+    busyLives: 0,
+    aheadOnBoth: 0,
+    wrongTime: [] as string[],
+  };
+  const written = new WrittenCheck();
   let memory: Uint8Array = fs.readFileSync(image);
   let saved: Saved | undefined;
   let last: Counters | undefined;
@@ -209,9 +235,14 @@ async function main(image: string): Promise<void> {
         await sleep(1);
       }
     };
-    const { least, most } = await now.run(threads, live);
+    const tracked = life % 3 === 0;
+    if (tracked) now.track(written);
+    const ahead = life % 4 === 3 ? AHEAD : 0;
+    const { least, most } = await now.run(threads, ahead, live);
     if (!whileItRuns && life > 0 && !lastLife) send();
     const state = now.save();
+    // KVM has put some of the interrupt controller's state there.
+    if (tracked) written.finish();
     const counters = now.counters();
     const counted = Number(state.vm.counter - (saved?.vm.counter ?? 0n)) / (state.vm.counterFrequency / 1e9);
     // The frequency is known within half a percent; the first counter begins with the vCPU, not with its time.
@@ -219,6 +250,12 @@ async function main(image: string): Promise<void> {
       seen.wrongTime.push(`life ${life}: ${counted} of ${least} to ${most}`);
     }
     if (last !== undefined && counters.loops > last.loops) seen.busyLives++;
+    // Who turns twice has looked at the counter; vCPU 1 compares its own with what vCPU 0 has seen.
+    if (ahead > 0 && counters.loops > last!.loops + 1) {
+      const least = Number(saved!.vm.counter) + (ahead / 1e9) * state.vm.counterFrequency * 0.99;
+      if (counters.time < least) seen.wrongTime.push(`life ${life}: vCPU 0 sees ${counters.time}, not ${least}`);
+      if (counters.ticks1 > last!.ticks1) seen.aheadOnBoth++;
+    }
     if (state.vcpus[1].poweredOff) seen.poweredOff++;
     else seen.poweredOn++;
     if (outstanding()) seen.pendingAtSave++;
@@ -232,7 +269,7 @@ async function main(image: string): Promise<void> {
   }
   await Promise.all(threads.map((thread) => thread.end()));
   hypervisor.close();
-  process.stdout.write(`${JSON.stringify({ sent, last, seen })}\n`);
+  process.stdout.write(`${JSON.stringify({ sent, last, seen, written: written.report })}\n`);
 }
 
 if (isMainThread) await main(process.argv[2]);

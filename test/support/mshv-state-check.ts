@@ -12,7 +12,7 @@ import {
   bootSpecialRegisters,
   writeBootStructures,
 } from '../../src/arch/x86_64/boot/entry.js';
-import { ExitKind, type X86Vcpu, type X86Vm } from '../../src/hypervisor/hypervisor.js';
+import { ExitKind, type MemorySlot, type X86Vcpu, type X86Vm } from '../../src/hypervisor/hypervisor.js';
 import { HV_REGISTER } from '../../src/hypervisor/mshv/abi.js';
 import { openMshv } from '../../src/hypervisor/mshv/mshv.js';
 import { attachMshvVcpu, MshvVcpu } from '../../src/hypervisor/mshv/vcpu.js';
@@ -21,6 +21,7 @@ import type { HostMapping } from '../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
 import { assemble } from './mshv/bare-vmm.js';
 import { SimulatedMshvKernel } from './mshv/simulated-kernel.js';
+import { WrittenCheck } from './written-check.js';
 
 const RAM_SIZE = 0x20_0000;
 const CODE = 0x2_0000;
@@ -29,6 +30,8 @@ const PAGES = 0x4_0000;
 const VPS = 2;
 const KICK_MILLISECONDS = 3;
 const MAX_SLICES = 12;
+/** Nanoseconds by which the clocks are set ahead, when they are. */
+const AHEAD = 10_000_000_000n;
 const VECTOR = 0x40;
 /** Of a VP's page. */
 const FIELDS = { count: 0, time: 8, wrong: 16, ticks: 24 } as const;
@@ -78,6 +81,7 @@ interface Machine {
   readonly vcpus: readonly X86Vcpu[];
   /** As the threads that run them have them. */
   readonly runners: readonly X86Vcpu[];
+  readonly slot: MemorySlot;
   readonly ram: HostMapping;
   readonly view: DataView;
 }
@@ -86,6 +90,7 @@ function check(rounds: number): void {
   const kernel = new SimulatedMshvKernel();
   const hypervisor = openMshv(kernel);
   const problems: string[] = [];
+  const written = new WrittenCheck();
   const activities = new Set<string>();
   let apart = 0;
 
@@ -94,7 +99,8 @@ function check(rounds: number): void {
     const ram = kernel.map({ length: RAM_SIZE, shared: false });
     const buffer = ram.view(0, RAM_SIZE);
     if (contents !== undefined) new Uint8Array(buffer).set(contents);
-    vm.addMemory({ slot: 0, guestAddress: 0, mapping: ram.handle });
+    const slot = { slot: 0, guestAddress: 0, mapping: ram.handle };
+    vm.addMemory(slot);
     const memory = new GuestMemory([{ address: 0, buffer }]);
     const vcpus = Array.from({ length: VPS }, (_, id) => {
       const vcpu = vm.createVcpu(id);
@@ -102,7 +108,7 @@ function check(rounds: number): void {
       return vcpu;
     });
     const runners = vcpus.map((vcpu) => attachMshvVcpu(kernel, vcpu.handle, memory));
-    return { vm, vcpus, runners, ram, view: new DataView(buffer) };
+    return { vm, vcpus, runners, slot, ram, view: new DataView(buffer) };
   }
 
   function boot(): Machine {
@@ -146,8 +152,8 @@ function check(rounds: number): void {
     }
   }
 
-  function run({ vm, runners }: Machine, slices: number): void {
-    vm.startTime();
+  function run({ vm, runners }: Machine, slices: number, ahead = 0n): void {
+    vm.startTime(ahead);
     for (let number = 0; number < slices; number++) for (const runner of runners) slice(runner);
     vm.stopTime();
   }
@@ -166,7 +172,14 @@ function check(rounds: number): void {
   let before = save(machine);
   for (let round = 0; round < rounds; round++) {
     const counts = all(machine, 'count');
-    run(machine, 1 + Math.floor(Math.random() * MAX_SLICES));
+    const tracked = round % 2 === 1;
+    const ahead = round % 4 === 3 ? AHEAD : 0n;
+    if (tracked) written.start(machine.vm, machine.slot, new Uint8Array(machine.ram.view(0, RAM_SIZE)));
+    run(machine, 1 + Math.floor(Math.random() * MAX_SLICES), ahead);
+    // Whoever counts twice has looked at the time.
+    const looked = () => all(machine, 'count').every((count, id) => count > counts[id] + 1n);
+    for (let more = 0; ahead > 0n && more < 1000 && !looked(); more++) run(machine, 1);
+    if (tracked) written.finish();
     const state = save(machine);
     const [{ tsc, tscKhz }, other] = state.vcpus;
     if (other.tsc !== tsc) problems.push(`round ${round}: counters ${tsc} and ${other.tsc}`);
@@ -175,7 +188,10 @@ function check(rounds: number): void {
     if (all(machine, 'count').some((count, id) => count < counts[id]))
       problems.push(`round ${round}: counts went back`);
     const [ticks, clock] = [tsc - before.vcpus[0].tsc, state.vm.clock - before.vm.clock];
-    if (ticks <= 0n || clock <= 0n) problems.push(`round ${round}: on by ${ticks} ticks, ${clock} ns`);
+    const aheadTicks = (ahead * BigInt(tscKhz!)) / 1_000_000n;
+    if (ahead > 0n && all(machine, 'time').some((time) => time < before.vcpus[0].tsc + aheadTicks))
+      problems.push(`round ${round}: the guest does not see the time ahead`);
+    if (ticks <= aheadTicks || clock <= ahead) problems.push(`round ${round}: on by ${ticks} ticks, ${clock} ns`);
     apart = Math.max(apart, Math.abs((Number(ticks) * 1000) / tscKhz! - Number(clock) / 1000));
     for (const { activity } of state.vcpus) activities.add(activity);
     before = state;
@@ -191,7 +207,13 @@ function check(rounds: number): void {
     run(machine, 1);
   if (all(machine, 'ticks').some((tick, id) => tick < ticks[id] + 3n)) problems.push('The timers do not go on');
   if (all(machine, 'wrong').some((wrong) => wrong !== 0n)) problems.push(`Wrong: ${all(machine, 'wrong').join(' ')}`);
-  const report = { rounds, problems, activities: [...activities].sort(), apartMicroseconds: Math.round(apart) };
+  const report = {
+    rounds,
+    problems,
+    written: written.report,
+    activities: [...activities].sort(),
+    apartMicroseconds: Math.round(apart),
+  };
   process.stdout.write(`${JSON.stringify({ ...report, counts: counts.map(Number), ticks: ticks.map(Number) })}\n`);
   close(machine);
   hypervisor.close();

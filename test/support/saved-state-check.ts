@@ -15,7 +15,7 @@ import {
 } from '../../src/arch/x86_64/boot/entry.js';
 import { KVM_IDENTITY_MAP, KVM_TSS } from '../../src/arch/x86_64/layout.js';
 import { Bus } from '../../src/devices/bus.js';
-import type { VcpuHandle, X86Vcpu, X86Vm } from '../../src/hypervisor/hypervisor.js';
+import type { MemorySlot, VcpuHandle, X86Vcpu, X86Vm } from '../../src/hypervisor/hypervisor.js';
 import { attachKvmVcpu, openKvm } from '../../src/hypervisor/kvm/kvm.js';
 import type { X86VcpuState, X86VmState } from '../../src/hypervisor/saved-state.js';
 import { GuestMemory } from '../../src/memory/guest-memory.js';
@@ -23,6 +23,7 @@ import { StateBlock } from '../../src/state/state-block.js';
 import type { HostMapping } from '../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../src/sys/linux-kernel.js';
 import { command, hold, letGo, runVcpu, VcpuCommand, vcpuControlLayout } from '../../src/vmm/cpus/vcpu-loop.js';
+import { WrittenCheck } from './written-check.js';
 
 const RAM_SIZE = 0x20_0000;
 const BASE = 0x2_0000;
@@ -43,6 +44,9 @@ const VCPUS = 4;
 const LAST = 3;
 const MESSAGE = 0x41;
 const LONGEST_MILLISECONDS = 15;
+/** Nanoseconds by which the clocks are set ahead, when they are. */
+const AHEAD = 10_000_000_000n;
+const aheadIn = (round: number) => (round % 4 === 3 ? AHEAD : 0n);
 /** How long something that has to come may take: the lab is slow. */
 const PATIENCE_MILLISECONDS = 120_000;
 
@@ -154,6 +158,7 @@ function fail(what: string): never {
 interface Machine {
   readonly vm: X86Vm;
   readonly vcpus: readonly X86Vcpu[];
+  readonly slot: MemorySlot;
   readonly ram: HostMapping;
   readonly view: DataView;
 }
@@ -170,14 +175,15 @@ function build(contents: Uint8Array | undefined): Machine {
   const ram = kernel.map({ length: RAM_SIZE, shared: false });
   const buffer = ram.view(0, RAM_SIZE);
   if (contents !== undefined) new Uint8Array(buffer).set(contents);
-  vm.addMemory({ slot: 0, guestAddress: 0, mapping: ram.handle });
+  const slot = { slot: 0, guestAddress: 0, mapping: ram.handle };
+  vm.addMemory(slot);
   const supported = vm.supportedCpuid();
   const vcpus = Array.from({ length: VCPUS }, (_, id) => {
     const vcpu = vm.createVcpu(id);
     vcpu.setCpuid(supported);
     return vcpu;
   });
-  return { vm, vcpus, ram, view: new DataView(buffer) };
+  return { vm, vcpus, slot, ram, view: new DataView(buffer) };
 }
 
 function close({ vm, vcpus, ram }: Machine): void {
@@ -203,6 +209,7 @@ function pause(milliseconds: number): Promise<void> {
 
 class Check {
   readonly problems: string[] = [];
+  readonly #written = new WrittenCheck();
   readonly #threads = Array.from({ length: VCPUS }, () => new Thread());
   #machine: Machine;
   #before: Saved | undefined;
@@ -234,16 +241,23 @@ class Check {
 
   async round(number: number): Promise<Saved> {
     const before = [COUNT, TIME, TICKS].map((field) => this.#counts(field));
+    const ahead = aheadIn(number);
+    const tracked = number % 2 === 1;
+    const { vm, slot, ram } = this.#machine;
+    if (tracked) this.#written.start(vm, slot, new Uint8Array(ram.view(0, RAM_SIZE)));
     const started = process.hrtime.bigint();
-    this.#machine.vm.startTime();
+    vm.startTime(ahead);
     this.#machine.vcpus.forEach((vcpu, id) => this.#threads[id].run(vcpu));
-    // They have to run; from then on it may be anywhere.
-    const busy = number === 0 ? LAST : 2;
-    const ran = (count: bigint, id: number) => id >= busy || count > before[0][id];
+    // They have to run; from then on it may be anywhere. Who counts twice has looked at the time.
+    const busy = number === 0 || ahead > 0n ? LAST : 2;
+    const ran = (count: bigint, id: number) => id >= busy || count > before[0][id] + 1n;
     await this.#until('go on', () => this.#counts(COUNT).every(ran));
+    if (tracked) this.#written.take();
     await pause(Math.random() * LONGEST_MILLISECONDS);
     await this.#stop();
-    const passed = process.hrtime.bigint() - started;
+    const passed = process.hrtime.bigint() - started + ahead;
+    if (tracked) this.#written.finish();
+    if (ahead > 0n) this.#lookAhead(number);
     if (this.#read(0, MESSAGES) === BigInt(this.#messages)) this.#sendMessage();
     const state = { vcpus: this.#machine.vcpus.map((vcpu) => vcpu.save()), vm: this.#machine.vm.save() };
     this.#compare(number, state, passed);
@@ -255,6 +269,15 @@ class Check {
     await this.#replace(state);
     this.#before = state;
     return state;
+  }
+
+  /** Clocks were set ahead when this round began. */
+  #lookAhead(number: number): void {
+    const [{ tsc, tscKhz }] = this.#before!.vcpus;
+    const least = tsc + (AHEAD * BigInt(tscKhz!)) / 1_000_000n;
+    this.#counts(TIME).forEach((time, id) => {
+      if (id < LAST && time < least) this.#problem(`round ${number}: vCPU ${id} sees ${time}, not ${least}`);
+    });
   }
 
   async #until(what: string, done: () => boolean): Promise<void> {
@@ -291,7 +314,7 @@ class Check {
     const ticks = tsc - this.#before.vcpus[0].tsc;
     const passed = Number(ticks * 1_000_000n) / tscKhz!;
     const clock = Number(state.vm.clock - this.#before.vm.clock);
-    if (ticks < 0n || clock < 0) this.#problem(`round ${number}: back by ${ticks} ticks, ${clock} ns`);
+    if (ticks < 0n || clock < aheadIn(number)) this.#problem(`round ${number}: back by ${ticks} ticks, ${clock} ns`);
     this.#ahead = Math.max(this.#ahead, passed - Number(ran), clock - Number(ran));
     this.#apart = Math.max(this.#apart, Math.abs(passed - clock));
   }
@@ -325,6 +348,7 @@ class Check {
     const micro = (nanoseconds: number) => Math.round(nanoseconds / 1000);
     const report = {
       problems: this.problems,
+      written: this.#written.report,
       counts: this.#counts(COUNT).map(Number),
       ticks: this.#counts(TICKS).map(Number),
       messages,
