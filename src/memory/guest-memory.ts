@@ -101,6 +101,8 @@ export class GuestMemory {
   /** The mapping and the window of the last access: consecutive accesses mostly hit them. */
   #lastMapping: Mapping;
   #last: Window;
+  /** Told what `copyIn` has written (written-pages.ts). */
+  written: { mark(address: number, length: number): void } | undefined;
 
   /** @param parts at least one; sorted or not, never overlapping */
   constructor(parts: readonly (MemorySource | MemoryBuffer)[]) {
@@ -235,6 +237,7 @@ export class GuestMemory {
       copyBytes(window.bytes, start, source, offset + at, count);
       at += count;
     }
+    if (this.written !== undefined) this.written.mark(address, length);
   }
 
   fill(address: number, value: number, length: number): void {

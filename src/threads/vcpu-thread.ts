@@ -2,12 +2,12 @@
 import fs from 'node:fs';
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
 import type { GuestMemory } from '../memory/guest-memory.js';
+import { WrittenPages, type WrittenPagesHandle } from '../memory/written-pages.js';
 import { StateBlock } from '../state/state-block.js';
 import type { HostKernel } from '../sys/host-kernel.js';
-import type { VcpuMessage, VcpuWorkerData } from '../vmm/cpus/cpu-manager.js';
+import type { VcpuChange, VcpuMessage, VcpuWorkerData } from '../vmm/cpus/cpu-manager.js';
 import { attachMemory, attachPart } from '../vmm/memory/memory-part.js';
 import { attachPlatform } from '../vmm/boards/platform.js';
-import type { PlatformChange } from '../vmm/boards/platform-parts.js';
 import { command, runVcpu, VcpuCommand, vcpuControlLayout } from '../vmm/cpus/vcpu-loop.js';
 import { attachSignals, attachVcpu } from './backends.js';
 
@@ -37,6 +37,11 @@ export function runVcpuThread(kernel: HostKernel): void {
     guestMemory = attachMemory(data.memory, kernel);
     return guestMemory;
   });
+  const track = (pages: WrittenPagesHandle | undefined) => {
+    // Without memory it writes none.
+    if (guestMemory !== undefined) guestMemory.written = pages && WrittenPages.attach(kernel, pages);
+  };
+  track(data.written);
   Atomics.store(control.words, threadId, vcpu.enterThread());
   let changes = 0;
   const end = runVcpu(vcpu, control, ports, memory, {
@@ -44,9 +49,10 @@ export function runVcpuThread(kernel: HostKernel): void {
     held: (time) => post({ kind: 'held', time }),
     attend: () => {
       for (let next = receiveMessageOnPort(parentPort!); next !== undefined; next = receiveMessageOnPort(parentPort!)) {
-        const change = next.message as PlatformChange;
+        const change = next.message as VcpuChange;
         if (change.kind === 'add-memory') guestMemory?.add(attachPart(change.part, kernel));
         else if (change.kind === 'remove-memory') guestMemory?.remove(change.part.range.address);
+        else if (change.kind === 'track-writes') track(change.pages);
         else apply(change);
         changes++;
       }

@@ -3,6 +3,7 @@
  */
 import { type ResourceLimits, Worker } from 'node:worker_threads';
 import { EXIT_KINDS, type HypervisorName, type Vcpu, type VcpuHandle } from '../../hypervisor/hypervisor.js';
+import type { WrittenPagesHandle } from '../../memory/written-pages.js';
 import { closeAll } from '../../sys/close-all.js';
 import { StateBlock } from '../../state/state-block.js';
 import type { MemoryHandle } from '../memory/memory-part.js';
@@ -19,11 +20,19 @@ export interface VcpuWorkerData {
   readonly vcpu: VcpuHandle;
   /** For a hypervisor that leaves instructions on guest memory to be emulated. */
   readonly memory: MemoryHandle;
+  /** Where it marks what it writes there. */
+  readonly written: WrittenPagesHandle | undefined;
   readonly control: SharedArrayBuffer;
   readonly platform: PlatformHandle;
   /** Host CPUs that the thread is bound to. */
   readonly affinity?: readonly number[];
 }
+
+/** What a vCPU worker is to follow. */
+export type VcpuChange =
+  | PlatformChange
+  /** What it writes to guest memory from now on is to be marked there; undefined: nowhere. */
+  | { readonly kind: 'track-writes'; readonly pages: WrittenPagesHandle | undefined };
 
 /** What a vCPU worker posts: events of the platform while it runs, what it has obeyed, and how it ended. */
 export type VcpuMessage =
@@ -78,6 +87,7 @@ export class CpuManager {
   #lastIntercepts: Record<string, number> | undefined;
   /** No vCPU runs: the machine is paused. */
   #paused = false;
+  #written: WrittenPagesHandle | undefined;
   /** Told whenever a thread has said something. */
   readonly #listeners = new Set<() => void>();
 
@@ -118,6 +128,7 @@ export class CpuManager {
       hypervisor: this.hypervisor,
       vcpu: thread.vcpu.handle,
       memory,
+      written: this.#written,
       control: thread.control.buffer,
       platform,
       affinity: this.affinity.get(id),
@@ -183,8 +194,9 @@ export class CpuManager {
     clearInterval(timer);
   }
 
-  /** Has the threads of all vCPUs change their views of the platform; resolves when each has, also those that are held. */
-  async change(change: PlatformChange): Promise<void> {
+  /** Has the threads of all vCPUs change their views of the machine; resolves when each has, also those that are held. */
+  async change(change: VcpuChange): Promise<void> {
+    if (change.kind === 'track-writes') this.#written = change.pages;
     const wanted = new Map(this.#threads.map((thread) => [thread, thread.told + 1]));
     for (const thread of this.#threads) {
       thread.told++;

@@ -1,6 +1,7 @@
 /** The vCPU threads' start, with threads that only tell when they would run. */
 import { expect, test } from '@jest/globals';
 import type { Vcpu } from '../../../src/hypervisor/hypervisor.js';
+import type { WrittenPagesHandle } from '../../../src/memory/written-pages.js';
 import { CpuManager, type CpuStart } from '../../../src/vmm/cpus/cpu-manager.js';
 import type { PlatformHandle } from '../../../src/vmm/boards/platform.js';
 import type { PlatformEvent } from '../../../src/vmm/boards/platform-parts.js';
@@ -21,6 +22,7 @@ const THREAD = `
   let changes = 0;
   let ran = false;
   const say = (value) => parentPort.postMessage({ kind: 'boot-mark', value, microseconds: 0 });
+  if (workerData.written !== undefined) say(workerData.written);
   for (;;) {
     const bits = Atomics.load(control, ${command});
     if (bits & ${VcpuCommand.stop}) break;
@@ -28,6 +30,7 @@ const THREAD = `
       Atomics.and(control, ${command}, ~${VcpuCommand.attend});
       for (let next = receiveMessageOnPort(parentPort); next; next = receiveMessageOnPort(parentPort)) {
         if (next.message.device === 'lost') process.exit();
+        if (next.message.kind === 'track-writes') say(next.message.pages ?? 0);
         changes++;
       }
       parentPort.postMessage({ kind: 'attended', changes });
@@ -112,6 +115,24 @@ test('a change has been made when all have made it: those that wait, and one tha
   manager.resume();
   await unplug('lost');
   await unplug('d');
+  await manager.stop();
+});
+
+test('what vCPUs write is marked by all, also by one that comes later', async () => {
+  const { manager, startPaused, machine, up, letLastCome } = threads();
+  letLastCome();
+  const track = (pages: number | undefined) =>
+    manager.change({ kind: 'track-writes', pages: pages as unknown as WrittenPagesHandle | undefined });
+  await startPaused([0, 1]);
+  await track(77);
+  await manager.unpark(2, machine);
+  expect(up.splice(0)).toEqual([77, 77, 77]);
+  await track(undefined);
+  expect(up.splice(0)).toEqual([0, 0, 0]);
+  await manager.park(2);
+  await manager.unpark(2, machine);
+  // It has not run.
+  expect(up.splice(0)).toEqual([-1]);
   await manager.stop();
 });
 
