@@ -369,7 +369,7 @@ export class BlockDevice implements VirtioDevice {
   }
 
   sync(): void {
-    if (!this.options.readonly) this.options.image.flush();
+    if (!this.options.readonly) this.options.image.settle();
   }
 
   /** Each worker of the device is told of a new size; the first of them tells the driver. */

@@ -107,6 +107,10 @@ export class AwkwardImage implements DiskImage {
     return true;
   }
 
+  settle(): void {
+    this.flush();
+  }
+
   flush(): void {
     fs.fdatasyncSync(this.fd);
   }

@@ -90,6 +90,11 @@ export interface DiskImage {
    * returns, the metadata included. Data is synced by this call too.
    */
   flush(): void;
+  /**
+   * As `flush`; what closing it would write is written as well. So another program may have the file while nothing is written here, and
+   * to close it then writes nothing.
+   */
+  settle(): void;
   resize(size: number): void;
   /** Closes all of its files. */
   close(): void;

@@ -105,6 +105,10 @@ export class RawImage implements DiskImage {
     this.file.sync();
   }
 
+  settle(): void {
+    this.flush();
+  }
+
   resize(size: number): void {
     if (size % SECTOR !== 0)
       throw new ImageError(`${this.file.path}: A size of ${size} bytes is no multiple of ${SECTOR}`);

@@ -212,14 +212,17 @@ export class Qcow2Image implements DiskImage, Layer, ZeroTarget {
     this.file.sync();
   }
 
+  settle(): void {
+    if (this.#refcounts === undefined) return;
+    this.flush();
+    // What was released since.
+    this.#refcounts.write();
+    this.#store.clearDirty();
+  }
+
   close(): void {
     try {
-      if (this.#refcounts !== undefined) {
-        this.flush();
-        // What was released since.
-        this.#refcounts.write();
-        this.#store.clearDirty();
-      }
+      this.settle();
     } finally {
       this.file.close();
       this.backing?.close();
