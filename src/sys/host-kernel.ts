@@ -154,6 +154,8 @@ export interface HostKernel {
    * @returns false when another open file holds one that excludes it
    */
   lockFile(fd: number, exclusive: boolean, start?: number, length?: number): boolean;
+  /** The open file's locks in a range end. */
+  unlockFile(fd: number, start: number, length: number): void;
   /** Whether another open file holds a lock of either kind in the range. */
   isLocked(fd: number, start: number, length: number): boolean;
 

@@ -351,6 +351,11 @@ export class LinuxKernel implements HostKernel {
     return errno === os.constants.errno.EAGAIN || errno === os.constants.errno.EACCES ? false : fail('fcntl', errno);
   }
 
+  unlockFile(fd: number, start: number, length: number): void {
+    // SAFETY: a whole struct flock.
+    check('fcntl', io().fcntlLock(fd, F_OFD_SETLK, fileLock(F_UNLCK, start, length)) as number);
+  }
+
   isLocked(fd: number, start: number, length: number): boolean {
     // What a lock for writing would meet.
     const lock = fileLock(F_WRLCK, start, length);

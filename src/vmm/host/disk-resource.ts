@@ -25,6 +25,8 @@ export interface DiskResource {
   readonly physicalBlock: number;
   /** Of its image: what transfers have to be multiples of. */
   readonly alignment: number;
+  /** Its files' locks. */
+  readonly locks: Pick<Holding, 'unlock' | 'relock'>;
   readonly close: () => void;
 }
 
@@ -84,6 +86,7 @@ function openWith(kernel: HostKernel, holding: Holding, id: string, config: Disk
     // A file's contents were made for blocks of 512 bytes, as partition tables tell; a device's for its own.
     logicalBlock: config.direct && fs.fstatSync(fd).isBlockDevice() ? alignment : 512,
     physicalBlock: Math.max(physicalBlock(fd), alignment),
+    locks: holding,
     close: () => holding.close(),
   };
 }

@@ -3,7 +3,7 @@ import fs from 'node:fs';
 import { closeAll } from '../../sys/close-all.js';
 import { type HostKernel, type OpenOptions, SystemError } from '../../sys/host-kernel.js';
 import { MachineError } from '../machine/machine-error.js';
-import { lockImage } from './image-lock.js';
+import { lockImage, unlockImage } from './image-lock.js';
 
 /** Kinds of files that can be opened in the place of one. */
 export interface Accepted {
@@ -21,6 +21,7 @@ export const FILE_OR_CHARACTER: Accepted = {
 
 export class Holding {
   readonly #undo: (() => void)[] = [];
+  readonly #locked: { readonly file: string; readonly fd: number; readonly writes: boolean }[] = [];
 
   /** @param option as the user may have typed it, for messages */
   constructor(
@@ -51,6 +52,21 @@ export class Holding {
 
   /** Nobody may write what this machine reads, and nobody else may read what it writes. @throws MachineError */
   lock(file: string, fd: number, writes: boolean): void {
+    this.#lock(file, fd, writes);
+    this.#locked.push({ file, fd, writes });
+  }
+
+  /** Others may have the files, which nobody uses here meanwhile. */
+  unlock(): void {
+    for (const { fd } of this.#locked) unlockImage(this.kernel, fd);
+  }
+
+  /** The files are this machine's again. @throws MachineError when somebody else has them by now */
+  relock(): void {
+    for (const { file, fd, writes } of this.#locked) this.#lock(file, fd, writes);
+  }
+
+  #lock(file: string, fd: number, writes: boolean): void {
     if (!this.explain(() => lockImage(this.kernel, fd, writes), `${this.option}: ${file} cannot be locked`)) {
       throw new MachineError(`${this.option}: ${file} is in use by another process, which has locked it`);
     }

@@ -34,6 +34,7 @@ export interface PmemResource {
   readonly config: PmemConfig;
   readonly mapping: HostMapping;
   readonly fd: number | undefined;
+  readonly locks: Pick<Holding, 'unlock' | 'relock'>;
   readonly close: () => void;
 }
 
@@ -154,6 +155,16 @@ export class HostResources {
     vsock.close();
   }
 
+  /** Another process may have what disks and persistent memory are in; nothing here uses it meanwhile. */
+  unlock(): void {
+    for (const { locks } of [...this.disks, ...this.pmem]) locks.unlock();
+  }
+
+  /** It is this machine's again. @throws MachineError when somebody else has it by now */
+  relock(): void {
+    for (const { locks } of [...this.disks, ...this.pmem]) locks.relock();
+  }
+
   close(): void {
     const { disks, net, pmem, vsock } = this;
     // The last one is missing after an error.
@@ -196,6 +207,7 @@ function openPmem(kernel: HostKernel, config: PmemConfig): PmemResource {
       config,
       mapping,
       fd: config.discard_writes ? undefined : fd,
+      locks: holding,
       close: () => holding.close(),
     };
   } catch (error) {

@@ -31,3 +31,8 @@ export function lockImage(kernel: HostKernel, fd: number, writes: boolean): bool
     own.every((byte) => kernel.lockFile(fd, false, byte, 1)) && !others.some((byte) => kernel.isLocked(fd, byte, 1))
   );
 }
+
+/** Others may do as they like with the file from now on. */
+export function unlockImage(kernel: HostKernel, fd: number): void {
+  for (const first of [HAD, DENIED]) kernel.unlockFile(fd, first, RESIZE + 1);
+}

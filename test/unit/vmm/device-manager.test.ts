@@ -113,6 +113,7 @@ const config = (devices: object) => vmConfigSchema.parse({ payload: { kernel: 'k
 const WIDE = { cpus: { boot_vcpus: 4, max_vcpus: 4 }, platform: { num_pci_segments: 2 } };
 
 type Make = (id: string, place?: { pci_segment?: number; pci_device_id?: number }) => DeviceResource;
+const LOCKS = { unlock: () => undefined, relock: () => undefined };
 const net =
   (more: object): Make =>
   (id, place) => {
@@ -126,7 +127,7 @@ const disk: Make = (id, place) => {
   const [of] = config({ ...WIDE, disks: [{ ...bare, ...place, id }] }).disks;
   const resource = { id, config: of, format: 'raw' as const, files: new Map(), buffered: undefined, size: MIB };
   const blocks = { logicalBlock: 512, physicalBlock: 512, alignment: 1 };
-  return { kind: 'disk', resource: { ...resource, ...blocks, close: () => undefined } };
+  return { kind: 'disk', resource: { ...resource, ...blocks, locks: LOCKS, close: () => undefined } };
 };
 const pmem =
   (size = 2 * MIB): Make =>
@@ -134,7 +135,7 @@ const pmem =
     const [of] = config({ ...WIDE, pmem: [{ file: '/p', ...place, id }] }).pmem;
     const handle = { address: 0x7000_0000n, length: size };
     const mapping = { handle, view: () => new ArrayBuffer(0), unmap: () => undefined };
-    return { kind: 'pmem', resource: { id, config: of, mapping, fd: 5, close: () => undefined } };
+    return { kind: 'pmem', resource: { id, config: of, mapping, fd: 5, locks: LOCKS, close: () => undefined } };
   };
 const vsock: Make = (id, place) => {
   const of = config({ ...WIDE, vsock: { cid: 3, socket: '/s', ...place, id } }).vsock!;
