@@ -58,7 +58,7 @@ export class Arm64Board implements Board {
         `--cpus max=${cpus.max_vcpus}: accepted are at most ${layout.MAX_VCPUS}, which the GIC has room for`,
       );
     }
-    this.memory = place(memory, files);
+    this.memory = arm64Memory(memory, files);
     const [low] = this.memory.ram;
     if (low.address !== layout.RAM_START || low.size < layout.KERNEL - layout.RAM_START + layout.KERNEL_ALIGNMENT) {
       throw new MachineError(`${sizesOf(memory)}: accepted is a size that holds the kernel, 6M at the least`);
@@ -75,7 +75,7 @@ export class Arm64Board implements Board {
   }
 
   fits(memory: MemoryConfig): boolean {
-    const { start, end } = this.#mmio64(place(memory, this.files));
+    const { start, end } = this.#mmio64(arm64Memory(memory, this.files));
     // Each segment's part is a multiple of 4 GiB.
     return end - start >= this.config.platform.num_pci_segments * 2 ** 32;
   }
@@ -178,6 +178,7 @@ export class Arm64Board implements Board {
   }
 }
 
-function place(memory: MemoryConfig, files: MemoryFiles): MemoryLayout {
+/** Where memory lies. @param files that zones are in */
+export function arm64Memory(memory: MemoryConfig, files: MemoryFiles): MemoryLayout {
   return layoutMemory(zonesOf(memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START, files);
 }

@@ -74,7 +74,7 @@ export class X86Board implements Board {
       const possible = Math.min(hostPhysicalBits(this.#supported), config.cpus.max_phys_bits);
       this.#physicalBits = addressBits(possible, saved);
       this.#area = layout.platformArea(this.#physicalBits, plugsDimms(config.memory));
-      this.memory = place(config.memory, files);
+      this.memory = x86Memory(config.memory, files);
       this.#checkMemory();
       this.segments = this.#segments();
       this.intx = IntxLines.powerOn(layout.IRQ_INTX, this.vm.signals);
@@ -99,7 +99,7 @@ export class X86Board implements Board {
   }
 
   fits(memory: MemoryConfig): boolean {
-    return mmio64Start(place(memory, this.files)) < this.#area.start;
+    return mmio64Start(x86Memory(memory, this.files)) < this.#area.start;
   }
 
   #segments(): SegmentWindows[] {
@@ -235,7 +235,8 @@ export class X86Board implements Board {
   }
 }
 
-function place(memory: MemoryConfig, files: MemoryFiles): MemoryLayout {
+/** Where memory lies. @param files that zones are in */
+export function x86Memory(memory: MemoryConfig, files: MemoryFiles): MemoryLayout {
   return layoutMemory(zonesOf(memory), layout.RAM_WINDOWS, layout.HIGH_RAM_START, files);
 }
 

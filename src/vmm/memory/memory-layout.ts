@@ -1,8 +1,8 @@
 /** Where the zones of guest memory lie in guest addresses: RAM in their order, and what the guest plugs behind all RAM. */
-import { HOTPLUG_ALIGNMENT, type MemoryZone } from '../../config/memory-config.js';
+import { HOTPLUG_ALIGNMENT, type MemoryConfig, type MemoryZone } from '../../config/memory-config.js';
 import { joined, type MemoryRange } from '../../memory/guest-memory.js';
 import type { MemoryFiles } from '../host/memory-file.js';
-import { blockSize, hugepageSize } from './hotplug.js';
+import { blockSize, hugepageSize, plugsDimms } from './hotplug.js';
 
 /** Of the hosts and guests alike. Bytes. */
 const PAGE_SIZE = 4096;
@@ -21,6 +21,11 @@ export interface MemoryLayout {
   readonly ram: readonly MemoryRange[];
   /** Guest physical address behind RAM and all that can be plugged. */
   readonly end: number;
+}
+
+/** What of it is mapped from the start: DIMMs are when they come. */
+export function mappedZones({ zones }: MemoryLayout, memory: MemoryConfig): readonly ZoneLayout[] {
+  return plugsDimms(memory) ? zones.map((zone) => ({ ...zone, hotplug: undefined })) : zones;
 }
 
 /**

@@ -104,9 +104,12 @@ export class MemoryManager {
     return { fd, pageSize: PAGE_SIZE, offset: 0, holes: (from) => nextData(this.kernel, fd, from) };
   }
 
-  /** The same at once, before the machine runs. @throws MachineError */
+  /** The same at once, before the machine runs; it may have come before. @throws MachineError */
   addNow(zone: MemoryZone, range: MemoryRange): MemoryPart {
-    let stretch: Stretch | undefined;
+    let stretch = this.#stretches.find(
+      ({ part: { range: present } }) => present.address === range.address && present.size === range.size,
+    );
+    if (stretch !== undefined) return stretch.part;
     attempt(zone, () => (stretch = this.#allocate(zone, range, true, this.#content(zone, range))));
     return stretch!.part;
   }

@@ -1,6 +1,6 @@
 /** Guest memory of a machine that stands still, as what it holds is written to a file: what the guest has never touched is a hole there. */
 import fs from 'node:fs/promises';
-import type { MemoryRange } from '../../memory/guest-memory.js';
+import { GuestMemory, type MemoryRange } from '../../memory/guest-memory.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 
 const PAGE_SIZE = 4096;
@@ -23,6 +23,16 @@ export interface HeldMemory {
   readonly touched: boolean;
   /** What a file behind it holds: the next bytes that are there. */
   readonly nextData?: ((from: number) => MemoryRange | undefined) | undefined;
+}
+
+/** All of its bytes. */
+export function bytesOf(memory: readonly HeldMemory[]): GuestMemory {
+  return new GuestMemory(
+    memory.map((part) => ({
+      ...{ ...part.range, hostAddress: part.hostAddress, kind: 'private' },
+      view: (offset, length) => part.view(offset, length),
+    })),
+  );
 }
 
 /** A piece of a stretch of memory: bytes from its beginning on. */
@@ -53,10 +63,7 @@ export async function writePages(
   const pages = await fs.open('/proc/self/pagemap');
   try {
     await inSlices(memory.range.size, async (slice) => {
-      const pieces = joined([
-        ...(memory.touched ? await touchedPages(pages, memory, slice) : []),
-        ...(memory.nextData === undefined ? [] : data(memory.nextData, slice)),
-      ]);
+      const pieces = await piecesIn(pages, memory, slice);
       const bytes = new Uint8Array(memory.view(slice.start, slice.end - slice.start));
       for (const { start, end } of pieces) {
         await write(handle, bytes.subarray(start - slice.start, end - slice.start), position + start);
@@ -66,6 +73,21 @@ export async function writePages(
   } finally {
     await pages.close();
   }
+}
+
+/** @param pages /proc/self/pagemap @returns what is not a hole, ascending */
+export async function* heldPieces(pages: fs.FileHandle, memory: HeldMemory): AsyncGenerator<Piece> {
+  const { size } = memory.range;
+  for (let start = 0; start < size; start += SLICE) {
+    yield* await piecesIn(pages, memory, { start, end: Math.min(start + SLICE, size) });
+  }
+}
+
+async function piecesIn(pages: fs.FileHandle, memory: HeldMemory, slice: Piece): Promise<Piece[]> {
+  return joined([
+    ...(memory.touched ? await touchedPages(pages, memory, slice) : []),
+    ...(memory.nextData === undefined ? [] : data(memory.nextData, slice)),
+  ]);
 }
 
 /**
