@@ -1,10 +1,10 @@
-/** The descriptors that came with a request to restore, by network: in the order of the networks, as many for each as it says. */
+/** The descriptors that came with a request to restore or to receive, by network: in the order of the networks, as many for each as it says. */
 import type { RestoreConfig } from '../config/restore-config.js';
 import { refusal } from './bodies.js';
 
 /** @param fds that came with the request; numbers in its body mean nothing here @throws RequestError */
 export function netDescriptors(
-  { net_fds: networks = [] }: RestoreConfig,
+  { net_fds: networks = [] }: Pick<RestoreConfig, 'net_fds'>,
   fds: readonly number[],
 ): ReadonlyMap<string, readonly number[]> {
   let next = 0;

@@ -1,6 +1,7 @@
 /** The calls of the API, under /api/v1/: what each takes and answers, and which method of the process's object it is. */
 import type { Logger } from '../vmm/log/logger.js';
 import type { Vmm } from '../vmm/machine/vmm.js';
+import { receiveMigrationSchema, sendMigrationSchema } from '../config/migration-config.js';
 import { folderPath, restoreSchema, snapshotSchema } from '../config/restore-config.js';
 import { BodyReader, refusal } from './bodies.js';
 import {
@@ -112,6 +113,31 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
           const wanted = reader.read(restoreSchema, body);
           return vmm.restore(wanted, netDescriptors(wanted, fds));
         }),
+        takesDescriptors: true,
+      },
+    ],
+    [
+      'vm.send-migration',
+      tell(
+        'Sends the machine to another process; events and vm.info tell how it goes',
+        'SendMigrationData',
+        ['busy'],
+        (body) => vmm.sendMigration(reader.read(sendMigrationSchema, body)),
+      ),
+    ],
+    ['vm.cancel-migration', act('The machine goes on here', [], () => vmm.cancelMigration())],
+    [
+      'vm.receive-migration',
+      {
+        ...tell(
+          'Waits for a machine that is sent; answered when it is here',
+          'ReceiveMigrationData',
+          ['busy'],
+          (body, fds) => {
+            const wanted = reader.read(receiveMigrationSchema, body);
+            return vmm.receiveMigration(wanted, netDescriptors(wanted, fds));
+          },
+        ),
         takesDescriptors: true,
       },
     ],

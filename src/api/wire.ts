@@ -19,6 +19,7 @@ import { defaulted, optional, required } from '../config/fields.js';
 import { memorySchema, memoryZoneSchema } from '../config/memory-config.js';
 import { numaSchema, pciSegmentSchema } from '../config/numa-config.js';
 import { cpusSchema, vmConfigSchema } from '../config/vm-config.js';
+import { receiveMigrationSchema, sendMigrationSchema } from '../config/migration-config.js';
 import { restoreSchema, snapshotSchema } from '../config/restore-config.js';
 import { coredumpSchema, removeDeviceSchema, resizeDiskSchema, resizeSchema, resizeZoneSchema } from './requests.js';
 
@@ -47,6 +48,13 @@ const deviceNode = z.strictObject({
   children: required('Names of the devices below it', z.array(z.string())),
   pci_bdf: optional('Its place on PCI', z.string()),
   leaving: optional('The guest has been asked to let it go, and has not', z.boolean()),
+});
+
+const migrationProgress = z.strictObject({
+  round: required('Memory is being sent for the so manieth time, from 0 on', z.int()),
+  sent: required('Bytes in all', z.int()),
+  remaining: required('Bytes of memory that have been written since they were sent', z.int()),
+  throttled: required('Percent of the time for which vCPUs are held back', z.int()),
 });
 
 export const WIRE = {
@@ -79,6 +87,7 @@ export const WIRE = {
     state: required('Created: it never ran; Shutdown: it ran', z.enum(['Created', 'Running', 'Paused', 'Shutdown'])),
     memory_actual_size: required('Bytes, with what the guest has plugged, without what its balloon holds', z.int()),
     device_tree: optional('Devices of a machine that runs, by name', z.record(z.string(), deviceNode)),
+    migration: optional('Of a machine that is sent to another process', migrationProgress),
   }),
   DeviceNode: deviceNode,
   VmCounters: z.record(z.string(), z.record(z.string(), z.number())),
@@ -89,6 +98,8 @@ export const WIRE = {
   VmCoredumpData: coredumpSchema,
   VmSnapshotConfig: snapshotSchema,
   RestoreConfig: restoreSchema,
+  SendMigrationData: sendMigrationSchema,
+  ReceiveMigrationData: receiveMigrationSchema,
   PciDeviceInfo: z.strictObject({ id: z.string(), bdf: required('Segment, bus, slot and function', z.string()) }),
 } as const;
 

@@ -4,8 +4,7 @@
  */
 import { helpOf, type Shape } from '../config/fields.js';
 import { formatSize } from '../config/host-facts.js';
-import { KINDS } from '../config/option-syntax.js';
-import type { SubOption } from '../config/option-syntax.js';
+import { KINDS, type SubOption, type ValueKind } from '../config/option-syntax.js';
 import {
   balloonSchema,
   deviceModuleSchema,
@@ -93,6 +92,17 @@ export const RESTORE_SUB_OPTIONS: readonly SubOption[] = [
   text('source_url'),
   { name: 'memory_restore_mode', field: 'memory_restore_mode', kind: KINDS.restoreMode },
   ...[toggle('prefault'), toggle('resume')],
+  { name: 'net_fds', field: 'net_fds', kind: KINDS.netDescriptors },
+];
+
+export const SEND_MIGRATION_SUB_OPTIONS: readonly SubOption[] = [
+  ...[text('destination_url'), number('downtime_ms'), number('timeout_s')],
+  { name: 'timeout_strategy', field: 'timeout_strategy', kind: KINDS.timeoutStrategy },
+  ...[number('connections'), text('tls_dir'), toggle('verify'), toggle('auto_converge')],
+];
+
+export const RECEIVE_MIGRATION_SUB_OPTIONS: readonly SubOption[] = [
+  ...[text('receiver_url'), text('tls_dir')],
   { name: 'net_fds', field: 'net_fds', kind: KINDS.netDescriptors },
 ];
 
@@ -292,7 +302,11 @@ function deviceDefaults({ field }: DeviceOption): Readonly<Record<string, unknow
 }
 
 /** The shape that a list of sub-options fills: their descriptions and, as an empty input gives them, the defaults. */
-function listHelp(
+/** Words that are written so on the command line, and with a capital in the configuration. */
+const LOWER_CASE = new Set<ValueKind>([KINDS.hotplugMethod, KINDS.restoreMode, KINDS.timeoutStrategy]);
+
+/** @param defaults of the fields that have one */
+export function listHelp(
   title: string,
   subOptions: readonly SubOption[],
   shape: Shape,
@@ -301,7 +315,7 @@ function listHelp(
   const lines = subOptions.map(({ name, field, kind }) => {
     const value = defaults[field];
     const written = typeof value === 'boolean' ? (value ? 'on' : 'off') : formatDefault(value);
-    const shown = kind === KINDS.hotplugMethod || kind === KINDS.restoreMode ? written.toLowerCase() : written;
+    const shown = LOWER_CASE.has(kind) ? written.toLowerCase() : written;
     const suffix = value === undefined || field === 'max_vcpus' ? '' : ` [${shown}]`;
     return `${name}=${kind.placeholder}: ${LIMIT_HELP[field] ?? helpOf(shape[field])}${suffix}`;
   });

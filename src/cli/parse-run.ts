@@ -2,6 +2,7 @@
  * From the options that yargs found to a checked configuration. Every refusal names the option, its value and what is
  * accepted, whichever step found it: the option syntax, the schema or the facts of the host.
  */
+import type * as z from 'zod/mini';
 import { MAX_SOCKET_PATH, socketPath } from '../config/device-config.js';
 import { checkConfig, consoleBeside } from '../config/check-config.js';
 import type { HostFacts } from '../config/host-facts.js';
@@ -159,8 +160,18 @@ function readProcessOptions(found: Arguments): ProcessOptions {
 
 /** @param option for messages @throws OptionError */
 export function readRestore(option: string, text: string): RestoreConfig {
-  const { fields, typed } = parseSubOptions(option, text, RESTORE_SUB_OPTIONS);
-  const checked = restoreSchema.safeParse(fields);
+  return readFields(option, text, RESTORE_SUB_OPTIONS, restoreSchema);
+}
+
+/** @param text sub-options that a schema has fields for @throws OptionError */
+export function readFields<T>(
+  option: string,
+  text: string,
+  subOptions: readonly SubOption[],
+  schema: z.ZodMiniType<T>,
+): T {
+  const { fields, typed } = parseSubOptions(option, text, subOptions);
+  const checked = schema.safeParse(fields);
   if (checked.success) return checked.data;
   const { path, message } = checked.error.issues[0];
   const field = String(path[0]);

@@ -170,6 +170,10 @@ const RESTORE_MODES: ReadonlyMap<string, string> = new Map([
   ['copy', 'Copy'],
   ['map', 'Map'],
 ]);
+const TIMEOUT_STRATEGIES = new Map([
+  ['cancel', 'Cancel'],
+  ['ignore', 'Ignore'],
+]);
 const HOTPLUG_METHODS = new Map([
   ['acpi', 'Acpi'],
   ['virtio-mem', 'VirtioMem'],
@@ -220,6 +224,11 @@ export const KINDS = {
     placeholder: 'copy|map',
     accepted: 'copy or map',
     parse: (raw) => RESTORE_MODES.get(unquote(raw).toLowerCase()),
+  },
+  timeoutStrategy: {
+    placeholder: 'cancel|ignore',
+    accepted: 'cancel or ignore',
+    parse: (raw) => TIMEOUT_STRATEGIES.get(unquote(raw).toLowerCase()),
   },
   texts: { placeholder: '[TEXT,..]', accepted: 'a list of names such as [a,b]', parse: parseTexts },
   numbers: {

@@ -37,6 +37,25 @@ const idError = 'the name of a device of the snapshot';
 const id = z.string({ error: idError });
 const fd = z.int({ error: 'a descriptor' }).check(z.gte(0, { error: 'a descriptor' }));
 
+/** What of a machine is another where it goes on. */
+export const anewShape = {
+  net_fds: optional(
+    'Descriptors of taps, for networks that had such',
+    z.array(z.strictObject({ id, fds: z.optional(z.array(fd)), num_fds: z.optional(fd) })),
+  ),
+  net: optional(
+    'Other taps and addresses',
+    z.array(z.strictObject({ id, tap: z.optional(z.string()), mac: z.optional(macAddress) })),
+  ),
+  disks: optional('Other images', z.array(z.strictObject({ id, path: filePath }))),
+  vsock: optional(
+    'Another socket, or another number of the guest',
+    z.partial(z.pick(vsockSchema, { socket: true, cid: true })),
+  ),
+  serial: optional('Another place for the serial port', characterSchema),
+  console: optional('Another place for the console', characterSchema),
+};
+
 export const restoreSchema = z
   .strictObject(
     {
@@ -48,21 +67,7 @@ export const restoreSchema = z
       ),
       prefault: defaulted('Have pages everywhere before the machine runs', flag, false),
       resume: defaulted('Let it run at once', flag, false),
-      net_fds: optional(
-        'Descriptors of taps, for networks that had such',
-        z.array(z.strictObject({ id, fds: z.optional(z.array(fd)), num_fds: z.optional(fd) })),
-      ),
-      net: optional(
-        'Other taps and addresses',
-        z.array(z.strictObject({ id, tap: z.optional(z.string()), mac: z.optional(macAddress) })),
-      ),
-      disks: optional('Other images', z.array(z.strictObject({ id, path: filePath }))),
-      vsock: optional(
-        'Another socket, or another number of the guest',
-        z.partial(z.pick(vsockSchema, { socket: true, cid: true })),
-      ),
-      serial: optional('Another place for the serial port', characterSchema),
-      console: optional('Another place for the console', characterSchema),
+      ...anewShape,
     },
     { error: '{"source_url": "file:///FOLDER", ...}' },
   )

@@ -7,7 +7,9 @@ import type {
   NetConfig,
   PciDeviceInfo,
   PmemConfig,
+  ReceiveMigrationData,
   RestoreConfig,
+  SendMigrationData,
   VmConfig,
   VmCounters,
   VmInfo,
@@ -129,6 +131,21 @@ export class Client {
   /** Makes a machine of a snapshot, where that one stood: paused, unless `resume` is said. */
   async restore(config: RestoreConfig, options?: CallOptions): Promise<void> {
     await this.put('vm.restore', config, options);
+  }
+
+  /** Sends the machine to another process, and returns when that one would take it; events and `info` tell how it goes. */
+  async sendMigration(wanted: SendMigrationData, options?: CallOptions): Promise<void> {
+    await this.put('vm.send-migration', wanted, options);
+  }
+
+  /** Gives the sending up; the machine goes on here. */
+  async cancelMigration(options?: CallOptions): Promise<void> {
+    await this.put('vm.cancel-migration', undefined, options);
+  }
+
+  /** Waits for a machine that another process sends, and returns when it is here. */
+  async receiveMigration(wanted: ReceiveMigrationData, options?: CallOptions): Promise<void> {
+    await this.put('vm.receive-migration', wanted, options);
   }
 
   /** Resolves when the machine does not run, or its process has ended. */

@@ -18,6 +18,7 @@ import { guestProgram, writeInitramfs } from '../support/guest-image.js';
 import { TestHost } from '../support/host.js';
 import { moduleExample } from '../support/module-example.js';
 import { numaScenario } from './numa-scenario.js';
+import { migrationScenario } from './migration-scenario.js';
 import { snapshotScenario } from './snapshot-scenario.js';
 import { guestTools } from '../support/rootfs.js';
 
@@ -705,6 +706,9 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
 
   test('snapshot: all that a guest does goes on where it was, by copy and by map', () =>
     snapshotScenario({ host, backend, scratch, modules, start }));
+
+  test('migration: all that a guest does goes on in another process, to and fro', () =>
+    migrationScenario({ host, backend, scratch, modules, start }));
 
   test('pmem: keeps what was written', async () => {
     await host.check(`cd ${scratch} && truncate -s 8M pmem && printf before | dd of=pmem conv=notrunc 2>/dev/null`);

@@ -9,7 +9,7 @@ const ROUNDS = 2;
 const MAP = 'memory_restore_mode=map';
 
 /** Counts what it has done, and tells of what was wrong; one for each vCPU, and one that writes to the disk and reads it again. */
-const WORK = `
+export const WORK = `
 head -c 256k /dev/zero | md5sum >/tmp/right
 for one in 1 2; do
   while :; do

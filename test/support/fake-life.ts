@@ -168,6 +168,11 @@ export class FakeLives {
         return this.saved!;
       },
       held: [],
+      built: { cpus: config.cpus, memory: config.memory },
+      trackWrites: () => Promise.resolve(),
+      takeWritten: () => undefined,
+      endTracking: () => Promise.resolve(),
+      throttle: () => Promise.resolve(),
       powerButton: () => (life.pressed += 1),
       writeCore: async (file, goesOn) => {
         life.cores.push(`${life.paused ? 'paused' : 'running'} ${file}`);

@@ -12,8 +12,9 @@ import type {
   VmConfig,
   VsockConfig,
 } from '../../sdk/types.js';
-import { DEVICE_OPTIONS } from '../options.js';
-import { readDevice, readRestore } from '../parse-run.js';
+import { receiveMigrationSchema, sendMigrationSchema } from '../../config/migration-config.js';
+import { DEVICE_OPTIONS, listHelp, RECEIVE_MIGRATION_SUB_OPTIONS, SEND_MIGRATION_SUB_OPTIONS } from '../options.js';
+import { readDevice, readFields, readRestore } from '../parse-run.js';
 import { countersText, infoText, placeText } from './tables.js';
 
 /** What the command line gave one call. */
@@ -50,6 +51,8 @@ export interface Call {
   readonly switches?: Readonly<Record<string, string>>;
   /** Of whose option the argument has the syntax. */
   readonly option?: Added | 'restore';
+  /** What its argument is made of, where no option has it. */
+  readonly list?: string;
   /** @returns undefined: there is nothing to say */
   run(client: Client, given: Given): Promise<Outcome | undefined>;
 }
@@ -169,6 +172,38 @@ export const CALLS: readonly Call[] = [
     ...{ name: 'restore', usage: 'source_url=FOLDER_URL[,..]', summary: 'Make a machine of a snapshot' },
     ...{ argument: 'required', option: 'restore' },
     run: (client, { argument, signal }) => nothing(client.restore(readRestore('restore', argument!), { signal })),
+  },
+  {
+    ...{
+      name: 'send-migration',
+      usage: 'destination_url=unix:PATH[,..]',
+      summary: 'Send the machine to another process',
+    },
+    argument: 'required',
+    get list() {
+      const { shape } = sendMigrationSchema;
+      const defaults = sendMigrationSchema.parse({ destination_url: 'unix:/any' });
+      return listHelp('Where to and how', SEND_MIGRATION_SUB_OPTIONS, shape, {
+        ...defaults,
+        destination_url: undefined,
+      });
+    },
+    run: (client, { argument, signal }) => {
+      const wanted = readFields('send-migration', argument!, SEND_MIGRATION_SUB_OPTIONS, sendMigrationSchema);
+      return nothing(client.sendMigration(wanted, { signal }));
+    },
+  },
+  plain('cancel-migration', 'Give the sending up', (client, options) => client.cancelMigration(options)),
+  {
+    ...{ name: 'receive-migration', usage: 'receiver_url=unix:PATH[,..]', summary: 'Wait for a machine that is sent' },
+    argument: 'required',
+    get list() {
+      return listHelp('Where from', RECEIVE_MIGRATION_SUB_OPTIONS, receiveMigrationSchema.shape, {});
+    },
+    run: (client, { argument, signal }) => {
+      const wanted = readFields('receive-migration', argument!, RECEIVE_MIGRATION_SUB_OPTIONS, receiveMigrationSchema);
+      return nothing(client.receiveMigration(wanted, { signal }));
+    },
   },
   adds('disk', 'disk', (client, device, options) => client.addDisk(device as DiskConfig, options)),
   adds('net', 'network interface', (client, device, options) => client.addNet(device, options)),

@@ -4,7 +4,7 @@ import net from 'node:net';
 import { OptionError } from '../../config/option-syntax.js';
 import { Client } from '../../sdk/client.js';
 import { bodyOf, type CallOptions, ConnectionError } from '../../sdk/connection.js';
-import type { NetConfig, PciDeviceInfo, RestoreConfig } from '../../sdk/types.js';
+import type { NetConfig, PciDeviceInfo, ReceiveMigrationData, RestoreConfig } from '../../sdk/types.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 
 export class RemoteClient extends Client {
@@ -25,6 +25,12 @@ export class RemoteClient extends Client {
     const fds = (config.net_fds ?? []).flatMap((network) => network.fds ?? []);
     if (fds.length === 0) return super.restore(config, options);
     await this.#give('restore net_fds=', 'vm.restore', config, fds, options);
+  }
+
+  override async receiveMigration(wanted: ReceiveMigrationData, options?: CallOptions): Promise<void> {
+    const fds = (wanted.net_fds ?? []).flatMap((network) => network.fds ?? []);
+    if (fds.length === 0) return super.receiveMigration(wanted, options);
+    await this.#give('receive-migration net_fds=', 'vm.receive-migration', wanted, fds, options);
   }
 
   /** @param written what comes before the descriptors on the command line @throws OptionError when one is not open */

@@ -113,7 +113,7 @@ function helpText(call: Call | undefined): string {
     ...Object.entries(call.switches ?? {}).map(([name, text]) => [`--${name}`, text] as const),
     ...(call.waits === true ? [WAIT] : []),
   ];
-  const option = RUN_FLAGS.find(({ name }) => name === call.option)?.help ?? '';
+  const option = RUN_FLAGS.find(({ name }) => name === call.option)?.help ?? call.list ?? '';
   const list = option === '' ? '' : `\n${option.split('\n').join('\n  ')}\n`;
   return `vmm remote --api-socket PATH ${usageOf(call)} [OPTIONS]\n\n${call.summary}\n${list}\nOptions:\n${listText([...own, ...COMMON])}`;
 }

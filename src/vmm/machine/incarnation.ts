@@ -4,6 +4,8 @@ import type { MemoryConfig } from '../../config/memory-config.js';
 import { nodeOfZone } from '../../config/numa-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { monotonicClock } from '../../state/monotonic-clock.js';
+import type { MemoryRange } from '../../memory/guest-memory.js';
+import { WrittenPages } from '../../memory/written-pages.js';
 import { closeAll, undoAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import type { Board } from '../boards/board.js';
@@ -17,12 +19,12 @@ import {
   type PlacedDevice,
   servedDevice,
 } from '../devices/device-manager.js';
+import { Throttle } from '../cpus/throttle.js';
 import { CpuManager, type CpuManagerEvents, type CpuStart } from '../cpus/cpu-manager.js';
 import { MachineError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
 import { Dimms } from '../memory/dimms.js';
-import { plugsDimms } from '../memory/hotplug.js';
-import type { ZoneLayout } from '../memory/memory-layout.js';
+import { mappedZones, type ZoneLayout } from '../memory/memory-layout.js';
 import { type MemoryContents, MemoryManager } from '../memory/memory-manager.js';
 import type { HeldMemory } from '../memory/memory-pages.js';
 import type { MemoryPart } from '../memory/memory-part.js';
@@ -43,9 +45,13 @@ const REMINDER_MILLISECONDS = 1000;
 export interface Origin {
   readonly life: SavedLife;
   /** Memory that is mapped from a file. */
-  readonly mapped: MemoryContents;
+  readonly mapped?: MemoryContents;
+  /** Memory with all that it held. */
+  readonly received?: { take(): MemoryManager };
   /** Puts the rest in. */
-  readonly fill: (memory: readonly HeldMemory[]) => Promise<void>;
+  readonly fill?: (memory: readonly HeldMemory[]) => Promise<void>;
+  /** Nanoseconds since the one stood from which it goes on, by which its clocks are to be ahead of where that one's stood. */
+  readonly passed?: () => number;
 }
 
 export class Incarnation {
@@ -65,11 +71,16 @@ export class Incarnation {
   readonly #platform: Platform;
   readonly #vcpus: Set<number>;
   /** What the board was made of. */
-  readonly #built: Pick<VmConfig, 'cpus' | 'memory'>;
+  readonly built: Pick<VmConfig, 'cpus' | 'memory'>;
   #reminder: NodeJS.Timeout | undefined;
   #closing = false;
   /** When it was paused, nanoseconds of the monotonic clock. */
   #paused = 0;
+  /** Nanoseconds that its clocks are to make good when it goes on. */
+  #passed: () => number;
+  /** What devices and vCPU threads write, while it is tracked. */
+  #written: WrittenPages | undefined;
+  readonly #throttle: Throttle;
 
   /** @throws MachineError, BootError, HypervisorError or SystemError; nothing is left behind then */
   constructor(
@@ -82,19 +93,19 @@ export class Incarnation {
   ) {
     const { kernel, hypervisor, config } = parts;
     const saved = origin?.life;
+    this.#passed = origin?.passed ?? (() => 0);
     // What the guest has been given since is put in again where it was.
     const { cpus, memory } = saved?.built ?? config;
-    this.#built = structuredClone({ cpus, memory });
+    this.built = structuredClone({ cpus, memory });
     const undo: (() => void)[] = [];
     try {
       checkVcpuCount(config, hypervisor.maxVcpus);
-      this.#board = createBoard(hypervisor, { ...config, ...this.#built }, resources.memoryFiles, saved?.board);
+      this.#board = createBoard(hypervisor, { ...config, ...this.built }, resources.memoryFiles, saved?.board);
       const { vm, segments, intx } = this.#board;
       undo.push(() => vm.close());
-      const laid = this.#board.memory.zones;
-      // DIMMs are mapped when they come.
-      const zones = plugsDimms(memory) ? laid.map((zone) => ({ ...zone, hotplug: undefined })) : laid;
-      this.#memory = new MemoryManager(kernel, memory, zones, resources.memoryFiles, origin?.mapped);
+      const zones = mappedZones(this.#board.memory, memory);
+      this.#memory =
+        origin?.received?.take() ?? new MemoryManager(kernel, memory, zones, resources.memoryFiles, origin?.mapped);
       undo.push(() => this.#memory.close());
       this.#slots = this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
@@ -117,7 +128,7 @@ export class Incarnation {
       const functions = this.#devices.devices.map(({ handle }) => handle);
       this.#handle = this.#board.createPlatform(functions);
       this.#platform = attachPlatform(this.#handle, kernel, vm.signals, events.onEvent.bind(events));
-      this.dimms = this.#dimms(laid[0]);
+      this.dimms = this.#dimms(this.#board.memory.zones[0]);
       if (this.#platform.serial !== undefined) this.serial = new SerialPump(this.#platform.serial, backends.serial);
       const port = this.#devices.console;
       if (port !== undefined) this.console = new SerialPump(consolePort(port, kernel), backends.console);
@@ -130,6 +141,7 @@ export class Incarnation {
       }
       const affinity = new Map((config.cpus.affinity ?? []).map((entry) => [entry.vcpu, entry.host_cpus]));
       this.#cpus = new CpuManager(hypervisor.name, vcpus, affinity, parts.vcpuWorker, events);
+      this.#throttle = new Throttle(this.#cpus);
     } catch (error) {
       undoAll(error, undo.reverse());
     }
@@ -171,7 +183,7 @@ export class Incarnation {
    */
   async restore(): Promise<void> {
     const { life, fill } = this.origin!;
-    await fill(this.#memory.unfilled());
+    await fill?.(this.#memory.unfilled());
     loadUnits(this.#units(), life.units);
     this.#board.load();
     this.#paused = monotonicClock();
@@ -208,7 +220,7 @@ export class Incarnation {
     const failure = await this.#io.sync();
     if (failure !== undefined) throw new MachineError(failure);
     return {
-      built: this.#built,
+      built: this.built,
       // Before memory is looked at: some of it is written there.
       board: this.#board.save(),
       present: [...this.#vcpus],
@@ -222,6 +234,45 @@ export class Incarnation {
   /** The memory, after `pause`. */
   get held(): readonly HeldMemory[] {
     return this.#memory.held();
+  }
+
+  /**
+   * From now on `takeWritten` tells what of memory is written: by the guest, by its devices here, and by the host's kernel for them.
+   *
+   * @throws MachineError, HypervisorError or SystemError; nothing is tracked then
+   */
+  async trackWrites(): Promise<void> {
+    const stretches = this.#slots.parts.map(({ range, kind }) => ({ ...range, kind }));
+    this.#written = WrittenPages.create(this.parts.kernel, stretches);
+    try {
+      const pages = this.#written.handle;
+      const failure = await this.#io.trackWrites(pages);
+      if (failure !== undefined) throw new MachineError(failure);
+      await this.#cpus.change({ kind: 'track-writes', pages });
+      this.#slots.trackWrites(true);
+    } catch (error) {
+      await this.endTracking();
+      throw error;
+    }
+  }
+
+  /** What has been written to a stretch since it was last asked. @param into as `Vm.takeWritten` */
+  takeWritten(range: MemoryRange, into: Uint32Array): void {
+    this.#slots.takeWritten(range, into);
+    this.#written!.take(range, into);
+  }
+
+  async endTracking(): Promise<void> {
+    this.#slots.trackWrites(false);
+    await this.#io.trackWrites(undefined);
+    await this.#cpus.change({ kind: 'track-writes', pages: undefined });
+    this.#written?.close();
+    this.#written = undefined;
+  }
+
+  /** Has the vCPUs stand still for a part of the time. @param percent up to 99 */
+  async throttle(percent: number): Promise<void> {
+    await this.#throttle.set(percent);
   }
 
   /** The machine as a vCPU thread that starts now finds it. */
@@ -361,10 +412,12 @@ export class Incarnation {
     this.#devices.paused();
   }
 
-  /** After `pause`. The guest goes on as if no time had passed, but for the wall clock. */
+  /** After `pause`. The guest goes on as if no time had passed, but for the wall clock and what its origin says. */
   resume(): void {
-    this.#platform.setBack(monotonicClock() - this.#paused);
-    this.#board.vm.startTime();
+    const passed = this.#passed();
+    this.#passed = () => 0;
+    this.#platform.setBack(monotonicClock() - this.#paused - passed);
+    this.#board.vm.startTime(BigInt(Math.round(passed)));
     this.#io.resume();
     this.#cpus.resume();
   }
@@ -419,6 +472,7 @@ export class Incarnation {
   async close(): Promise<void> {
     this.#closing = true;
     clearInterval(this.#reminder);
+    await this.#throttle.set(0);
     await this.#cpus.stop();
     await this.#io.stop();
     closeAll([
@@ -432,6 +486,7 @@ export class Incarnation {
       () => this.#board.vm.close(),
       () => this.#devices.close(),
       () => this.#memory.close(),
+      () => this.#written?.close(),
     ]);
   }
 }

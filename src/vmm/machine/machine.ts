@@ -5,7 +5,7 @@
  * configuration; what the devices hold on the host stays, and so do terminals and sockets.
  */
 import type { PlatformEvent } from '../boards/platform-parts.js';
-import { ramSize } from '../../config/memory-config.js';
+import { ramSize, zonesOf } from '../../config/memory-config.js';
 import type { CpuManagerEvents } from '../cpus/cpu-manager.js';
 import type { IoEvents } from '../devices/io-manager.js';
 import { FIXED_NAMES } from '../devices/device-names.js';
@@ -19,6 +19,9 @@ import { type HostEnds, namedByHost, openHostEnds } from './host-ends.js';
 import { MachineError, RequestError } from './machine-error.js';
 import type { Hotplug, Running } from './hotplug.js';
 import type { Incarnation, MachineLife, Origin } from './incarnation.js';
+import { sizeOptions } from '../memory/hotplug.js';
+import type { Connection } from '../migration/frames.js';
+import type { SendingOptions } from '../migration/source.js';
 import { Progress } from './progress.js';
 import type { MachineParts } from './machine-parts.js';
 import type { VcpuEnd } from '../cpus/vcpu-loop.js';
@@ -196,9 +199,7 @@ export class Machine {
    */
   async writeSnapshot(folder: string, goesOn: () => boolean): Promise<void> {
     const { hypervisor, config, tell } = this.parts;
-    // What the guest has written there is in this process alone.
-    const unsaved = config.pmem.find((pmem) => pmem.discard_writes);
-    if (unsaved !== undefined) throw new RequestError(`${unsaved.id}: accepted is no discard_writes=on`, 'failed');
+    this.#refuseUnsaved();
     const { writeSnapshot } = await import('../snapshot/snapshot-folder.js');
     await this.#alone(async (life, lives) => {
       const saved = { hypervisor: hypervisor.name, config, life: await life.save() };
@@ -208,6 +209,59 @@ export class Machine {
         if (!goesOn() || !lives()) throw new RequestError('The machine has ended', 'failed');
         progress.add(bytes);
       });
+    });
+  }
+
+  /** @throws RequestError where something of the machine is in this process alone */
+  #refuseUnsaved(): void {
+    const unsaved = this.parts.config.pmem.find((pmem) => pmem.discard_writes);
+    if (unsaved !== undefined) throw new RequestError(`${unsaved.id}: accepted is no discard_writes=on`, 'failed');
+  }
+
+  /**
+   * Sends the machine to another process; it stands still here then.
+   *
+   * @param connect makes a connection to it
+   * @param accepted called when it would take the machine, with what gives up
+   * @throws UnknownOutcome, or what it failed with; the machine is as it was then
+   */
+  async migrate(
+    connect: () => Promise<Connection>,
+    options: SendingOptions,
+    accepted: (cancel: (reason: Error) => void) => void,
+  ): Promise<void> {
+    const { hypervisor, config } = this.parts;
+    this.#refuseUnsaved();
+    const file = zonesOf(config.memory).find((zone) => zone.file !== undefined);
+    if (file !== undefined) throw new RequestError(`${sizeOptions(file)}: accepted is memory in no file`, 'failed');
+    const { Sender } = await import('../migration/source.js');
+    const { encodeMadeOf, encodeMachine } = await import('../snapshot/state-schema.js');
+    await this.#alone(async (life) => {
+      const memory = life.held;
+      const { resources } = this.host;
+      const ranges = memory.map(({ range }) => range);
+      const { name, architecture } = hypervisor;
+      const sender = await Sender.open(
+        {
+          made: encodeMadeOf({ hypervisor: name, architecture, config, built: life.built, memory: ranges }),
+          memory,
+          runs: !this.#paused,
+          trackWrites: () => life.trackWrites(),
+          takeWritten: ({ range }, into) => life.takeWritten(range, into),
+          endTracking: () => life.endTracking(),
+          throttle: (percent) => life.throttle(percent),
+          pause: () => this.pause(),
+          resume: () => this.resume(),
+          save: async () => encodeMachine({ hypervisor: name, config, life: await life.save() }).state,
+          release: () => resources.unlock(),
+          retake: () => resources.relock(),
+        },
+        connect,
+        options,
+      );
+      void this.#lifeEnds.then(() => sender.cancel(new RequestError('The machine was reset or has ended', 'failed')));
+      accepted((reason) => sender.cancel(reason));
+      await sender.run();
     });
   }
 

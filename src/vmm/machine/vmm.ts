@@ -5,6 +5,11 @@
  * What changes the state goes one after the other; what only asks, or leaves the state alone, waits for nothing.
  */
 import { ramSize } from '../../config/memory-config.js';
+import {
+  migrationAddress,
+  type ReceiveMigrationConfig,
+  type SendMigrationConfig,
+} from '../../config/migration-config.js';
 import { folderPath, type RestoreConfig } from '../../config/restore-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { deviceNames, type DeviceKind, fixedNames } from '../devices/device-names.js';
@@ -15,8 +20,10 @@ import type { RunningInfo } from './device-tree.js';
 import type { Origin } from './incarnation.js';
 
 import { type LifeMaker, Machine, type MachineEnd } from './machine.js';
-import { RequestError } from './machine-error.js';
+import { causeMessages, RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
+import type { Arrived, Receiver } from '../migration/destination.js';
+import type { SendingProgress } from '../migration/source.js';
 import type { Resize } from './resize.js';
 
 /** What every machine of a process is made with. */
@@ -27,9 +34,9 @@ export interface VmmParts extends Omit<MachineParts, 'config'> {
 /** Created: it never ran; Shutdown: it ran, and its configuration is left. */
 export type VmState = 'Created' | 'Running' | 'Paused' | 'Shutdown';
 
-/** Cloud Hypervisor's VmInfo. */
+/** Cloud Hypervisor's VmInfo, and how far the machine's migration is. */
 export type VmInfo = Pick<RunningInfo, 'config' | 'memory_actual_size'> &
-  Partial<RunningInfo> & { readonly state: VmState };
+  Partial<RunningInfo> & { readonly state: VmState; readonly migration?: SendingProgress };
 
 export interface VmmOptions {
   /** The process stays when the guest powers itself off. */
@@ -48,7 +55,19 @@ interface Owned {
   machine?: Machine | undefined;
   /** Who stops it is told how that went. */
   stopping: boolean;
+  /** Present while it is sent to another process. */
+  migration?: Migration | undefined;
 }
+
+interface Migration {
+  progress: SendingProgress;
+  readonly cancel: (reason: Error) => void;
+  /** Resolves when it is over. */
+  readonly over: Promise<void>;
+}
+
+/** For which the other side of a migration may be silent. Milliseconds. */
+const PATIENCE = 30_000;
 
 export class Vmm {
   /** Resolves when the process is to end, and nothing of its machine is left; rejects with what that failed with. */
@@ -59,6 +78,8 @@ export class Vmm {
   /** The last of the steps that change the state; never rejects. */
   #turn: Promise<unknown> = Promise.resolve();
   #ending: Promise<void> | undefined;
+  /** Present while a machine is received. */
+  #receiver: Receiver | undefined;
   /** What ends the process; undefined: somebody who wanted it. */
   #failure: unknown;
 
@@ -78,6 +99,7 @@ export class Vmm {
   /** Takes a checked configuration, and boots nothing yet. @throws RequestError when there is a machine */
   create(config: VmConfig): Promise<void> {
     return this.#next(() => {
+      this.#unexpected();
       this.#own(config);
     });
   }
@@ -152,6 +174,7 @@ export class Vmm {
   restore(wanted: RestoreConfig, descriptors: ReadonlyMap<string, readonly number[]>): Promise<void> {
     return this.#next(async () => {
       if (this.#owned !== undefined) throw refused(this.#owned, 'none');
+      this.#unexpected();
       this.parts.tell('vm', 'restoring');
       const { openOrigin } = await import('../snapshot/origin.js');
       const { source_url: url, memory_restore_mode: mode, prefault, resume, ...anew } = wanted;
@@ -177,28 +200,180 @@ export class Vmm {
     });
   }
 
+  /** @throws RequestError when a machine is on its way here, or may be */
+  #unexpected(): void {
+    if (this.#receiver === undefined) return;
+    throw new RequestError('A machine is to be received; vm.delete gives that up', 'busy');
+  }
+
+  /** @throws RequestError when the machine is on its way to another process */
+  #stays(): void {
+    if (this.#owned?.migration === undefined) return;
+    throw new RequestError('The machine is being migrated; vm.cancel-migration gives that up', 'busy');
+  }
+
+  /**
+   * Sends the machine to another process. Resolves when that one would take it; events and `info` tell how it goes on. In the end
+   * the machine is there and this process ends, or the machine goes on here.
+   *
+   * @throws RequestError, MigrationError, or what it failed with at its beginning; nothing has changed then
+   */
+  sendMigration({ destination_url: url, tls_dir: tls, ...options }: SendMigrationConfig): Promise<void> {
+    return this.#next(async () => {
+      const machine = this.#running();
+      this.#stays();
+      const owned = this.#owned!;
+      const { connect } = await import('../migration/address.js');
+      const { Connection } = await import('../migration/frames.js');
+      const given = new AbortController();
+      const address = migrationAddress(url)!;
+      const connection = async () => new Connection(await connect(address, tls, given.signal), PATIENCE);
+      const progress = (now: SendingProgress) => {
+        owned.migration!.progress = now;
+        this.parts.tell('vm', 'migration-memory-iteration', {
+          id: String(now.round),
+          remaining: String(now.remaining),
+        });
+      };
+      let begun: () => void = () => undefined;
+      const begins = new Promise<void>((resolve) => (begun = resolve));
+      const sent = machine.migrate(connection, { ...options, progress, patience: PATIENCE }, (cancel) => {
+        owned.migration = { progress: { round: 0, sent: 0, remaining: 0, throttled: 0 }, cancel, over };
+        this.parts.tell('vm', 'migration-started');
+        begun();
+      });
+      const over = sent.then(
+        () => this.#sent(owned),
+        (error: unknown) => {
+          // Else it is told to who asked for it.
+          if (owned.migration !== undefined) this.#notSent(owned, error);
+        },
+      );
+      await Promise.race([begins, sent]);
+    });
+  }
+
+  #sent(owned: Owned): void {
+    owned.migration = undefined;
+    this.parts.tell('vm', 'migration-finished');
+    void this.shutdownVmm('the machine has been migrated');
+  }
+
+  #notSent(owned: Owned, error: unknown): void {
+    owned.migration = undefined;
+    const reason = causeMessages(error).join(': ');
+    this.parts.logger.warn(`Migration: ${reason}`);
+    this.parts.tell('vm', 'migration-failed', { reason });
+  }
+
+  /** The machine goes on here. @throws RequestError when it is not being migrated */
+  async cancelMigration(): Promise<void> {
+    const migration = this.#owned?.migration;
+    if (migration === undefined) throw new RequestError('No machine is being migrated', 'failed');
+    await this.#cancel('vm.cancel-migration');
+  }
+
+  async #cancel(reason: string): Promise<void> {
+    const migration = this.#owned?.migration;
+    migration?.cancel(new RequestError(`Given up: ${reason}`, 'failed'));
+    await migration?.over;
+  }
+
+  /**
+   * Waits for a machine that another process sends, and has it go on here.
+   *
+   * @param descriptors of taps, by network; the machine's once it has succeeded
+   * @throws RequestError, MigrationError, SnapshotError, StateError, or what `boot` throws; there is no machine then
+   */
+  async receiveMigration(
+    wanted: ReceiveMigrationConfig,
+    descriptors: ReadonlyMap<string, readonly number[]>,
+  ): Promise<void> {
+    const { listen } = await import('../migration/address.js');
+    const destination = await import('../migration/destination.js');
+    const { receiver_url: url, tls_dir: tls, ...anew } = wanted;
+    if (this.#owned !== undefined) throw refused(this.#owned, 'none');
+    if (this.#ending !== undefined) throw new RequestError('The process is ending', 'failed');
+    this.#unexpected();
+    const { tell } = this.parts;
+    const receiver = new destination.Receiver(this.parts, {
+      anew: { ...anew, descriptors },
+      patience: PATIENCE,
+      started: () => tell('vm', 'migration-receive-started'),
+    });
+    this.#receiver = receiver;
+    try {
+      const listener = await listen(this.parts.kernel, migrationAddress(url)!, tls);
+      const arrived = await (async () => {
+        try {
+          listener.onConnection((stream) => receiver.connected(stream));
+          tell('vm', 'migration-receive-ready');
+          return await receiver.receive();
+        } finally {
+          listener.close();
+        }
+      })();
+      await this.#next(() => this.#takeOver(arrived, descriptors));
+      tell('vm', 'migration-receive-finished');
+    } catch (error) {
+      await receiver.failed(error);
+      tell('vm', 'migration-receive-failed', { reason: causeMessages(error).join(': ') });
+      throw error;
+    } finally {
+      this.#receiver = undefined;
+    }
+  }
+
+  async #takeOver(arrived: Arrived, descriptors: ReadonlyMap<string, readonly number[]>): Promise<void> {
+    const owned = this.#own(arrived.config);
+    let runs: boolean;
+    try {
+      await this.#start(owned, arrived.origin);
+      runs = await arrived.prepared();
+    } catch (error) {
+      // Before the other side hears of it: it takes its disks back then.
+      await this.#stop('it stays where it was').catch(() => undefined);
+      owned.hotplug.close();
+      this.#owned = undefined;
+      throw error;
+    }
+    for (const [id, fds] of descriptors) owned.hotplug.given(id, fds);
+    await arrived.taken();
+    if (runs) this.#resume();
+  }
+
   /** Ends the machine as if its plug were pulled; its configuration stays. @throws RequestError, or how it failed to end */
   shutdown(): Promise<void> {
     return this.#next(async () => {
       this.#running();
+      await this.#cancel('vm.shutdown');
       await this.#stop('vm.shutdown');
     });
   }
 
   /** Removes the machine, which is shut down if it runs. @throws how it failed to end */
   delete(): Promise<void> {
-    return this.#next(() => this.#delete('vm.delete'));
+    this.#receiver?.cancel(new RequestError('Given up: vm.delete', 'failed'));
+    return this.#next(async () => {
+      await this.#cancel('vm.delete');
+      await this.#delete('vm.delete');
+    });
   }
 
   /** Resets the machine as the guest could; resolves when it runs anew. @throws RequestError, or what it failed with */
   reboot(): Promise<void> {
-    return this.#next(() => this.#running('unknown').reset('vm.reboot'));
+    return this.#next(() => {
+      const machine = this.#running('unknown');
+      this.#stays();
+      return machine.reset('vm.reboot');
+    });
   }
 
   /** Holds vCPUs, devices and clocks of a machine that runs. @throws RequestError */
   pause(): Promise<void> {
     return this.#next(async () => {
       const machine = this.#running();
+      this.#stays();
       if (machine.paused) throw refused(this.#owned, 'Running');
       this.parts.tell('vm', 'pausing');
       await machine.pause();
@@ -209,6 +384,7 @@ export class Vmm {
   /** Lets a paused machine go on. @throws RequestError */
   resume(): Promise<void> {
     return this.#next(() => {
+      this.#stays();
       this.#resume();
     });
   }
@@ -231,6 +407,7 @@ export class Vmm {
   addDevice(kind: DeviceKind, device: object): Promise<PciDeviceInfo | undefined> {
     return this.#next(() => {
       const { hotplug, machine } = this.#configured();
+      this.#stays();
       if (kind === 'vsock') this.#keepFromApi(device);
       const whole = kind === 'net' ? { mac: randomMac(), ...device } : device;
       return hotplug.add(kind, whole, () => machine?.running());
@@ -241,6 +418,7 @@ export class Vmm {
   removeDevice(id: string): Promise<void> {
     return this.#next(() => {
       const { hotplug, machine } = this.#configured();
+      this.#stays();
       return hotplug.remove(id, () => machine?.running());
     });
   }
@@ -287,6 +465,7 @@ export class Vmm {
     step: (machine: Machine) => Promise<void>,
   ): Promise<void> {
     const machine = this.#running();
+    this.#stays();
     const runs = !machine.paused;
     if (runs) await machine.pause();
     this.parts.tell('vm', event);
@@ -305,8 +484,11 @@ export class Vmm {
   /** @throws RequestError when there is no machine */
   info(): VmInfo {
     const owned = this.#configured();
-    const { config, machine } = owned;
-    return { config, memory_actual_size: ramSize(config.memory), ...machine?.info(), state: stateOf(owned) };
+    const { config, machine, migration } = owned;
+    return {
+      ...{ config, memory_actual_size: ramSize(config.memory), ...machine?.info(), state: stateOf(owned) },
+      ...(migration === undefined ? {} : { migration: migration.progress }),
+    };
   }
 
   /** What the devices have done so far, by name: Cloud Hypervisor's VmCounters, and more of them. @throws RequestError */
@@ -318,6 +500,7 @@ export class Vmm {
   resize(wanted: Resize): Promise<void> {
     return this.#next(async () => {
       const { hotplug, machine } = this.#configured();
+      this.#stays();
       if (machine === undefined) {
         await hotplug.resize(wanted, () => undefined);
         return;
@@ -337,6 +520,7 @@ export class Vmm {
   resizeZone(id: string, size: number): Promise<void> {
     return this.#next(() => {
       const { hotplug, machine } = this.#configured();
+      this.#stays();
       return hotplug.resizeZone(id, size, () => machine?.running());
     });
   }
@@ -350,6 +534,7 @@ export class Vmm {
    */
   async resizeDisk(id: string, size: number, shrink: boolean): Promise<void> {
     this.#configured();
+    this.#stays();
     await this.#running().resizeDisk(id, size, shrink);
   }
 
@@ -361,6 +546,7 @@ export class Vmm {
 
   async #shutDownVmm(reason: string): Promise<void> {
     // Whatever else is under way with it.
+    this.#receiver?.cancel(new RequestError('The process is ending', 'failed'));
     this.#owned?.machine?.stop(reason);
     await this.#turn;
     // A failure is kept by who hears of the machine's end first.

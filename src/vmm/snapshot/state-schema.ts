@@ -5,8 +5,9 @@
 import * as z from 'zod/mini';
 import { isDeep, MAX_DEPTH } from '../../config/deep-json.js';
 import { MAX_VCPUS, vmConfigSchema } from '../../config/vm-config.js';
+import type { Hypervisor, HypervisorName } from '../../hypervisor/hypervisor.js';
 import type { MemoryRange } from '../../memory/guest-memory.js';
-import { MACHINE_STATE_VERSION, type SavedMachine } from './saved-machine.js';
+import { MACHINE_STATE_VERSION, type SavedLife, type SavedMachine } from './saved-machine.js';
 import { SnapshotError } from './snapshot-error.js';
 
 /** Bytes of one piece of a hypervisor's own state: an XSAVE area with AMX has 11 KiB, the nested state 12. */
@@ -152,6 +153,34 @@ const stateSchema = z.strictObject({
   hypervisor: z.enum(['kvm', 'mshv']),
   life,
 });
+
+/** What a machine is made of, known before it stands still. */
+export interface MadeOf {
+  readonly hypervisor: HypervisorName;
+  readonly architecture: Hypervisor['architecture'];
+  readonly config: SavedMachine['config'];
+  readonly built: SavedLife['built'];
+  readonly memory: readonly MemoryRange[];
+}
+
+const madeSchema = z.strictObject({
+  hypervisor: z.enum(['kvm', 'mshv']),
+  architecture: z.enum(['x86_64', 'aarch64']),
+  config: z.unknown(),
+  built: life.shape.built,
+  memory: life.shape.memory,
+});
+
+export const encodeMadeOf = (made: MadeOf): string => JSON.stringify(made);
+
+/** @param text from whoever wants to have it taken for that @throws SnapshotError in one line */
+export function decodeMadeOf(text: string): MadeOf {
+  const made = check(madeSchema, parse(text, 'machine'), 'machine');
+  const config = checkConfig(made.config);
+  const { cpus, memory } = checkConfig({ ...config, ...made.built });
+  if (overlap(made.memory)) throw new SnapshotError('machine: memory: accepted are stretches that do not overlap');
+  return { ...made, config, built: { cpus, memory } };
+}
 
 /** @returns two texts in JSON: the configuration, and the rest */
 export function encodeMachine({ config, ...rest }: SavedMachine): { readonly config: string; readonly state: string } {

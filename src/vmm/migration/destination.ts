@@ -1,0 +1,269 @@
+/** The side of a migration that gets the machine: memory first, while it still runs where it was; then the rest of it. */
+import { randomBytes } from 'node:crypto';
+import type { Duplex } from 'node:stream';
+import { isDeepStrictEqual } from 'node:util';
+import { crc32 } from 'node:zlib';
+import type { VmConfig } from '../../config/vm-config.js';
+import type { Origin } from '../machine/incarnation.js';
+import { causeMessages } from '../machine/machine-error.js';
+import type { MachineParts } from '../machine/machine-parts.js';
+import { configAnew, type GivenAnew } from '../snapshot/given-anew.js';
+import { decodeMadeOf, decodeMachine, type MadeOf } from '../snapshot/state-schema.js';
+import { ADDRESS_BYTES, Connection, Frame, type Header, PAGE_SIZE } from './frames.js';
+import { type Go, type Hello, readGo, readHello, sayHello } from './messages.js';
+import { MigrationError } from './migration-error.js';
+import { ReceivedMemory } from './received-memory.js';
+
+export interface ReceivingOptions {
+  readonly anew: GivenAnew;
+  /** Milliseconds for which the other side may be silent. */
+  readonly patience: number;
+  /** Called when a machine is on its way. */
+  readonly started: () => void;
+}
+
+type Parts = Pick<MachineParts, 'kernel' | 'hypervisor'>;
+
+/** Frames that no whole number of pages is in, or none at all. */
+function badLength({ kind, length }: Header): MigrationError {
+  return new MigrationError(`The other side sent a frame ${kind} of ${length} bytes`);
+}
+
+/** Connections as they come in: those of one migration, once it is known which. */
+class Gate {
+  readonly #token = randomBytes(16).toString('hex');
+  #first: { readonly connection: Connection; readonly hello: Hello } | undefined;
+  readonly #more: Connection[] = [];
+  #told: () => void = () => undefined;
+
+  constructor(private readonly patience: number) {}
+
+  /** Whoever says nothing that makes sense is dropped, and waited for no longer. */
+  async enter(stream: Duplex): Promise<void> {
+    const connection = new Connection(stream, this.patience);
+    try {
+      const hello = readHello(await connection.expect(Frame.hello));
+      if (hello.token === undefined) {
+        if (this.#first !== undefined) throw new MigrationError('Another machine is on its way here');
+        await sayHello(connection, hello.connections, this.#token);
+        this.#first = { connection, hello };
+      } else {
+        const wanted = (this.#first?.hello.connections ?? 1) - 1;
+        if (hello.token !== this.#token || this.#more.length >= wanted) {
+          throw new MigrationError('Accepted are connections of the machine that is on its way here');
+        }
+        this.#more.push(connection);
+      }
+      this.#told();
+    } catch (error) {
+      await connection.refuse(causeMessages(error).join(': '));
+    }
+  }
+
+  /** @returns resolves when all connections are there; the first is the one that has answers */
+  async all(abandoned: Promise<never>): Promise<readonly Connection[]> {
+    for (;;) {
+      const { connection, hello } = this.#first ?? {};
+      if (connection !== undefined && this.#more.length === hello!.connections - 1) return [connection, ...this.#more];
+      await Promise.race([new Promise<void>((resolve) => (this.#told = resolve)), abandoned]);
+    }
+  }
+
+  close(): void {
+    for (const connection of [this.#first?.connection, ...this.#more]) connection?.destroy();
+  }
+}
+
+/** A machine that has come, all of it, and stands still. */
+export interface Arrived {
+  readonly config: VmConfig;
+  readonly origin: Origin;
+  /**
+   * Tells the other side that it could go on here, and asks whether it is to.
+   *
+   * @returns whether it is to run; from then on it is this side's
+   * @throws MigrationError: it is not
+   */
+  prepared(): Promise<boolean>;
+  /** The other side is told so, before it runs here. Never rejects. */
+  taken(): Promise<void>;
+}
+
+export class Receiver {
+  readonly #gate: Gate;
+  readonly #abandoned: Promise<never>;
+  #abandon: (reason: Error) => void = () => undefined;
+  #connections: readonly Connection[] = [];
+  #memory: ReceivedMemory | undefined;
+
+  constructor(
+    private readonly parts: Parts,
+    private readonly options: ReceivingOptions,
+  ) {
+    this.#gate = new Gate(options.patience);
+    this.#abandoned = new Promise((_, reject) => (this.#abandon = reject));
+    this.#abandoned.catch(() => undefined);
+  }
+
+  connected(stream: Duplex): void {
+    void this.#gate.enter(stream);
+  }
+
+  /** It is not wanted any more. */
+  cancel(reason: Error): void {
+    this.#abandon(reason);
+    this.#gate.close();
+  }
+
+  /** @throws MigrationError, SnapshotError, RequestError, MachineError; `failed` is to be called then */
+  async receive(): Promise<Arrived> {
+    const connections = await this.#gate.all(this.#abandoned);
+    this.#connections = connections;
+    this.options.started();
+    return await Promise.race([this.#receive(connections), this.#abandoned]);
+  }
+
+  async #receive(connections: readonly Connection[]): Promise<Arrived> {
+    const [first] = connections;
+    const text = (await first.expect(Frame.machine)).toString('utf8');
+    const made = decodeMadeOf(text);
+    const config = this.#check(made);
+    const memory = new ReceivedMemory(this.parts.kernel, made.architecture, made.built.memory, made.memory);
+    this.#memory = memory;
+    await first.send(Frame.accepted);
+    const state = await this.#memoryAndState(connections, memory);
+    const { life } = decodeMachine({ config: JSON.stringify(made.config), state: state.toString('utf8') });
+    if (!isDeepStrictEqual([life.built, life.memory], [made.built, made.memory])) {
+      throw new MigrationError('state: accepted is that of the machine whose memory was sent');
+    }
+    let go: Go | undefined;
+    let heard = 0;
+    const passed = () => (go === undefined ? 0 : passedSince(go, heard) * 1e6);
+    return {
+      config,
+      origin: { life, received: memory, passed },
+      prepared: async () => {
+        await first.send(Frame.prepared);
+        go = readGo(await first.expect(Frame.go));
+        heard = Date.now();
+        return go.resume;
+      },
+      taken: async () => {
+        await first.send(Frame.taken).catch(() => undefined);
+        void Promise.all(connections.map((connection) => connection.end()));
+      },
+    };
+  }
+
+  /** @throws MigrationError, RequestError */
+  #check({ hypervisor, architecture, config }: MadeOf): VmConfig {
+    const here = this.parts.hypervisor;
+    if (hypervisor !== here.name || architecture !== here.architecture) {
+      throw new MigrationError(
+        `A machine of ${architecture} under ${hypervisor}; accepted is one of ${here.architecture} under ${here.name}`,
+      );
+    }
+    return configAnew(config, this.options.anew);
+  }
+
+  /** @returns the state */
+  async #memoryAndState([first, ...more]: readonly Connection[], memory: ReceivedMemory): Promise<Buffer> {
+    for (let round = 0; ; round++) {
+      // The others have nothing but memory to say.
+      const others = Promise.all(more.map((connection) => this.#memoryUntil(connection, memory, round)));
+      others.catch(() => undefined);
+      const end = await this.#memoryUntil(first, memory, round);
+      if (end !== undefined) {
+        for (const connection of more) connection.destroy();
+        return end;
+      }
+      await others;
+      const answer = Buffer.alloc(4);
+      answer.writeUInt32LE(round);
+      await first.send(Frame.round, answer);
+    }
+  }
+
+  /** @returns the state, or undefined at the end of the round */
+  async #memoryUntil(connection: Connection, memory: ReceivedMemory, round: number): Promise<Buffer | undefined> {
+    for (;;) {
+      const header = await connection.header();
+      switch (header.kind) {
+        case Frame.memory:
+          await this.#take(connection, header, memory);
+          break;
+        case Frame.round:
+          if (header.length !== 4) throw badLength(header);
+          if ((await connection.body(header)).readUInt32LE() !== round) {
+            throw new MigrationError('The other side sent memory out of turn');
+          }
+          return undefined;
+        case Frame.checksums:
+          this.#compare(await connection.body(header), memory);
+          break;
+        case Frame.state:
+          return connection.body(header);
+        case Frame.refused:
+          throw await connection.refusal(header);
+        default:
+          throw new MigrationError(`The other side sent a frame ${header.kind} amid memory`);
+      }
+    }
+  }
+
+  async #take(connection: Connection, header: Header, { bytes }: ReceivedMemory): Promise<void> {
+    const size = header.length - ADDRESS_BYTES;
+    if (size <= 0 || size % PAGE_SIZE !== 0) throw badLength(header);
+    let at = addressIn(await connection.start(ADDRESS_BYTES));
+    if (at % PAGE_SIZE !== 0 || !bytes.contains(at, size)) {
+      throw new MigrationError(`The other side sent memory at 0x${at.toString(16)}, where the machine has none`);
+    }
+    await connection.rest(size, (part) => {
+      bytes.copyIn(at, part, 0, part.length);
+      at += part.length;
+    });
+  }
+
+  #compare(body: Buffer, { bytes }: ReceivedMemory): void {
+    const count = (body.length - ADDRESS_BYTES) / 4;
+    if (!Number.isInteger(count) || count <= 0) throw new MigrationError('The other side sent checksums of nothing');
+    const address = addressIn(body);
+    if (!bytes.contains(address, count * PAGE_SIZE)) {
+      throw new MigrationError(
+        `The other side sent checksums at 0x${address.toString(16)}, where the machine has no memory`,
+      );
+    }
+    const page = Buffer.alloc(PAGE_SIZE);
+    const different: number[] = [];
+    for (let index = 0; index < count; index++) {
+      const at = address + index * PAGE_SIZE;
+      bytes.copyOut(at, page, 0, PAGE_SIZE);
+      if (crc32(page) !== body.readUInt32LE(ADDRESS_BYTES + index * 4)) different.push(at);
+    }
+    if (different.length === 0) return;
+    const [at] = different;
+    throw new MigrationError(`${different.length} pages are not as they were sent, the first at 0x${at.toString(16)}`);
+  }
+
+  /** Gives everything back that has come, and tells the other side why. */
+  async failed(error: unknown): Promise<void> {
+    this.#memory?.close();
+    const reason = causeMessages(error).join(': ');
+    await Promise.all(this.#connections.map((connection) => connection.refuse(reason)));
+    this.#gate.close();
+  }
+}
+
+/** Far above 2^53 no guest has memory. */
+const addressIn = (bytes: Buffer) => Number(bytes.readBigUInt64LE());
+
+/** Clocks of hosts agree by so much, or are wrong. Milliseconds. */
+const CLOCKS_DIFFER = 5000;
+
+/** @param heard when, by this host's clock @returns how long it has stood still by now, milliseconds */
+function passedSince({ paused_at: at, paused_for: least }: Go, heard: number): number {
+  const now = Date.now();
+  const passed = now - at;
+  if (passed >= least && passed <= least + CLOCKS_DIFFER) return passed;
+  return least + Math.max(0, now - heard);
+}

@@ -1,0 +1,15 @@
+/** A machine could not be moved. The message is one line. */
+export class MigrationError extends Error {
+  readonly code = 'MIGRATION';
+}
+
+/** The connection is over. */
+export class ConnectionLost extends MigrationError {
+  /** @param ended by the other side, which has sent all that it wanted to; else something between the two broke, or it is silent */
+  constructor(
+    message: string,
+    readonly ended: boolean,
+  ) {
+    super(message);
+  }
+}
