@@ -87,7 +87,7 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
   const memory = attachMemory(data.memory, kernel);
   const pages = new HostPages(kernel, memory);
   const command = new Int32Array(data.command);
-  let written = attachWritten(data.written);
+  pages.written = attachWritten(data.written);
 
   const guestLog = new GuestLog((level, line, leftOut) => post({ kind: 'log', level, line, leftOut }));
   const outbox = new Outbox(data.mail, post);
@@ -103,15 +103,6 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
 
   function attachWritten(handle: WrittenPagesHandle | undefined): WrittenPages | undefined {
     return handle === undefined ? undefined : WrittenPages.attach(kernel, handle);
-  }
-
-  /** The pages read as zeros then, or some of them where the host refuses. @throws SystemError */
-  function discard(address: number, length: number): void {
-    try {
-      pages.discard(address, length);
-    } finally {
-      written?.mark(address, length);
-    }
   }
 
   function build(spec: BackendSpec, context: DeviceContext): VirtioDevice {
@@ -145,13 +136,14 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
       case 'entropy':
         return new EntropyDevice(context, { source: spec.source });
       case 'mem': {
+        const discard = (address: number, length: number) => pages.discard(address, length);
         const populate = spec.populate
           ? (address: number, length: number) => pages.populate(address, length)
           : undefined;
         return new MemDevice(context, { plugged: spec.plugged, discard, populate });
       }
       case 'balloon':
-        return new BalloonDevice(context, { discard });
+        return new BalloonDevice(context, { discard: (address, length) => pages.discard(address, length) });
       case 'pmem':
         return new PmemDevice(context, { fd: spec.fd });
       case 'module':
@@ -169,6 +161,7 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
     const log = (level: 'info' | 'warn', line: string) => guestLog.log(handle.id, level, line);
     const services = { kernel, loop, wake: data.wake, memory, signals, intx, log, emit };
     const runner = new VirtioRunner(handle, queues, services, (context) => build(backend, context));
+    const { written } = pages;
     if (written !== undefined) orClose(runner, () => track(runner, written));
     runners.set(handle.id, runner);
   }
@@ -198,7 +191,7 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
         return;
       case 'add-memory':
         // The host's kernel would mark what lies behind the bitmap.
-        if (written?.covers(order.part.range) === false)
+        if (pages.written?.covers(order.part.range) === false)
           throw new Error('It does not fit what is watched of guest memory');
         standingStill(held, () => memory.add(attachPart(order.part, kernel)));
         return;
@@ -210,8 +203,8 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
         return;
       case 'track-writes':
         standingStill(held, () => {
-          written = attachWritten(order.pages);
-          for (const runner of runners.values()) track(runner, written);
+          pages.written = attachWritten(order.pages);
+          for (const runner of runners.values()) track(runner, pages.written);
         });
     }
   }

@@ -1,8 +1,12 @@
 /** The host's pages behind guest memory, for devices by which a guest gives memory back and takes it. Any thread. */
 import type { GuestMemory, MemoryKind } from '../../memory/guest-memory.js';
+import type { WrittenPages } from '../../memory/written-pages.js';
 import { errnoName, errnoText, type HostKernel, SystemError } from '../../sys/host-kernel.js';
 
 export class HostPages {
+  /** Where pages that are given back are marked, as they have changed. */
+  written: WrittenPages | undefined;
+
   constructor(
     private readonly kernel: HostKernel,
     private readonly memory: GuestMemory,
@@ -15,10 +19,14 @@ export class HostPages {
    * @throws SystemError where the host refuses
    */
   discard(address: number, length: number): void {
-    // What is shared cannot be given back in this process alone.
-    this.#each(address, length, (host, count, kind) =>
-      kind === 'copy' ? 0 : this.kernel.discardRaw(host, count, kind === 'shared'),
-    );
+    try {
+      // What is shared cannot be given back in this process alone.
+      this.#each(address, length, (host, count, kind) =>
+        kind === 'copy' ? 0 : this.kernel.discardRaw(host, count, kind === 'shared'),
+      );
+    } finally {
+      this.written?.mark(address, length);
+    }
   }
 
   /** Has all pages of a range there. @throws SystemError where the host has none left; some may be there then */
