@@ -40,6 +40,8 @@ export class Target {
   }
 
   msr(index: number, value: Value, write: boolean): boolean {
+    // Which addresses are canonical, KVM looks up in CR4, which may have been set just now.
+    if (write && this.processor.flush() < 0) return false;
     const msr = this.#msr;
     msr.setUint32(0, 1, true);
     msr.setUint32(kvm.MSRS_HEADER_SIZE, index, true);
