@@ -19,7 +19,15 @@ import {
   string,
 } from '../acpi/aml.js';
 import { GedEvent, type PciSegmentWindows } from '../acpi/config.js';
-import { genericEvents, hostBridge, powerButton, processor, proximity, pvpanicDevice } from '../acpi/devices.js';
+import {
+  generationCounter,
+  genericEvents,
+  hostBridge,
+  powerButton,
+  processor,
+  proximity,
+  pvpanicDevice,
+} from '../acpi/devices.js';
 import { affinity, buildSlit, buildSrat } from '../acpi/numa.js';
 import { MEMORY_SCAN, memoryHotplug } from '../acpi/memory-hotplug.js';
 import { PCI_SCAN, pciHotplug } from '../acpi/pci-hotplug.js';
@@ -224,6 +232,7 @@ function dsdtTerms(config: Arm64AcpiConfig): Aml {
     ),
     ...(serial ? [serialPort()] : []),
     powerButton(),
+    generationCounter(layout.GENERATION_ID),
     ...(pvpanic ? [pvpanicDevice(memory32Fixed(layout.PVPANIC, 2))] : []),
     genericEvents(layout.GED, gsi(layout.SPI_GED), scans),
     ...(memoryRegisters === undefined ? [] : [memoryHotplug(memoryRegisters)]),

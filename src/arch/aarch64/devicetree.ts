@@ -82,6 +82,7 @@ export function buildDevicetree(config: DevicetreeConfig): Uint8Array {
     writeChosen(fdt, config);
     writeCpus(fdt, config);
     writeMemory(fdt, config);
+    writeGeneration(fdt);
     fdt.node('psci', () => {
       fdt.property('compatible', ['arm,psci-1.0', 'arm,psci-0.2']);
       fdt.property('method', 'hvc');
@@ -140,6 +141,26 @@ function writeMemory(fdt: FdtWriter, config: DevicetreeConfig): void {
       'distance-matrix',
       nodes.flatMap(({ id: from }) => nodes.flatMap(({ id: to }) => [from, to, nodeDistance(nodes, from, to)])),
     );
+  });
+}
+
+/** The generation ID, in memory that the kernel leaves alone: rng/microsoft,vmgenid.yaml, reserved-memory.yaml. */
+function writeGeneration(fdt: FdtWriter): void {
+  const page = pair(layout.GENERATION_ID, layout.GENERATION_PAGE);
+  const address = hex(layout.GENERATION_ID);
+  fdt.node('reserved-memory', () => {
+    fdt.property('#address-cells', [2]);
+    fdt.property('#size-cells', [2]);
+    fdt.property('ranges', true);
+    fdt.node(`generation@${address}`, () => {
+      fdt.property('reg', page);
+      fdt.property('no-map', true);
+    });
+  });
+  fdt.node(`rng@${address}`, () => {
+    fdt.property('compatible', 'microsoft,vmgenid');
+    fdt.property('reg', page);
+    fdt.property('interrupts', [SPI, layout.SPI_GENERATION, EDGE_RISING]);
   });
 }
 

@@ -26,6 +26,7 @@ const CONFIGURATION_TABLES = 3;
 
 const CONVENTIONAL_MEMORY = 7;
 const ACPI_RECLAIM_MEMORY = 9;
+const ACPI_NVS = 10;
 const MEMORY_WRITE_BACK = 8n;
 
 export interface EfiTables {
@@ -35,16 +36,22 @@ export interface EfiTables {
 
 /**
  * @param start where the bytes will lie @param reclaim RAM with these and the ACPI tables, which the guest keeps for itself; whole
- * pages within the first range of RAM
+ * pages within the first range of RAM @param nvs RAM right behind, which is not the guest's
  */
-export function buildEfi(start: number, rsdp: number, ram: readonly MemoryRange[], reclaim: MemoryRange): EfiTables {
+export function buildEfi(
+  start: number,
+  rsdp: number,
+  ram: readonly MemoryRange[],
+  reclaim: MemoryRange,
+  nvs: MemoryRange,
+): EfiTables {
   const vendor = Buffer.from('VMM\0', 'utf16le');
   const tables = start + SYSTEM_TABLE_SIZE;
   const reservations = Math.ceil((tables + CONFIGURATION_TABLES * CONFIGURATION_ENTRY_SIZE) / 16) * 16;
   const properties = reservations + LINUX_MEMRESERVE_SIZE;
   const vendorAt = properties + 8;
   const memoryMap = Math.ceil((vendorAt + vendor.length) / 16) * 16;
-  const regions = memoryRegions(ram, reclaim);
+  const regions = memoryRegions(ram, reclaim, nvs);
   const bytes = Buffer.alloc(memoryMap - start + regions.length * DESCRIPTOR_SIZE);
 
   bytes.writeBigUInt64LE(SYSTEM_TABLE_SIGNATURE, 0);
@@ -87,13 +94,18 @@ export function buildEfi(start: number, rsdp: number, ram: readonly MemoryRange[
   return { place, bytes };
 }
 
-function memoryRegions(ram: readonly MemoryRange[], reclaim: MemoryRange): (MemoryRange & { type: number })[] {
+function memoryRegions(
+  ram: readonly MemoryRange[],
+  reclaim: MemoryRange,
+  nvs: MemoryRange,
+): (MemoryRange & { type: number })[] {
   const [first, ...others] = ram;
-  const end = reclaim.address + reclaim.size;
+  const end = nvs.address + nvs.size;
   const type = CONVENTIONAL_MEMORY;
   return [
     { type, address: first.address, size: reclaim.address - first.address },
     { type: ACPI_RECLAIM_MEMORY, ...reclaim },
+    { type: ACPI_NVS, ...nvs },
     { type, address: end, size: first.address + first.size - end },
     ...others.map((range) => ({ type, ...range })),
   ];

@@ -56,7 +56,10 @@ export const FDT = 0x4000_0000;
 export const FDT_MAX = 0x20_0000;
 /** The tables of ACPI, and the EFI structures by which they are found. */
 export const ACPI = 0x4020_0000;
-export const ACPI_MAX = 0x20_0000;
+export const ACPI_MAX = 0x1f_f000;
+/** Behind them the generation ID, with a page of its own. */
+export const GENERATION_ID = ACPI + ACPI_MAX;
+export const GENERATION_PAGE = 0x1000;
 /** The kernel's base, which it wants on a multiple of this. */
 export const KERNEL = 0x4040_0000;
 export const KERNEL_ALIGNMENT = 0x20_0000;
@@ -69,6 +72,8 @@ export const SPI_INTX = [0, 1, 2, 3] as const;
 export const SPI_GPIO = 9;
 export const SPI_GED = 10;
 export const SPI_SERIAL = 11;
+/** A guest of the devicetree hears by it of another generation ID. */
+export const SPI_GENERATION = 12;
 
 /** Private interrupts of each processor (Arm BSA): secure, non-secure, virtual and hypervisor timer, and the PMU. */
 export const PPI_TIMERS = [13, 14, 11, 10] as const;

@@ -14,7 +14,7 @@ export interface PciSegmentWindows {
 }
 
 /** Bits of the GED's event register: src/devices/ged.ts. */
-export const GedEvent = { Cpu: 1, Memory: 2, Pci: 4, PowerButton: 8 } as const;
+export const GedEvent = { Cpu: 1, Memory: 2, Pci: 4, PowerButton: 8, Generation: 16 } as const;
 export type GedEvent = (typeof GedEvent)[keyof typeof GedEvent];
 
 /** Registers of the hotplug controllers, in bytes: src/devices/{pci,cpu,memory}-hotplug.ts. */

@@ -79,6 +79,23 @@ export function powerButton(): Aml {
   return device('PWRB', name('_HID', eisaId('PNP0C0C')), name('_UID', integer(0)));
 }
 
+/**
+ * Microsoft's "Virtual Machine Generation ID": where 16 bytes are that no two copies of a machine have in common. The guest is told when
+ * they are others.
+ *
+ * @param address of theirs, in memory that the guest does not use
+ */
+export function generationCounter(address: number): Aml {
+  const halves = [address % 2 ** 32, Math.floor(address / 2 ** 32)];
+  return device(
+    'VGEN',
+    name('_HID', string('VMMG0001')),
+    name('_CID', string('VM_Gen_Counter')),
+    name('_DDN', string('VM_Gen_Counter')),
+    name('ADDR', packageOf(...halves.map(integer))),
+  );
+}
+
 /** QEMU's docs/specs/pvpanic.rst. @param place a resource descriptor */
 export function pvpanicDevice(place: Aml): Aml {
   return device(
@@ -108,6 +125,7 @@ export function genericEvents(register: number, gsi: number, scans: ReadonlyMap<
       store(reference('GEVT'), LOCAL0),
       ...Array.from(scans, ([event, scan]) => ifThen(and(LOCAL0, integer(event)), call(scan))),
       ifThen(and(LOCAL0, integer(GedEvent.PowerButton)), notify('\\_SB.PWRB', integer(0x80))),
+      ifThen(and(LOCAL0, integer(GedEvent.Generation)), notify('\\_SB.VGEN', integer(0x80))),
     ),
   );
 }

@@ -23,8 +23,10 @@ export const CMDLINE = 0x2_0000;
 export const CMDLINE_MAX = 0x1_0000;
 /** End of conventional memory: the extended BIOS data area, which starts with the RSDP; the ACPI tables follow. */
 export const EBDA_START = 0xa_0000;
-/** Room for ACPI tables: up to the SMBIOS entry point. */
-export const ACPI_END = 0xf_0000;
+/** Room for ACPI tables: up to the generation ID. */
+export const ACPI_END = 0xe_f000;
+/** The generation ID has a page of its own, before the SMBIOS entry point. */
+export const GENERATION_ID = 0xe_f000;
 /** SMBIOS 3.0 entry point with its structures, then the MP table: found by a scan of 0xf0000-0xfffff. */
 export const SMBIOS = 0xf_0000;
 /** Where real mode enters the firmware. */

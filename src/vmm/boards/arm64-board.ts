@@ -15,7 +15,7 @@ import type { AddressWindow, SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
-import { addressBits, type Board, configuredTopology } from './board.js';
+import { addressBits, type Board, configuredTopology, writeGeneration } from './board.js';
 import type { Arm64BoardState } from './board-state.js';
 import type { MemoryFiles } from '../host/memory-file.js';
 import { numaNodes, type PlacedFunction, segmentsOf } from './numa.js';
@@ -37,6 +37,8 @@ export class Arm64Board implements Board {
   readonly segments: readonly SegmentWindows[];
   readonly intx: IntxHandle;
   readonly #ipaBits: number;
+  /** Where the generation ID is. */
+  #generation: number | undefined;
   #vcpus: Arm64Vcpu[] = [];
 
   /**
@@ -50,6 +52,7 @@ export class Arm64Board implements Board {
     private readonly files: MemoryFiles = new Map(),
     private readonly saved?: Arm64BoardState,
   ) {
+    this.#generation = saved?.generation;
     const { cpus, memory } = config;
     const ipaBits = addressBits(Math.min(hypervisor.ipaBits, cpus.max_phys_bits), saved);
     this.#ipaBits = ipaBits;
@@ -109,13 +112,25 @@ export class Arm64Board implements Board {
 
   save(): Arm64BoardState {
     const vcpus = this.#vcpus.map((vcpu) => vcpu.save());
-    return { architecture: 'aarch64', addressBits: this.#ipaBits, vcpus, vm: this.vm.save() };
+    return {
+      architecture: 'aarch64',
+      addressBits: this.#ipaBits,
+      generation: this.#generation,
+      vcpus,
+      vm: this.vm.save(),
+    };
   }
 
   load(): void {
     const { vcpus, vm } = this.saved!;
     this.#vcpus.forEach((vcpu, id) => vcpu.load(vcpus[id]));
     this.vm.load(vm);
+  }
+
+  renewGeneration(memory: GuestMemory): boolean {
+    if (this.#generation === undefined) return false;
+    writeGeneration(memory, this.#generation);
+    return true;
   }
 
   createPlatform(virtio: readonly VirtioPciHandle[]): Arm64PlatformHandle {
@@ -147,6 +162,8 @@ export class Arm64Board implements Board {
       efi: ACPI_WANTED.test(cmdline) ? this.#writeAcpi(memory, numa) : undefined,
     });
     memory.write(layout.FDT, devicetree);
+    this.#generation = layout.GENERATION_ID;
+    writeGeneration(memory, this.#generation);
     // The others wait for the first one to start them (PSCI CPU_ON).
     this.#vcpus[0].setBootState(BigInt(entry), BigInt(layout.FDT));
     // The hypervisor itself starts the others (PSCI), and their threads may come later.
@@ -169,10 +186,9 @@ export class Arm64Board implements Board {
     };
     const { rsdp, tables } = buildArm64Acpi(config, layout.ACPI + EFI_MAX, end);
     for (const { address, bytes } of tables) memory.write(address, bytes);
-    const { place, bytes } = buildEfi(layout.ACPI, rsdp, this.memory.ram, {
-      address: layout.ACPI,
-      size: layout.ACPI_MAX,
-    });
+    const reclaim = { address: layout.ACPI, size: layout.ACPI_MAX };
+    const nvs = { address: layout.GENERATION_ID, size: layout.GENERATION_PAGE };
+    const { place, bytes } = buildEfi(layout.ACPI, rsdp, this.memory.ram, reclaim, nvs);
     memory.write(layout.ACPI, bytes);
     return place;
   }

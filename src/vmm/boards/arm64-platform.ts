@@ -53,6 +53,7 @@ export interface Arm64PlatformHandle extends PciHandle {
   readonly gpioInterrupt: InterruptHandle;
   readonly ged: SharedArrayBuffer;
   readonly gedInterrupt: InterruptHandle;
+  readonly generationInterrupt: InterruptHandle;
   readonly pciHotplug: SharedArrayBuffer;
   readonly memoryHotplug: SharedArrayBuffer;
   readonly panics: SharedArrayBuffer;
@@ -80,6 +81,7 @@ export function createArm64Platform(
     gpioInterrupt: vm.createInterrupt(layout.SPI_GPIO),
     ged: blank(gedLayout),
     gedInterrupt: vm.createInterrupt(layout.SPI_GED),
+    generationInterrupt: vm.createInterrupt(layout.SPI_GENERATION),
     pciHotplug: blank(pciHotplugLayout),
     memoryHotplug: blank(memoryHotplugLayout),
     panics: blank(budgetLayout),
@@ -144,6 +146,11 @@ export function attachArm64Platform(
     memory,
     serial,
     powerButton,
+    // As with the button: by the GED and by an interrupt of its own.
+    generationRenewed: () => {
+      ged.notify(GedEvent.Generation);
+      line(handle.generationInterrupt).raise();
+    },
     endOfInterrupt: () => undefined,
     slots: slotEvents(hotplug, ged),
     dimms: dimms && dimmEvents(dimms, ged),

@@ -56,6 +56,8 @@ export interface Board {
    * @throws HypervisorError, SystemError
    */
   load(): void;
+  /** Gives the guest another generation ID, after `load`. @returns false: it was told of none */
+  renewGeneration(memory: GuestMemory): boolean;
 }
 
 /** The shape of the vCPUs that can ever be present. */
@@ -67,6 +69,14 @@ export function configuredTopology({ topology, max_vcpus: max }: CpusConfig): To
     diesPerPackage: topology.dies_per_package,
     packages: topology.packages,
   };
+}
+
+/** Of the generation ID: nobody can guess the next. Bytes. */
+export const GENERATION_SIZE = 16;
+
+/** @param address of the generation ID @throws GuestMemoryError */
+export function writeGeneration(memory: GuestMemory, address: number): void {
+  memory.write(address, process.getBuiltinModule('node:crypto').randomBytes(GENERATION_SIZE));
 }
 
 /**

@@ -52,6 +52,8 @@ export interface Platform {
   readonly memory: Bus;
   readonly serial?: BytePort | undefined;
   powerButton(): void;
+  /** Tells the guest that its generation ID is another. */
+  generationRenewed(): void;
   /** A level-triggered interrupt of this vector has ended: the hypervisor tells it where the IOAPIC is the machine's own. */
   readonly endOfInterrupt: (vector: number) => void;
   /** Tells the guest which PCI slots something came to, and which it shall let go. */

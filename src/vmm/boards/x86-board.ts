@@ -22,7 +22,7 @@ import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
-import { addressBits, type Board, configuredTopology } from './board.js';
+import { addressBits, type Board, configuredTopology, writeGeneration } from './board.js';
 import type { X86BoardState } from './board-state.js';
 import type { MemoryFiles } from '../host/memory-file.js';
 import { MachineError } from '../machine/machine-error.js';
@@ -49,6 +49,8 @@ export class X86Board implements Board {
   readonly #supported: readonly CpuidEntry[];
   readonly #topology: Topology;
   readonly #vcpus: X86Vcpu[] = [];
+  /** Where the generation ID is. */
+  #generation: number | undefined;
   /** What each was told of its processor. */
   readonly #cpuid: (readonly CpuidEntry[])[] = [];
 
@@ -63,6 +65,7 @@ export class X86Board implements Board {
     private readonly files: MemoryFiles = new Map(),
     private readonly saved?: X86BoardState,
   ) {
+    this.#generation = saved?.generation;
     this.#topology = vcpuTopology(config);
     this.vm = hypervisor.createVm({
       tssAddress: layout.KVM_TSS,
@@ -199,13 +202,26 @@ export class X86Board implements Board {
 
   save(): X86BoardState {
     const vcpus = this.#vcpus.map((vcpu) => vcpu.save());
-    return { architecture: 'x86_64', addressBits: this.#physicalBits, cpuid: this.#cpuid, vcpus, vm: this.vm.save() };
+    return {
+      architecture: 'x86_64',
+      addressBits: this.#physicalBits,
+      generation: this.#generation,
+      cpuid: this.#cpuid,
+      vcpus,
+      vm: this.vm.save(),
+    };
   }
 
   load(): void {
     const { vcpus, vm } = this.saved!;
     this.#vcpus.forEach((vcpu, id) => vcpu.load(vcpus[id]));
     this.vm.load(vm);
+  }
+
+  renewGeneration(memory: GuestMemory): boolean {
+    if (this.#generation === undefined) return false;
+    writeGeneration(memory, this.#generation);
+    return true;
   }
 
   /** @returns the RSDP's address */
@@ -226,6 +242,8 @@ export class X86Board implements Board {
       pvpanic,
     });
     for (const { address, bytes } of acpi.tables) memory.write(address, bytes);
+    this.#generation = layout.GENERATION_ID;
+    writeGeneration(memory, this.#generation);
     const smbios = buildSmbios({ memorySize: ramSize(ram), vcpus: cpus.boot_vcpus });
     memory.write(layout.SMBIOS, smbios);
     const mpTable = Math.ceil((layout.SMBIOS + smbios.length) / 16) * 16;

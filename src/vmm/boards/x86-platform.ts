@@ -191,6 +191,7 @@ export function attachX86Platform(
     memory,
     serial,
     powerButton: () => ged.notify(GedEvent.PowerButton),
+    generationRenewed: () => ged.notify(GedEvent.Generation),
     endOfInterrupt: (vector) => ioapic?.endOfInterrupt(vector),
     slots: slotEvents(hotplug, ged),
     remind: () => ged.remind(),

@@ -44,6 +44,8 @@ const REMINDER_MILLISECONDS = 1000;
 /** Where a machine goes on from. */
 export interface Origin {
   readonly life: SavedLife;
+  /** Whether there may be others that go on from here: the guest is told that it is another one. */
+  readonly clone: boolean;
   /** Memory that is mapped from a file. */
   readonly mapped?: MemoryContents;
   /** Memory with all that it held. */
@@ -182,12 +184,13 @@ export class Incarnation {
    * @throws HypervisorError, SystemError, SnapshotError, or what reading memory failed with
    */
   async restore(): Promise<void> {
-    const { life, fill } = this.origin!;
+    const { life, clone, fill } = this.origin!;
     await fill?.(this.#memory.unfilled());
     loadUnits(this.#units(), life.units);
     this.#board.load();
     this.#paused = monotonicClock();
     this.#platform.restored(this.#paused);
+    if (clone && this.#board.renewGeneration(this.#memory.memory)) this.#platform.generationRenewed();
     this.#devices.restored();
     this.#io.beginPaused();
     this.#startWorkers();

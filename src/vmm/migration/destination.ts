@@ -141,7 +141,7 @@ export class Receiver {
     const passed = () => (go === undefined ? 0 : passedSince(go, heard) * 1e6);
     return {
       config,
-      origin: { life, received: memory, passed },
+      origin: { life, clone: false, received: memory, passed },
       prepared: async () => {
         await first.send(Frame.prepared);
         go = readGo(await first.expect(Frame.go));

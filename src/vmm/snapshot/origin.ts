@@ -44,6 +44,7 @@ export async function openOrigin(
     return {
       config,
       life: prefault ? { ...machine.life, built: prefaulted(machine.life.built) } : machine.life,
+      clone: true,
       mapped,
       fill: (memory) => {
         const progress = new Progress(memory, (done, total) => tell('vm', 'memory-progress', { done, total }));

@@ -7,6 +7,7 @@ import { isDeep, MAX_DEPTH } from '../../config/deep-json.js';
 import { MAX_VCPUS, vmConfigSchema } from '../../config/vm-config.js';
 import type { Hypervisor, HypervisorName } from '../../hypervisor/hypervisor.js';
 import type { MemoryRange } from '../../memory/guest-memory.js';
+import { GENERATION_SIZE } from '../boards/board.js';
 import { MACHINE_STATE_VERSION, type SavedLife, type SavedMachine } from './saved-machine.js';
 import { SnapshotError } from './snapshot-error.js';
 
@@ -99,18 +100,18 @@ const armVcpu = z.strictObject({
   serror: z.strictObject({ pending: z.boolean(), syndrome: z.optional(u64) }),
 });
 
-const addressBits = z.int().check(z.gte(32), z.lte(52));
+const common = { addressBits: z.int().check(z.gte(32), z.lte(52)), generation: z.optional(address) };
 const board = z.discriminatedUnion('architecture', [
   z.strictObject({
     architecture: z.literal('x86_64'),
-    addressBits,
+    ...common,
     cpuid: listOf(listOf(cpuidEntry, 256), MAX_VCPUS),
     vcpus: listOf(x86Vcpu, MAX_VCPUS),
     vm: x86Vm,
   }),
   z.strictObject({
     architecture: z.literal('aarch64'),
-    addressBits,
+    ...common,
     vcpus: listOf(armVcpu, MAX_VCPUS),
     vm: z.strictObject({
       counter: u64,
@@ -212,6 +213,10 @@ export function decodeMachine(texts: { readonly config: string; readonly state: 
   if (overlap(found.memory)) {
     throw new SnapshotError('state: life.memory: accepted are stretches that do not overlap');
   }
+  const { generation } = found.board;
+  if (generation !== undefined && !holds(found.memory, { address: generation, size: GENERATION_SIZE })) {
+    throw new SnapshotError('state: life.board.generation: accepted is an address of its memory');
+  }
   return { hypervisor, config, life: { ...found, built: { cpus, memory } } };
 }
 
@@ -222,6 +227,10 @@ function present(vcpus: readonly number[], made: number): boolean {
 function overlap(ranges: readonly MemoryRange[]): boolean {
   const sorted = [...ranges].sort((a, b) => a.address - b.address);
   return sorted.some(({ address }, index) => index > 0 && address < sorted[index - 1].address + sorted[index - 1].size);
+}
+
+function holds(ranges: readonly MemoryRange[], { address, size }: MemoryRange): boolean {
+  return ranges.some((range) => range.address <= address && address + size <= range.address + range.size);
 }
 
 /** As a machine's configuration is, which may have more queues than vCPUs by now. @throws SnapshotError */

@@ -54,6 +54,7 @@ describe('the ACPI tables of an aarch64 machine', () => {
     expect(dsl['SPCR']).toMatch(/Address : 0000000009000000/);
     expect(dsl['IORT']).toMatch(/Output base : 00000100/i);
     expect(dsl['DSDT']).toMatch(/ARMH0011/);
+    expect(dsl['DSDT'].replace(/\s+/g, ' ')).toContain('Name (ADDR, Package (0x02) { 0x403FF000, Zero })');
     expect(dsl['DSDT']).toMatch(/OperationRegion \(PCST, SystemMemory, 0x09070000, 0x10\)/);
   });
 
@@ -71,8 +72,9 @@ describe('the ACPI tables of an aarch64 machine', () => {
 
 describe('the EFI tables', () => {
   const reclaim = { address: layout.ACPI, size: layout.ACPI_MAX };
+  const nvs = { address: layout.GENERATION_ID, size: layout.GENERATION_PAGE };
   const ram = layoutOf({ size: 4 * 2 ** 30 }, layout.RAM_WINDOWS).ram;
-  const { bytes, place } = buildEfi(layout.ACPI, 0x1234_5678, ram, reclaim);
+  const { bytes, place } = buildEfi(layout.ACPI, 0x1234_5678, ram, reclaim, nvs);
   const view = new DataView(bytes.buffer, bytes.byteOffset);
 
   test('lead from the system table to the RSDP', () => {
@@ -88,10 +90,11 @@ describe('the EFI tables', () => {
       const pages = Number(view.getBigUint64(at + 24, true));
       return { type: view.getUint32(at, true), address: Number(view.getBigUint64(at + 8, true)), size: pages * 4096 };
     });
-    expect(regions.map(({ type }) => type)).toEqual([7, 9, 7, 7]);
+    expect(regions.map(({ type }) => type)).toEqual([7, 9, 10, 7, 7]);
     expect(regions[1]).toMatchObject(reclaim);
+    expect(regions[2]).toMatchObject(nvs);
     expect(regions.reduce((sum, { size }) => sum + size, 0)).toBe(4 * 2 ** 30);
-    for (let index = 1; index < 3; index++) {
+    for (let index = 1; index < 4; index++) {
       expect(regions[index].address).toBe(regions[index - 1].address + regions[index - 1].size);
     }
   });

@@ -81,7 +81,8 @@ describe('PCI hotplug by AML', () => {
     expect(run.notifications).toEqual([]);
     for (const [events, notifications] of [
       [8, ['PWRB 128']],
-      [0xf0, []],
+      [16, ['VGEN 128']],
+      [0xe0, []],
     ] as const) {
       const other = await evaluate(machine, '\\_SB.GED._EVT 0xd', { [GEVT]: events });
       expect(other.accesses).toHaveLength(1);

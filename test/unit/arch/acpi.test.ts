@@ -4,7 +4,9 @@ import { integer, name, scope, string, withPackageLength, type Aml } from '../..
 import type { AcpiConfig } from '../../../src/arch/x86_64/acpi/config.js';
 import { AcpiError, type PlacedTable } from '../../../src/arch/acpi/tables.js';
 import { buildAcpiTables } from '../../../src/arch/x86_64/acpi/tables.js';
+import { memoryMap } from '../../../src/arch/x86_64/boot/memory-map.js';
 import * as layout from '../../../src/arch/x86_64/layout.js';
+import { GuestMemory } from '../../../src/memory/guest-memory.js';
 import { compile, disassemble } from '../../support/iasl.js';
 
 const GIB = 2 ** 30;
@@ -88,7 +90,7 @@ describe('ACPI tables', () => {
       );
       const devices = [...plain(dsl['DSDT']).matchAll(/Device \((\w+)\)/g)].map((match) => match[1]);
       const controllers = (vcpus > bootVcpus ? 2 : 0) + (memory ? 9 : 0);
-      expect(devices).toHaveLength(segments * 33 + 6 + Number(pvpanic) + vcpus + controllers);
+      expect(devices).toHaveLength(segments * 33 + 7 + Number(pvpanic) + vcpus + controllers);
       expect(new Set(devices.filter((device) => !device.startsWith('S0'))).size).toBe(devices.length - segments * 32);
       expect(devices.includes('PEVT')).toBe(pvpanic);
     },
@@ -255,19 +257,32 @@ describe('the DSDT', () => {
     expect(deviceOf(dsdt, 'PEVT')).toContain('IO (Decode16, 0x0505, 0x0505, 0x01, 0x01, )');
   });
 
+  test('says where the generation ID is: in a page of its own that is neither RAM of the guest nor of the tables', () => {
+    const counter = deviceOf(dsdt, 'VGEN');
+    expect(counter).toContain('Name (_CID, "VM_Gen_Counter") ');
+    expect(counter).toContain('Name (_DDN, "VM_Gen_Counter") ');
+    expect(counter).toContain('Name (ADDR, Package (0x02) { 0x000EF000, Zero })');
+    const address = 0xe_f000;
+    expect(address).toBeGreaterThanOrEqual(layout.ACPI_END);
+    expect(address + 0x1000).toBeLessThanOrEqual(layout.SMBIOS);
+    const memory = new GuestMemory([{ address: 0, buffer: new ArrayBuffer(2 ** 21) }]);
+    const map = memoryMap(memory).filter((entry) => entry.address < address + 0x1000);
+    expect(map.map((entry) => entry.address + entry.size)).toEqual([layout.EBDA_START]);
+  });
+
   test('has no serial port where the machine has none', () => {
     const text = plain(disassembleMachine({ ...machine(1, 1, false), serial: false }).dsl['DSDT']);
     expect(text).not.toMatch(/COM1|0x03F8/);
   });
 
-  test('has a generic event device whose method reads the register calls the scans and notifies the power button', () => {
+  test('has a generic event device whose method reads the register calls the scans and notifies the others', () => {
     const ged = deviceOf(dsdt, 'GED');
     expect(ged).toContain('Name (_HID, "ACPI0013" )');
     expect(ged).toContain('Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive, ,, ) { 0x0000000D, }');
     expect(ged).toContain('OperationRegion (GEDR, SystemMemory, 0x00003FFFFFFED000, One)');
     expect(ged).toContain('Field (GEDR, ByteAcc, NoLock, WriteAsZeros) { GEVT, 8 }');
     expect(ged).toContain(
-      'Method (_EVT, 1, Serialized) { Local0 = GEVT If ((Local0 & 0x04)) { \\_SB.PHPR.PSCN () } If ((Local0 & 0x08)) { Notify (\\_SB.PWRB, 0x80) } }',
+      'Method (_EVT, 1, Serialized) { Local0 = GEVT If ((Local0 & 0x04)) { \\_SB.PHPR.PSCN () } If ((Local0 & 0x08)) { Notify (\\_SB.PWRB, 0x80) } If ((Local0 & 0x10)) { Notify (\\_SB.VGEN, 0x80) } }',
     );
   });
 

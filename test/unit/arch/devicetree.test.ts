@@ -67,6 +67,16 @@ describe('the devicetree of a machine', () => {
     expect(nodeOf(source, 'chosen')).not.toContain('initrd');
   });
 
+  test('has the generation ID in memory that is reserved', () => {
+    const { source, complaints } = decompile(buildDevicetree(configOf()));
+    expect(complaints).toBe('');
+    const reg = 'reg = <0x00 0x403ff000 0x00 0x1000>;';
+    const reserved = nodeOf(source, 'reserved-memory').replace(/\s+/g, ' ');
+    expect(reserved).toContain(`ranges; generation@403ff000 { ${reg} no-map; }`);
+    const counter = nodeOf(source, 'rng@403ff000').replace(/\s+/g, ' ');
+    expect(counter).toContain(`compatible = "microsoft,vmgenid"; ${reg} interrupts = <0x00 0x0c 0x01>;`);
+  });
+
   test('tells nothing of what is not there', () => {
     const { source, complaints } = decompile(buildDevicetree(configOf({ serial: false })));
     expect(complaints).toBe('');

@@ -107,6 +107,16 @@ test('interrupts that the guest may not have had come again', () => {
   expect(none.raised).toEqual([]);
 });
 
+test.each([
+  ['x86_64', x86, X86.gedAddress, [layout.IRQ_GED]],
+  ['aarch64', arm, arm64.GED, [arm64.SPI_GED, arm64.SPI_GENERATION]],
+] as const)('a guest is told that its generation ID is another: %s', (_, make, register, pins) => {
+  const { main, raised } = make();
+  main.generationRenewed();
+  expect(raised).toEqual(pins);
+  expect(main.memory.read(register, 1)).toBe(GedEvent.Generation);
+});
+
 test('a power button that was held is let go, and the guest is told of both', () => {
   jest.useFakeTimers();
   const GPIO_DATA_OF_BUTTON = arm64.GPIO + (8 << 2);

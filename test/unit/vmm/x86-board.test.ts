@@ -1,6 +1,8 @@
 import { describe, expect, test } from '@jest/globals';
 import { vmConfigSchema } from '../../../src/config/vm-config.js';
 import type { X86Hypervisor } from '../../../src/hypervisor/hypervisor.js';
+import { GuestMemory } from '../../../src/memory/guest-memory.js';
+import type { X86BoardState } from '../../../src/vmm/boards/board-state.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
 import { X86Board } from '../../../src/vmm/boards/x86-board.js';
 
@@ -42,6 +44,33 @@ test('an NMI is a message to the local APIC', () => {
     [0xfee0_0000, 0, 0x400, 0],
     [0xfee0_4000, 0, 0x400, 0],
   ]);
+});
+
+describe('the generation ID', () => {
+  const { hypervisor } = hypervisorOf(46);
+  const memory = new GuestMemory([{ address: 0, buffer: new ArrayBuffer(0x2000) }]);
+  const state = { architecture: 'x86_64', addressBits: 46, cpuid: [], vcpus: [], vm: {} } as unknown as X86BoardState;
+  const boardOf = (saved: X86BoardState) => new X86Board(hypervisor, configOf(2 ** 29), new Map(), saved);
+  const bytes = () => Buffer.from(memory.read(0, 0x2000)).toString('hex');
+
+  test('is another each time, and nothing beside it', () => {
+    const board = boardOf({ ...state, generation: 0x1000 });
+    const seen = new Set<string>();
+    for (let count = 1; count <= 3; count++) {
+      expect(board.renewGeneration(memory)).toBe(true);
+      const all = bytes();
+      expect(all.slice(0, 0x2000)).toMatch(/^0*$/);
+      expect(all.slice(0x2000 + 32)).toMatch(/^0*$/);
+      seen.add(all.slice(0x2000, 0x2000 + 32));
+      expect(seen.size).toBe(count);
+    }
+  });
+
+  test('is not written where a machine from before has something else', () => {
+    const before = bytes();
+    expect(boardOf(state).renewGeneration(memory)).toBe(false);
+    expect(bytes()).toBe(before);
+  });
 });
 
 describe('the board of an x86_64 machine', () => {

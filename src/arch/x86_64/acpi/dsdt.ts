@@ -1,5 +1,13 @@
 /** The DSDT: what the guest cannot find by itself. One function for each device, in the order of the table. */
-import { genericEvents, hostBridge, powerButton, processor, proximity, pvpanicDevice } from '../../acpi/devices.js';
+import {
+  generationCounter,
+  genericEvents,
+  hostBridge,
+  powerButton,
+  processor,
+  proximity,
+  pvpanicDevice,
+} from '../../acpi/devices.js';
 import { GedEvent } from '../../acpi/config.js';
 import { CPU_SCAN, cpuHotplug } from '../../acpi/cpu-hotplug.js';
 import { MEMORY_SCAN, memoryHotplug } from '../../acpi/memory-hotplug.js';
@@ -54,6 +62,7 @@ export function dsdtTerms(config: AcpiConfig): Aml {
       ...(config.serial ? [serialPort()] : []),
       clock(),
       powerButton(),
+      generationCounter(layout.GENERATION_ID),
       ...(config.pvpanic ? [pvpanicDevice(io(layout.PORT_PVPANIC, 1))] : []),
       genericEvents(config.gedAddress, layout.IRQ_GED, scans),
       ...(memoryRegisters === undefined ? [] : [memoryHotplug(memoryRegisters)]),

@@ -22,6 +22,14 @@ test.each(Object.entries(MACHINES))('a machine of %s comes back as it was', (_na
   expect(JSON.parse(encodeMachine(decodeMachine(texts)).state)).toEqual(JSON.parse(texts.state));
 });
 
+test('a machine has its generation ID, and one from before there was such has none', () => {
+  const machine = x86Machine('kvm');
+  const { board } = machine.life;
+  expect(decodeMachine(encodeMachine(machine)).life.board.generation).toBeUndefined();
+  const life = { ...machine.life, board: { ...board, generation: 0xe_f000 } };
+  expect(decodeMachine(encodeMachine({ ...machine, life })).life).toEqual(life);
+});
+
 test('a machine may have more queues than vCPUs by now', () => {
   const machine = x86Machine('kvm');
   const { boot_vcpus, max_vcpus } = machine.config.cpus;
@@ -90,6 +98,12 @@ describe('one line says what is refused', () => {
       state('life.memory', [range, range]),
       /^state: life\.memory: accepted are stretches that do not overlap$/,
     ],
+    [
+      'a generation ID that ends outside',
+      state('life.board.generation', range.address + range.size - 8),
+      /^state: life\.board\.generation: accepted is an address of its memory$/,
+    ],
+    ['a generation ID that is nowhere', state('life.board.generation', -16), /^state: life\.board\.generation: /],
     ['words that are none', state('life.units.serial.fields.output', [-1]), /^state: .*output\.0: /],
     ['a configuration not accepted', put('config', 'memory.size', -1), /^config: memory\.size: /],
     ['a device that is none', put('config', 'disks', [5]), /^config: disks\.0: /],
