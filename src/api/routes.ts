@@ -2,7 +2,7 @@
 import type { Logger } from '../vmm/log/logger.js';
 import type { Vmm } from '../vmm/machine/vmm.js';
 import { receiveMigrationSchema, sendMigrationSchema } from '../config/migration-config.js';
-import { folderPath, restoreSchema, snapshotSchema } from '../config/restore-config.js';
+import { folderPath, forkSchema, restoreSchema, snapshotSchema } from '../config/restore-config.js';
 import { BodyReader, refusal } from './bodies.js';
 import {
   coredumpSchema,
@@ -140,6 +140,12 @@ export function routes(vmm: ApiVmm, version: string, logger: Logger): ReadonlyMa
         ),
         takesDescriptors: true,
       },
+    ],
+    [
+      'vm.fork',
+      tell('Makes further machines of this one, in processes that wait for one', 'VmForkConfig', ['busy'], (body) =>
+        vmm.fork(reader.read(forkSchema, body)),
+      ),
     ],
     ['vm.info', ask('Configuration, state, memory and devices', 'VmInfo', ['unknown'], info)],
     ['vm.add-disk', add('disk', 'disk', 'DiskConfig')],

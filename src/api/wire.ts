@@ -20,7 +20,7 @@ import { memorySchema, memoryZoneSchema } from '../config/memory-config.js';
 import { numaSchema, pciSegmentSchema } from '../config/numa-config.js';
 import { cpusSchema, vmConfigSchema } from '../config/vm-config.js';
 import { receiveMigrationSchema, sendMigrationSchema } from '../config/migration-config.js';
-import { restoreSchema, snapshotSchema } from '../config/restore-config.js';
+import { forkSchema, restoreSchema, snapshotSchema } from '../config/restore-config.js';
 import { coredumpSchema, removeDeviceSchema, resizeDiskSchema, resizeSchema, resizeZoneSchema } from './requests.js';
 
 const { _disable_io_uring: noUring, _disable_aio: noAio, ...disk } = diskSchema.shape;
@@ -98,6 +98,7 @@ export const WIRE = {
   VmCoredumpData: coredumpSchema,
   VmSnapshotConfig: snapshotSchema,
   RestoreConfig: restoreSchema,
+  VmForkConfig: forkSchema,
   SendMigrationData: sendMigrationSchema,
   ReceiveMigrationData: receiveMigrationSchema,
   PciDeviceInfo: z.strictObject({ id: z.string(), bdf: required('Segment, bus, slot and function', z.string()) }),

@@ -50,6 +50,10 @@ export function vmmContainer(
           ioWorker: scripts.io,
           openTaps: (net) => openTaps(context.get(HOST_KERNEL), net),
           makeLife: (...parts) => new Incarnation(...parts),
+          ask: async (socket, call, body) => {
+            const { request } = await import('../sdk/connection.js');
+            return request(socket, 'PUT', call, body);
+          },
         },
         options,
       ),

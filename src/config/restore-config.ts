@@ -38,11 +38,7 @@ const id = z.string({ error: idError });
 const fd = z.int({ error: 'a descriptor' }).check(z.gte(0, { error: 'a descriptor' }));
 
 /** What of a machine is another where it goes on. */
-export const anewShape = {
-  net_fds: optional(
-    'Descriptors of taps, for networks that had such',
-    z.array(z.strictObject({ id, fds: z.optional(z.array(fd)), num_fds: z.optional(fd) })),
-  ),
+const otherShape = {
   net: optional(
     'Other taps and addresses',
     z.array(z.strictObject({ id, tap: z.optional(z.string()), mac: z.optional(macAddress) })),
@@ -55,6 +51,17 @@ export const anewShape = {
   serial: optional('Another place for the serial port', characterSchema),
   console: optional('Another place for the console', characterSchema),
 };
+
+/** The same, with what comes with a request. */
+export const anewShape = {
+  net_fds: optional(
+    'Descriptors of taps, for networks that had such',
+    z.array(z.strictObject({ id, fds: z.optional(z.array(fd)), num_fds: z.optional(fd) })),
+  ),
+  ...otherShape,
+};
+
+const MAX_CLONES = 256;
 
 export const restoreSchema = z
   .strictObject(
@@ -75,5 +82,29 @@ export const restoreSchema = z
     if (!value.prefault || value.memory_restore_mode === 'Copy') return;
     issues.push({ code: 'custom', input: value, path: ['prefault'], message: 'it only with memory_restore_mode Copy' });
   });
+
+export const forkSchema = z.strictObject(
+  {
+    clones: required(
+      'Machines to make of this one',
+      z
+        .array(
+          z.strictObject(
+            {
+              api_socket: required('Socket of the vmm that is to have it', filePath),
+              // Descriptors of a request are this process's.
+              ...otherShape,
+              resume: defaulted('Let it run at once', flag, true),
+            },
+            { error: '{"api_socket": "/PATH", ...}' },
+          ),
+        )
+        .check(z.minLength(1, { error: 'one clone at the least' }), z.maxLength(MAX_CLONES)),
+    ),
+  },
+  { error: '{"clones": [{"api_socket": "/PATH", ...}]}' },
+);
+
+export type ForkConfig = z.infer<typeof forkSchema>;
 
 export type RestoreConfig = z.infer<typeof restoreSchema>;

@@ -73,7 +73,7 @@ interface Mapping {
   readonly address: number;
   readonly end: number;
   readonly hostAddress: number;
-  readonly source: MemorySource;
+  source: MemorySource;
   /** By the offset in the mapping, in units of WINDOW_SIZE. */
   readonly windows: (Window | undefined)[];
 }
@@ -162,6 +162,12 @@ export class GuestMemory {
   /** Undefined: no guest memory. */
   kindAt(address: number): MemoryKind | undefined {
     return this.#mapping(address)?.source.kind;
+  }
+
+  /** What the host has behind a mapping is another thing now. @param address where it begins */
+  setKind(address: number, kind: MemoryKind): void {
+    const mapping = this.#mappings.find((each) => each.address === address);
+    if (mapping !== undefined) mapping.source = { ...mapping.source, kind };
   }
 
   /** True when every byte of the range is RAM. */

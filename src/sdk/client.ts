@@ -12,6 +12,7 @@ import type {
   SendMigrationData,
   VmConfig,
   VmCounters,
+  VmForkConfig,
   VmInfo,
   VmmPingResponse,
   VmResize,
@@ -146,6 +147,11 @@ export class Client {
   /** Waits for a machine that another process sends, and returns when it is here. */
   async receiveMigration(wanted: ReceiveMigrationData, options?: CallOptions): Promise<void> {
     await this.put('vm.receive-migration', wanted, options);
+  }
+
+  /** Makes further machines of this one, each in a process that waits for one. */
+  async forkInto(wanted: VmForkConfig, options?: CallOptions): Promise<void> {
+    await this.put('vm.fork', wanted, options);
   }
 
   /** Resolves when the machine does not run, or its process has ended. */

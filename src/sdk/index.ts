@@ -13,10 +13,11 @@ export type {
   RestoreConfig,
   SendMigrationData,
   VmConfig,
+  VmForkConfig,
   VmCounters,
   VmInfo,
   VmmPingResponse,
   VmResize,
   VsockConfig,
 } from './types.js';
-export { type ProcessEnd, ProcessError, type StartOptions, VirtualMachine } from './virtual-machine.js';
+export { type Clone, type ProcessEnd, ProcessError, type StartOptions, VirtualMachine } from './virtual-machine.js';

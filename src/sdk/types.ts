@@ -13,6 +13,7 @@ export type NetConfig = Wire<'NetConfig'>;
 export type PmemConfig = Wire<'PmemConfig'>;
 export type VsockConfig = Wire<'VsockConfig'>;
 export type DeviceModuleConfig = Wire<'DeviceModuleConfig'>;
+export type VmForkConfig = Wire<'VmForkConfig'>;
 export type RestoreConfig = Wire<'RestoreConfig'>;
 export type SendMigrationData = Wire<'SendMigrationData'>;
 export type ReceiveMigrationData = Wire<'ReceiveMigrationData'>;

@@ -15,7 +15,10 @@ import { Client } from './client.js';
 import { type CallOptions, ConnectionError } from './connection.js';
 import { Console } from './console.js';
 import { EventSource, type VmmEvent } from './events.js';
-import type { RestoreConfig, VmConfig } from './types.js';
+import type { RestoreConfig, VmConfig, VmForkConfig } from './types.js';
+
+/** What of a clone is another than in the machine that it is made of. */
+export type Clone = Omit<VmForkConfig['clones'][number], 'api_socket'>;
 
 export interface StartOptions {
   /** Ends the machine when it is aborted, at any time. */
@@ -113,6 +116,28 @@ export class VirtualMachine extends Client implements AsyncDisposable {
    */
   static restore(config: RestoreConfig, options?: StartOptions): Promise<VirtualMachine> {
     return VirtualMachine.#start((machine) => machine.restore(config), options);
+  }
+
+  /**
+   * Makes further machines of this one, each in a process of its own. They have its memory together, and each what it writes itself.
+   *
+   * @param clones what of each is another than here: taps, addresses, images, sockets
+   * @returns as many, running unless `resume` is false
+   * @throws ProcessError, ApiError when one cannot be made, or the signal's reason; none of them is left then
+   */
+  async fork(clones: readonly Clone[] = [{}], options?: StartOptions): Promise<VirtualMachine[]> {
+    const nothing = () => Promise.resolve();
+    const started = await Promise.allSettled(clones.map(() => VirtualMachine.#start(nothing, options)));
+    const machines = started.flatMap((each) => (each.status === 'fulfilled' ? [each.value] : []));
+    try {
+      for (const each of started) if (each.status === 'rejected') throw each.reason;
+      const wanted = machines.map(({ socketPath }, index) => ({ ...clones[index], api_socket: socketPath }));
+      await this.forkInto({ clones: wanted }, { signal: options?.signal });
+      return machines;
+    } catch (error) {
+      await Promise.all(machines.map((machine) => machine.close()));
+      throw error;
+    }
   }
 
   /** @param make has the process make its machine */

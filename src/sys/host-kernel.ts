@@ -76,6 +76,8 @@ export interface HostMapping {
    * uses one any more.
    */
   view(offset: number, length: number): ArrayBuffer;
+  /** Has what a file holds in the place of what is there, as a private copy. Views stay valid. @param fd as long as the mapping */
+  replace(fd: number): void;
   unmap(): void;
 }
 

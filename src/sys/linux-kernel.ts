@@ -275,6 +275,13 @@ class Mapping implements HostMapping {
     return koffi.view(this.handle.address + BigInt(offset), length);
   }
 
+  replace(fd: number): void {
+    if (!this.#mapped || !this.owned) throw new RangeError('Only who has mapped it can replace what is there');
+    const flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
+    // SAFETY: exactly the range of this live mapping, which stays one; whoever uses it finds other bytes there.
+    mmap(this.handle.address, this.handle.length, PROT_READ_WRITE, flags, fd, 0);
+  }
+
   unmap(): void {
     if (!this.#mapped || !this.owned) return;
     this.#mapped = false;

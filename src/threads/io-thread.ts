@@ -195,6 +195,9 @@ function runIoThread(kernel: HostKernel, data: IoWorkerStart, modules: ReadonlyM
           throw new Error('It does not fit what is watched of guest memory');
         standingStill(held, () => memory.add(attachPart(order.part, kernel)));
         return;
+      case 'memory-kind':
+        memory.setKind(order.part.range.address, order.part.kind);
+        return;
       case 'remove-memory':
         standingStill(held, () => {
           for (const runner of runners.values()) runner.loseMemory(order.part.range);

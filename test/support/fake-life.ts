@@ -116,6 +116,10 @@ export class FakeLives {
     vcpuWorker: new URL('file:///none'),
     ioWorker: new URL('file:///none'),
     openTaps: () => ({ taps: [], mac: new Uint8Array(6) }),
+    ask: (socket, call) => {
+      this.events.push(`${call} ${socket}`);
+      return Promise.resolve();
+    },
     makeLife: (parts, resources, _backends, cpus, io) => this.#make(parts, resources, cpus, io),
   };
 
@@ -173,6 +177,7 @@ export class FakeLives {
       takeWritten: () => undefined,
       endTracking: () => Promise.resolve(),
       throttle: () => Promise.resolve(),
+      mapFrom: () => Promise.resolve(),
       powerButton: () => (life.pressed += 1),
       writeCore: async (file, goesOn) => {
         life.cores.push(`${life.paused ? 'paused' : 'running'} ${file}`);

@@ -36,6 +36,7 @@ export function fakeVmm(asked: (what: unknown) => void, release: Promise<void> =
     coredump: (file) => say({ coredump: file }),
     snapshot: (folder, resume) => say({ snapshot: folder, resume }),
     restore: (wanted, descriptors) => say({ restore: wanted, descriptors: [...descriptors] }),
+    fork: (wanted) => say({ fork: wanted }),
     sendMigration: (wanted) => say({ send: wanted }),
     cancelMigration: () => say('cancel-migration'),
     receiveMigration: (wanted, descriptors) => say({ receive: wanted, descriptors: [...descriptors] }),

@@ -10,6 +10,7 @@ import type {
   PciDeviceInfo,
   PmemConfig,
   VmConfig,
+  VmForkConfig,
   VsockConfig,
 } from '../../sdk/types.js';
 import { receiveMigrationSchema, sendMigrationSchema } from '../../config/migration-config.js';
@@ -107,13 +108,13 @@ function adds(kind: Added, what: string, add: Adder): Call {
 }
 
 /** @throws OptionError when it cannot be read, or is no JSON */
-async function readConfig(file: string): Promise<VmConfig> {
+async function readJson<T>(call: string, file: string): Promise<T> {
   try {
     // A pipe of another program may not block, which readFileSync would fail for.
-    return JSON.parse(file === '-' ? await text(process.stdin) : fs.readFileSync(file, 'utf8')) as VmConfig;
+    return JSON.parse(file === '-' ? await text(process.stdin) : fs.readFileSync(file, 'utf8')) as T;
   } catch (error) {
     const reason = error instanceof Error ? `: ${error.message}` : '';
-    throw new OptionError(`create ${file}`, `a file with a VmConfig in JSON, or - for standard input${reason}`);
+    throw new OptionError(`${call} ${file}`, `a file in JSON, or - for standard input${reason}`);
   }
 }
 
@@ -142,7 +143,8 @@ export const CALLS: readonly Call[] = [
   {
     ...{ name: 'create', usage: '[FILE|-]', summary: 'Make a machine of a VmConfig in JSON; boots nothing yet' },
     argument: 'optional',
-    run: async (client, { argument = '-', signal }) => nothing(client.create(await readConfig(argument), { signal })),
+    run: async (client, { argument = '-', signal }) =>
+      nothing(client.create(await readJson<VmConfig>('create', argument), { signal })),
   },
   plain('boot', 'Build the machine, and let it run', (client, options) => client.boot(options)),
   plain('shutdown', 'End the machine as if its plug were pulled', (client, options) => client.shutdown(options)),
@@ -204,6 +206,16 @@ export const CALLS: readonly Call[] = [
       const wanted = readFields('receive-migration', argument!, RECEIVE_MIGRATION_SUB_OPTIONS, receiveMigrationSchema);
       return nothing(client.receiveMigration(wanted, { signal }));
     },
+  },
+  {
+    ...{
+      name: 'fork',
+      usage: '[FILE|-]',
+      summary: 'Make further machines of this one, as a VmForkConfig in JSON says',
+    },
+    argument: 'optional',
+    run: async (client, { argument = '-', signal }) =>
+      nothing(client.forkInto(await readJson<VmForkConfig>('fork', argument), { signal })),
   },
   adds('disk', 'disk', (client, device, options) => client.addDisk(device as DiskConfig, options)),
   adds('net', 'network interface', (client, device, options) => client.addNet(device, options)),

@@ -97,6 +97,8 @@ export type IoCommand =
   | { readonly kind: 'sync' }
   | { readonly kind: 'add-memory'; readonly part: MemoryPart }
   | { readonly kind: 'remove-memory'; readonly part: MemoryPart }
+  /** What the host has behind it is another thing now. */
+  | { readonly kind: 'memory-kind'; readonly part: MemoryPart }
   /** What it writes to guest memory from now on is to be marked there; undefined: nowhere. */
   | { readonly kind: 'track-writes'; readonly pages: WrittenPagesHandle | undefined };
 

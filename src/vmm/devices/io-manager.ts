@@ -188,7 +188,10 @@ export class IoManager {
   }
 
   /** Guest memory comes or goes. @returns why not everywhere: a worker that is no more has let go of it */
-  async changeMemory(kind: 'add-memory' | 'remove-memory', part: MemoryPart): Promise<string | undefined> {
+  async changeMemory(
+    kind: 'add-memory' | 'remove-memory' | 'memory-kind',
+    part: MemoryPart,
+  ): Promise<string | undefined> {
     const failures = await Promise.all(this.#threads.map((thread) => this.#ask(thread, { kind, part })));
     return failures.find((failure) => failure !== undefined && (failure !== GONE || kind === 'add-memory'));
   }

@@ -54,6 +54,9 @@ export function leadsTo(vsock: string, socket: string): boolean {
   return stem !== undefined && realPath(stem) === realPath(vsock);
 }
 
+/** Whether two paths are one socket's. */
+export const isSameSocket = (one: string, other: string): boolean => realPath(one) === realPath(other);
+
 /** Of a file that may not be there yet. */
 function realPath(file: string): string {
   const folder = dirname(resolve(file));

@@ -278,6 +278,19 @@ export class Incarnation {
     await this.#throttle.set(percent);
   }
 
+  /**
+   * Has files that hold what memory holds in its place, after `pause`: with other machines that map them it is there once.
+   *
+   * @param files by guest physical address
+   * @throws SystemError, HypervisorError
+   */
+  async mapFrom(files: MemoryContents): Promise<void> {
+    for (const part of this.#memory.mapFrom(files)) {
+      this.#slots.renew(part);
+      await this.#io.changeMemory('memory-kind', part);
+    }
+  }
+
   /** The machine as a vCPU thread that starts now finds it. */
   #present(): CpuStart {
     const virtio = this.#devices.devices.map(({ handle }) => handle);

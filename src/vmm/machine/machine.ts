@@ -212,6 +212,34 @@ export class Machine {
     });
   }
 
+  /**
+   * Writes a snapshot as `writeSnapshot`, and has its files in the place of memory: with the machines that map them it is there once.
+   *
+   * @param folder where files are memory @throws RequestError, HypervisorError or SystemError
+   */
+  async share(folder: string, goesOn: () => boolean): Promise<void> {
+    const zone = zonesOf(this.parts.config.memory).find(
+      ({ shared, hugepages, file }) => shared || hugepages || file !== undefined,
+    );
+    if (zone !== undefined) {
+      const accepted = 'memory that is neither shared, nor in huge pages or a file';
+      throw new RequestError(`${sizeOptions(zone)}: accepted is ${accepted}`, 'failed');
+    }
+    await this.writeSnapshot(folder, goesOn);
+    const { openMemoryFiles } = await import('../snapshot/snapshot-folder.js');
+    await this.#alone(async (life) => {
+      const files = await openMemoryFiles(
+        folder,
+        life.held.map(({ range }) => range),
+      );
+      try {
+        await life.mapFrom(new Map([...files].map(([address, { fd }]) => [address, fd])));
+      } finally {
+        for (const handle of files.values()) await handle.close();
+      }
+    });
+  }
+
   /** @throws RequestError where something of the machine is in this process alone */
   #refuseUnsaved(): void {
     const unsaved = this.parts.config.pmem.find((pmem) => pmem.discard_writes);

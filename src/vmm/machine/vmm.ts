@@ -4,17 +4,22 @@
  *
  * What changes the state goes one after the other; what only asks, or leaves the state alone, waits for nothing.
  */
+import { existsSync } from 'node:fs';
+import fs from 'node:fs/promises';
+import os from 'node:os';
+import path from 'node:path';
+import { pathToFileURL } from 'node:url';
 import { ramSize } from '../../config/memory-config.js';
 import {
   migrationAddress,
   type ReceiveMigrationConfig,
   type SendMigrationConfig,
 } from '../../config/migration-config.js';
-import { folderPath, type RestoreConfig } from '../../config/restore-config.js';
+import { folderPath, type ForkConfig, type RestoreConfig } from '../../config/restore-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { deviceNames, type DeviceKind, fixedNames } from '../devices/device-names.js';
 import { randomMac } from '../host/taps.js';
-import { leadsTo } from '../host/unix-socket.js';
+import { isSameSocket, leadsTo } from '../host/unix-socket.js';
 import { Hotplug, type PciDeviceInfo } from './hotplug.js';
 import type { RunningInfo } from './device-tree.js';
 import type { Origin } from './incarnation.js';
@@ -29,7 +34,12 @@ import type { Resize } from './resize.js';
 /** What every machine of a process is made with. */
 export interface VmmParts extends Omit<MachineParts, 'config'> {
   readonly makeLife: LifeMaker;
+  /** Asks another `vmm` over its API. @param call such as vm.restore */
+  readonly ask: (socket: string, call: string, body: object) => Promise<unknown>;
 }
+
+/** A file system whose files are memory. */
+const SHARED_MEMORY = '/dev/shm';
 
 /** Created: it never ran; Shutdown: it ran, and its configuration is left. */
 export type VmState = 'Created' | 'Running' | 'Paused' | 'Shutdown';
@@ -342,6 +352,41 @@ export class Vmm {
     if (runs) this.#resume();
   }
 
+  /**
+   * Makes further machines of this one, each in a process that waits for one; it is paused meanwhile, for as long as its memory is written.
+   * From then on all of them have that memory together, and each what it writes itself.
+   *
+   * @throws RequestError with what failed; this machine goes on
+   */
+  fork({ clones }: ForkConfig): Promise<void> {
+    return this.#next(async () => {
+      const { apiSocket } = this.options;
+      const own = clones.find(
+        ({ api_socket: socket }) => typeof apiSocket === 'string' && isSameSocket(socket, apiSocket),
+      );
+      if (own !== undefined) throw new RequestError('api_socket: accepted is that of another process', 'invalid');
+      const parent = await fs.mkdtemp(path.join(existsSync(SHARED_MEMORY) ? SHARED_MEMORY : os.tmpdir(), 'vmm-fork-'));
+      try {
+        const folder = path.join(parent, 'machine');
+        await this.#standingStill('forking', (machine) => machine.share(folder, () => this.#ending === undefined));
+        const source = { source_url: pathToFileURL(folder).href, memory_restore_mode: 'Map' };
+        const made = await Promise.allSettled(
+          clones.map(async ({ api_socket: socket, ...anew }) => {
+            await this.parts.ask(socket, 'vm.restore', { ...source, ...anew });
+          }),
+        );
+        for (const [index, outcome] of made.entries()) {
+          if (outcome.status === 'fulfilled') continue;
+          throw new RequestError(`clones[${index}]: ${causeMessages(outcome.reason).join(': ')}`, 'failed');
+        }
+      } finally {
+        // Who has mapped the files keeps them.
+        await fs.rm(parent, { recursive: true, force: true });
+      }
+      this.parts.tell('vm', 'forked');
+    });
+  }
+
   /** Ends the machine as if its plug were pulled; its configuration stays. @throws RequestError, or how it failed to end */
   shutdown(): Promise<void> {
     return this.#next(async () => {
@@ -461,7 +506,7 @@ export class Vmm {
 
   /** One that runs is paused meanwhile. @param event told when it is @throws RequestError, or what the step does */
   async #standingStill(
-    event: 'snapshotting' | 'coredumping',
+    event: 'snapshotting' | 'coredumping' | 'forking',
     step: (machine: Machine) => Promise<void>,
   ): Promise<void> {
     const machine = this.#running();

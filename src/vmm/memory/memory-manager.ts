@@ -30,6 +30,7 @@ export type MemoryContents = ReadonlyMap<number, number>;
 interface Stretch {
   readonly part: MemoryPart;
   readonly mapping: HostMapping;
+  readonly zone: MemoryZone;
   /** To be closed with it. */
   readonly fd: number | undefined;
   /** What tells where something is. */
@@ -146,7 +147,7 @@ export class MemoryManager {
   /** @param present the guest has all of it at once @param file what it is in, and from where on */
   #allocate(zone: MemoryZone, range: MemoryRange, present: boolean, file?: Backing): Stretch {
     const { address, size } = range;
-    const { shared, hugepages, host_numa_node: node } = zone;
+    const { shared, hugepages } = zone;
     const hugepageSize = file === undefined ? sizeOfHugepages(zone) : undefined;
     // An empty pool of huge pages is an error now, or a fault while the guest runs, which ends the process. What is plugged later is
     // had from the pool then, or not plugged.
@@ -176,16 +177,48 @@ export class MemoryManager {
     const stretch = {
       part: { range, mapping: mapping.handle, kind },
       mapping,
+      zone,
       fd: own,
       held,
       present,
       content: file?.holes !== undefined,
     } as const;
     this.#stretches.push(stretch);
-    if (page === PAGE_SIZE) this.#advise(zone, mapping, this.config.thp ? 'hugepage' : 'nohugepage');
-    if (zone.mergeable) this.#advise(zone, mapping, 'mergeable');
-    if (node !== undefined) this.#bind(zone, mapping, node);
+    this.#wish(zone, mapping, page === PAGE_SIZE);
     return stretch;
+  }
+
+  /** @param small whether it has pages of the smallest size */
+  #wish(zone: MemoryZone, mapping: HostMapping, small: boolean): void {
+    if (small) this.#advise(zone, mapping, this.config.thp ? 'hugepage' : 'nohugepage');
+    if (zone.mergeable) this.#advise(zone, mapping, 'mergeable');
+    if (zone.host_numa_node !== undefined) this.#bind(zone, mapping, zone.host_numa_node);
+  }
+
+  /**
+   * Has files that hold what memory holds in its place: with whoever else maps them it is there once. Nothing touches it meanwhile.
+   *
+   * @param files by guest physical address, each as long as its stretch; of a machine whose memory is neither shared nor in huge pages
+   * @returns what the VM has to be told of
+   * @throws SystemError; what has been done by then is as good
+   */
+  mapFrom(files: MemoryContents): MemoryPart[] {
+    return this.#stretches.map((stretch, index) => {
+      const { part, mapping, zone, fd: old } = stretch;
+      const fd = this.kernel.duplicate(files.get(part.range.address)!);
+      try {
+        mapping.replace(fd);
+      } catch (error) {
+        return undoAll(error, [() => this.kernel.close(fd)]);
+      }
+      const held = { touched: true, nextData: (from: number) => nextData(this.kernel, fd, from) };
+      this.#stretches[index] = { ...stretch, fd, held, content: true };
+      part.kind = 'copy';
+      this.memory.setKind(part.range.address, 'copy');
+      if (old !== undefined) this.kernel.close(old);
+      this.#wish(zone, mapping, true);
+      return part;
+    });
   }
 
   #bind({ id }: MemoryZone, mapping: HostMapping, node: number): void {

@@ -10,7 +10,7 @@ export interface MemoryPart {
   readonly range: MemoryRange;
   readonly mapping: MappingHandle;
   /** Blocks that the guest plugs are RAM to all threads; only memory maps, which main makes, do not list them. */
-  readonly kind: MemoryKind;
+  kind: MemoryKind;
 }
 export type MemoryHandle = readonly MemoryPart[];
 

@@ -30,6 +30,15 @@ export class MemorySlots {
     this.#parts.set(number, part);
   }
 
+  /** What the host has at its address is another thing now; no vCPU runs. */
+  renew(part: MemoryPart): void {
+    for (const [slot, present] of this.#parts) {
+      if (present !== part) continue;
+      this.vm.removeMemory(slot);
+      this.vm.addMemory({ slot, guestAddress: part.range.address, mapping: part.mapping });
+    }
+  }
+
   /** The guest finds nothing any more where it was. */
   remove(part: MemoryPart): void {
     for (const [slot, present] of this.#parts) {

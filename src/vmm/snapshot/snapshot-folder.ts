@@ -99,6 +99,23 @@ async function sync(folder: string): Promise<void> {
   }
 }
 
+/** @returns by guest physical address; the caller closes them @throws what a system call fails with */
+export async function openMemoryFiles(
+  folder: string,
+  memory: readonly MemoryRange[],
+): Promise<ReadonlyMap<number, fs.FileHandle>> {
+  const files = new Map<number, fs.FileHandle>();
+  try {
+    for (const [index, range] of memory.entries()) {
+      files.set(range.address, await openMemory(path.join(folder, memoryFile(index)), range));
+    }
+    return files;
+  } catch (error) {
+    for (const handle of files.values()) await handle.close();
+    throw error;
+  }
+}
+
 /** A snapshot that is being restored. */
 export interface Snapshot {
   readonly machine: SavedMachine;
@@ -111,19 +128,15 @@ export interface Snapshot {
 
 /** @throws RequestError or SnapshotError in one line; nothing is left open then */
 export async function openSnapshot(kernel: HostKernel, folder: string): Promise<Snapshot> {
-  const files = new Map<number, fs.FileHandle>();
-  const close = async () => {
-    for (const handle of files.values()) await handle.close();
-  };
   try {
     const config = await readText(path.join(folder, CONFIG));
     const machine = decodeMachine({ config, state: await readText(path.join(folder, STATE)) });
-    for (const [index, range] of machine.life.memory.entries()) {
-      files.set(range.address, await openMemory(path.join(folder, memoryFile(index)), range));
-    }
+    const files = await openMemoryFiles(folder, machine.life.memory);
+    const close = async () => {
+      for (const handle of files.values()) await handle.close();
+    };
     return { machine, files, close, fill: (memory, progress) => fill(kernel, files, memory, progress) };
   } catch (error) {
-    await close();
     throw fileError(folder, error);
   }
 }

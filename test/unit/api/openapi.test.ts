@@ -29,7 +29,7 @@ describe('it is an OpenAPI document', () => {
   /** Of the specification's Schema Object, 4.7.24, what is used here. */
   const KEYWORDS = new Set([
     ...['type', 'format', 'description', 'default', 'enum', 'allOf', '$ref', 'properties', 'additionalProperties'],
-    ...['required', 'items', 'minItems', 'minimum', 'maximum', 'multipleOf', 'pattern'],
+    ...['required', 'items', 'minItems', 'maxItems', 'minimum', 'maximum', 'multipleOf', 'pattern'],
   ]);
 
   function checkSchema(schema: Record<string, unknown>): void {

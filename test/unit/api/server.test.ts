@@ -110,6 +110,9 @@ test('the process and its machine can be told', async () => {
   const written = (resume: boolean) => ({ snapshot: '/tmp/a folder', resume });
   expect(asked).toEqual([written(false), written(false), written(false), written(true)]);
   asked = [];
+  expect(await put('vm.fork', { clones: [{ api_socket: '/a' }] })).toEqual(none);
+  expect(asked).toEqual([{ fork: { clones: [{ api_socket: '/a', resume: true }] } }]);
+  asked = [];
   for (const shrink of [undefined, null, false, true]) {
     expect(await put('vm.resize-disk', { id: '_disk0', desired_size: 1024, shrink })).toEqual(none);
   }

@@ -28,7 +28,7 @@ test('a machine is made of a file', async () => {
   expect(await call('create', file)).toBe('');
   expect(vmm.asked).toMatchObject([{ create: { payload: { kernel: '/k' }, console: { mode: 'Null' } } }]);
   fs.writeFileSync(file, '{');
-  await expect(call('create', file)).rejects.toThrow(`create ${file}: accepted is a file with a VmConfig in JSON`);
+  await expect(call('create', file)).rejects.toThrow(`create ${file}: accepted is a file in JSON`);
 });
 
 test("devices have the command line's own syntax, and limits are nested", async () => {
@@ -97,6 +97,16 @@ test('and with that to restore, for its networks', async () => {
   await expect(call('restore', 'source_url=file:///s,net_fds=[a@[9999]]')).rejects.toThrow(
     'restore net_fds=[9999]: accepted is open descriptors, not 9999',
   );
+});
+
+test('a machine is forked as a file says', async () => {
+  await vmm.serve();
+  const wanted = { clones: [{ api_socket: '/a', net: [{ id: '_net0', tap: 't' }] }] };
+  const file = path.join(vmm.folder, 'fork');
+  fs.writeFileSync(file, JSON.stringify(wanted));
+  expect(await call('fork', file)).toBe('');
+  expect(vmm.asked).toEqual([{ fork: { clones: [{ ...wanted.clones[0], resume: true }] } }]);
+  await expect(call('fork', '/none')).rejects.toThrow('fork /none: accepted is a file in JSON');
 });
 
 test('a snapshot is taken and restored', async () => {

@@ -44,7 +44,9 @@ function failing(kernel: HostKernel, failAt: number) {
           mapping.unmap();
           mappings--;
         };
-        return { handle: mapping.handle, view: (offset, length) => mapping.view(offset, length), unmap };
+        const { handle } = mapping;
+        const replace = (fd: number) => mapping.replace(fd);
+        return { handle, view: (offset, length) => mapping.view(offset, length), replace, unmap };
       },
     },
     // Methods of the class need its private fields.

@@ -134,7 +134,7 @@ const pmem =
   (id, place) => {
     const [of] = config({ ...WIDE, pmem: [{ file: '/p', ...place, id }] }).pmem;
     const handle = { address: 0x7000_0000n, length: size };
-    const mapping = { handle, view: () => new ArrayBuffer(0), unmap: () => undefined };
+    const mapping = { handle, view: () => new ArrayBuffer(0), replace: () => undefined, unmap: () => undefined };
     return { kind: 'pmem', resource: { id, config: of, mapping, fd: 5, locks: LOCKS, close: () => undefined } };
   };
 const vsock: Make = (id, place) => {

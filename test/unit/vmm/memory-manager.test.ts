@@ -53,6 +53,38 @@ describe('guest RAM', () => {
     },
   );
 
+  test('has files in the place of what it holds, and changes none of them', () => {
+    const kernel = new LinuxKernel();
+    const before = openDescriptors();
+    const size = 4 * 2 ** 20;
+    const manager = manage(kernel, { size });
+    const [part] = partsOf(manager);
+    const thread = attachMemory([part], kernel);
+    manager.memory.setU32(4096, 1);
+    const file = kernel.memfd('memory', { size });
+    kernel.writeAt(file, Uint8Array.of(7, 0, 0, 0), 8192);
+    for (let time = 0; time < 2; time++) {
+      expect(manager.mapFrom(new Map([[0, file]]))).toEqual([part]);
+      expect([0, 4096, 8192].map((address) => manager.memory.u32(address))).toEqual([0, 0, 7]);
+      expect([part.kind, manager.memory.kindAt(0)]).toEqual(['copy', 'copy']);
+      expect(thread.u32(8192)).toBe(7);
+      thread.setU32(8192, 8);
+      expect(manager.memory.u32(8192)).toBe(8);
+      const written = new Uint8Array(4);
+      kernel.readAt(file, written, 8192);
+      expect([...written]).toEqual([7, 0, 0, 0]);
+      const [held] = manager.held();
+      expect([held.touched, held.nextData?.(8192), held.nextData?.(12288)]).toEqual([
+        true,
+        { address: 8192, size: 4096 },
+        undefined,
+      ]);
+    }
+    manager.close();
+    kernel.close(file);
+    expect(newDescriptors(before)).toEqual([]);
+  });
+
   const sizes = [2 ** 12, 2 ** 21, 2 ** 30 - 2 ** 12, GIB, 3 * GIB, 3 * GIB + 2 ** 12, 6 * GIB];
   const pools = readHostFacts().hugepageSizes;
   const kinds: { readonly options: Partial<MemoryConfig>; readonly unit: number }[] = [
@@ -174,7 +206,8 @@ describe('guest RAM', () => {
           open.delete('mapping');
           throw new Error('unmap');
         };
-        return { handle, view: (offset, length) => mapping.view(offset, length), unmap };
+        const replace = (fd: number) => mapping.replace(fd);
+        return { handle, view: (offset, length) => mapping.view(offset, length), replace, unmap };
       }
     }
     const make = (size: number) => manage(new Failing(), { size, shared: true });

@@ -71,3 +71,10 @@ test('what was written is asked for by the range', () => {
   slots.takeWritten({ address: 0x2000, size: 0x1000 }, into);
   expect([asked, [...into]]).toEqual([['take 2'], [0x2000, 0x7000_2000]]);
 });
+
+test('what the host has at an address anew is told in the same slot', () => {
+  const { slots, asked } = machine();
+  const [, , last] = slots.parts;
+  slots.renew(last);
+  expect(asked).toEqual(['remove 2', 'add 2']);
+});
