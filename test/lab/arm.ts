@@ -17,6 +17,7 @@ const BUSYBOX = 'usr/bin/busybox';
 /** Where the npm packages lie in the lab. */
 const NODE = 'vmm/node';
 const KOFFI = 'vmm/koffi';
+const PLAIN_COPIES = 'plain-copies.so';
 
 export interface ArmUserland {
   /** Goes over the host's root. */
@@ -63,6 +64,16 @@ export async function armUserland(): Promise<ArmUserland> {
   });
   const root = path.join(entry, 'root');
   return { root, node: `/${NODE}/bin/node`, koffi: `/${KOFFI}`, busybox: path.join(root, BUSYBOX) };
+}
+
+/** A library to preload: plain-copies.c says why. */
+export async function plainCopies(): Promise<string> {
+  const entry = await cached('labs/plain-copies-1', [PLAIN_COPIES], (target) => {
+    const options = ['-O2', '-shared', '-fPIC', '-nostdlib', '-fno-builtin', '-fno-tree-loop-distribute-patterns'];
+    const source = path.resolve('test/lab/plain-copies.c');
+    run('aarch64-linux-gnu-gcc', [...options, '-o', path.join(target, PLAIN_COPIES), source]);
+  });
+  return path.join(entry, PLAIN_COPIES);
 }
 
 /** Busybox stands in for what no package has, wherever the search path might find the host's. */

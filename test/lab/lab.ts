@@ -14,7 +14,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { PassThrough, Writable } from 'node:stream';
 import { gzipSync } from 'node:zlib';
-import { armUserland } from './arm.js';
+import { armUserland, plainCopies } from './arm.js';
 import { cached } from './cache.js';
 import { cpio, file, folder } from './cpio.js';
 import { type Architecture, type Kernel, kernel, moduleBytes, moduleFiles } from './kernels.js';
@@ -173,6 +173,7 @@ export class LabMachine {
       ...(arm !== undefined && {
         ARM_NODE: arm.node,
         ARM_KOFFI: arm.koffi,
+        LD_PRELOAD: await plainCopies(),
         // Its absolute name is the same in the lab, which a link's target is not while the root is being made.
         KOFFI: path.join(fs.realpathSync('node_modules'), '@koromix/koffi-linux-arm64'),
       }),
