@@ -1,89 +1,199 @@
 /** The scenario of snapshots: for scenarios.ts, which is long enough. */
+import { createInterface } from 'node:readline';
 import { expect } from '@jest/globals';
 import { ApiClient, DONE, untilListens } from '../support/api-client.js';
 import { Conversation, LISTEN } from '../support/conversation.js';
-import { Guest } from '../support/guest.js';
+import { Guest, type GuestOptions } from '../support/guest.js';
+import type { TestHost } from '../support/host.js';
+import type { Kernel } from '../lab/kernels.js';
 import type { NumaScenario } from './numa-scenario.js';
 
-const ROUNDS = 2;
-const MAP = 'memory_restore_mode=map';
+/** By a process of its own, or by the one that had the machine before. */
+const ROUNDS = [
+  { warm: false, mode: 'Copy' },
+  { warm: false, mode: 'Map' },
+  { warm: true, mode: 'Copy' },
+  { warm: true, mode: 'Map' },
+] as const;
 
-/** Counts what it has done, and tells of what was wrong; one for each vCPU, and one that writes to the disk and reads it again. */
+const HOST = '10.78.0.1';
+const PORT = 9078;
+
+/**
+ * Counts what it has done, and tells of what was wrong, a clock that goes back included; one for each vCPU, and one that writes to the
+ * disk and reads it again.
+ */
 export const WORK = `
-head -c 256k /dev/zero | md5sum >/tmp/right
+head -c 64k /dev/zero | md5sum >/tmp/right
 for one in 1 2; do
   while :; do
-    head -c 256k /dev/zero | md5sum | cmp -s - /tmp/right || echo sum >>/tmp/wrong
-    count=$((count + 1)); echo $count >/tmp/sums$one.new; mv /tmp/sums$one.new /tmp/sums$one; usleep 20000
+    head -c 64k /dev/zero | md5sum | cmp -s - /tmp/right || echo sum >>/tmp/wrong
+    read -r up rest </proc/uptime; up=\${up%.*}\${up#*.}; [ $up -ge \${last:-0} ] || echo clock >>/tmp/wrong; last=$up
+    count=$((count + 1)); echo $count >/tmp/sums$one.new; mv /tmp/sums$one.new /tmp/sums$one; usleep 100000
   done &
 done
 while :; do
   head -c 16k /dev/urandom >/tmp/block
   dd if=/tmp/block of=/dev/vda bs=16k seek=$((blocks % 64)) oflag=direct conv=notrunc 2>/dev/null || echo write >>/tmp/wrong
   dd if=/dev/vda bs=16k skip=$((blocks % 64)) count=1 iflag=direct 2>/dev/null | cmp -s - /tmp/block || echo read >>/tmp/wrong
-  blocks=$((blocks + 1)); echo $blocks >/tmp/blocks.new; mv /tmp/blocks.new /tmp/blocks; usleep 20000
+  blocks=$((blocks + 1)); echo $blocks >/tmp/blocks.new; mv /tmp/blocks.new /tmp/blocks; usleep 100000
 done &
 `;
 
-export async function snapshotScenario({ host, backend, scratch, modules, start }: NumaScenario): Promise<void> {
+/**
+ * Sends numbers to who connects, a thousand ahead, and looks whether they come back one after the other, none lost and none twice. Told
+ * a count, it answers when that many more have come.
+ */
+const STREAM = `
+const CHUNK = 256, AHEAD = 4, PACE = 20;
+let sent = 0, seen = 0, rest = Buffer.alloc(0), wanted;
+const end = (reason) => { console.log(reason); process.exit(1); };
+const server = require('node:net').createServer((socket) => {
+  server.close();
+  const send = () => {
+    const numbers = Buffer.alloc(CHUNK * 4);
+    for (let at = 0; at < numbers.length; at += 4) numbers.writeUInt32BE(sent++, at);
+    socket.write(numbers);
+  };
+  socket.on('error', (error) => end(String(error))).on('close', () => end('closed'));
+  socket.on('data', (bytes) => {
+    rest = Buffer.concat([rest, bytes]);
+    let at = 0;
+    for (; at + 4 <= rest.length; at += 4) {
+      const number = rest.readUInt32BE(at);
+      if (number !== seen) end(number + ' after ' + seen + ' numbers');
+      if (++seen % CHUNK === 0) setTimeout(send, PACE);
+    }
+    rest = rest.subarray(at);
+    if (seen >= wanted) { console.log('more'); wanted = undefined; }
+  });
+  for (let chunk = 0; chunk < AHEAD; chunk++) send();
+});
+server.listen(${PORT}, '${HOST}', () => console.log('listens'));
+require('node:readline').createInterface({ input: process.stdin }).on('line', (line) => { wanted = seen + Number(line); });
+`;
+
+/** A connection from the guest, over which numbers go to and fro all the time. */
+class Stream {
+  readonly #server;
+  readonly #lines;
+
+  constructor(host: TestHost) {
+    this.#server = host.spawn([process.execPath, '-e', STREAM]);
+    this.#lines = createInterface({ input: this.#server.stdout })[Symbol.asyncIterator]();
+  }
+
+  async listens(): Promise<void> {
+    expect((await this.#lines.next()).value).toBe('listens');
+  }
+
+  /** Waits until many more have come back, than ever were on their way. */
+  async flows(): Promise<void> {
+    this.#server.stdin.write('2048\n');
+    expect((await this.#lines.next()).value).toBe('more');
+  }
+
+  async end(): Promise<void> {
+    this.#server.kill('SIGKILL');
+    await this.#server.exit;
+  }
+}
+
+interface SnapshotScenario extends Pick<NumaScenario, 'host' | 'backend' | 'scratch'> {
+  readonly start: (options: Omit<GuestOptions, 'backend'>) => Promise<Guest>;
+  readonly kernel: Kernel;
+  /** Whether the kernel looks at the generation ID. */
+  readonly generation: boolean;
+}
+
+export async function snapshotScenario(scenario: SnapshotScenario): Promise<void> {
+  const { host, backend, scratch, start, kernel, generation } = scenario;
   const socket = `${scratch}/snapshot-api`;
-  await host.check(`truncate -s 8M ${scratch}/snapshot-disk`);
+  const tap = `snap${backend.hypervisor}`;
+  await host.check(
+    `truncate -s 8M ${scratch}/snapshot-disk; ip tuntap add dev ${tap} mode tap vnet_hdr; ip addr add ${HOST}/24 dev ${tap}`,
+  );
   const options = `--api-socket ${socket}`;
   let guest = await start({
-    task: { command: `${WORK}${LISTEN}`, modules: modules('virtio_pci', 'virtio_blk', 'virtio_net') },
+    kernel,
+    task: { command: `${WORK}${LISTEN}`, modules: { kernel, names: ['virtio_pci', 'virtio_blk', 'virtio_net'] } },
     vmm: [
       ...['--cpus', 'boot=2', '--memory', 'size=256M', '--disk', `path=${scratch}/snapshot-disk`],
-      ...[
-        '--net',
-        `tap=snap${backend.hypervisor},ip=10.78.0.1,mask=255.255.255.0,host_mac=2e:78:00:00:00:01`,
-        ...options.split(' '),
-      ],
+      ...['--net', `tap=${tap}`, ...options.split(' ')],
     ],
   });
+  const stream = new Stream(host);
+  const api = new ApiClient(host, socket);
+  await stream.listens();
   let shell = new Conversation(guest);
   await shell.listens();
   // What the lab's processor made it say.
   await shell.run('dmesg -c >/dev/null');
   await shell.run('until cat /tmp/sums1 /tmp/sums2 /tmp/blocks >/dev/null 2>&1; do sleep 0.1; done');
-  await shell.run('ip addr add 10.78.0.2/24 dev eth0; ip link set eth0 up; ping -c 1 -w 30 10.78.0.1 >/dev/null');
-  const counts = async () => {
-    const said = await shell.run('cat /tmp/sums1 /tmp/sums2 /tmp/blocks; sort /tmp/wrong 2>/dev/null | uniq -c');
-    expect(said).toMatch(/^\s*(\d+\s+){3}$/);
-    return said.trim().split(/\s+/).map(Number);
-  };
-  for (let round = 0; round < ROUNDS; round++) {
-    const before = await counts();
-    expect(before).toHaveLength(3);
-    const folder = `${scratch}/snapshot-${round}`;
-    const api = new ApiClient(host, socket);
-    const destination_url = `file://${folder}`;
-    expect(await api.put('vm.snapshot', { destination_url })).toMatchObject({ status: 500 });
-    expect(await api.put('vm.pause')).toEqual(DONE);
-    expect(await api.put('vm.snapshot', { destination_url })).toEqual(DONE);
-    expect(await api.put('vm.snapshot', { destination_url })).toMatchObject({ status: 500 });
-    expect(await host.check(`stat -c %a ${folder} ${folder}/*`)).toMatch(/^700\n(600\n)+$/);
-    await api.close();
-    guest.process.kill('SIGKILL');
-    await guest.process.exit;
+  await shell.run('ip addr add 10.78.0.2/24 dev eth0; ip link set eth0 up');
+  await shell.run(`ping -c 1 -w 30 ${HOST} >/dev/null; nc ${HOST} ${PORT} -e cat &`);
+  await stream.flows();
 
-    const mode = round % 2 === 0 ? '' : `,${MAP}`;
-    guest = Guest.restore(host, backend, `--restore source_url=file://${folder}${mode} ${options}`);
-    shell = new Conversation(guest);
-    await untilListens(host, socket);
-    const restored = new ApiClient(host, socket);
-    while (((await restored.get('vm.info')).body as { state?: string }).state !== 'Paused');
-    expect(await restored.put('vm.resume')).toEqual(DONE);
-    await restored.close();
+  /** The host's monotonic clock: seconds, cut off to hundredths as the guest's. */
+  const clock = async () => parseFloat(await host.check('cat /proc/uptime'));
+  const counts = async () => {
+    const said = await shell.run(
+      'cat /proc/uptime /tmp/sums1 /tmp/sums2 /tmp/blocks; sort /tmp/wrong 2>/dev/null | uniq -c',
+    );
+    expect(said).toMatch(/^\s*[\d.]+ [\d.]+\s+(\d+\s+){3}$/);
+    const [uptime, , ...done] = said.trim().split(/\s+/).map(Number);
+    return { uptime, done };
+  };
+  for (const [round, { warm, mode }] of ROUNDS.entries()) {
+    const began = await clock();
+    const before = await counts();
+    const folder = `${scratch}/snapshot-${round}`;
+    const destination_url = `file://${folder}`;
+    const source_url = destination_url;
+    if (round === 0) expect(await api.put('vm.snapshot', { destination_url })).toMatchObject({ status: 500 });
+    expect(await api.put('vm.pause')).toEqual(DONE);
+    const paused = await clock();
+    expect(await api.put('vm.snapshot', { destination_url })).toEqual(DONE);
+    if (round === 0) {
+      expect(await api.put('vm.snapshot', { destination_url })).toMatchObject({ status: 500 });
+      expect(await host.check(`stat -c %a ${folder} ${folder}/*`)).toMatch(/^700\n(600\n)+$/);
+    }
+    if (warm) {
+      expect(await api.put('vm.delete')).toEqual(DONE);
+      expect(await api.put('vm.restore', { source_url, memory_restore_mode: mode })).toEqual(DONE);
+    } else {
+      guest.process.kill('SIGKILL');
+      await guest.process.exit;
+      const restore = `source_url=${source_url},memory_restore_mode=${mode.toLowerCase()}`;
+      guest = Guest.restore(host, backend, `--restore ${restore} ${options}`);
+      shell = new Conversation(guest);
+      await untilListens(host, socket);
+      // A running request comes first: this is refused when the machine has been restored, or there is none.
+      await api.put('vm.pause');
+      const { status } = await api.get('vm.info');
+      if (status !== 200) throw new Error(JSON.stringify(await guest.end()));
+    }
+    expect(await api.get('vm.info')).toMatchObject({ body: { state: 'Paused' } });
+    const resumed = await clock();
+    expect(await api.put('vm.resume')).toEqual(DONE);
     const after = await counts();
-    expect(after).toHaveLength(3);
-    before.forEach((count, index) => expect(after[index]).toBeGreaterThanOrEqual(count));
-    await shell.run(`until [ $(cat /tmp/blocks) -gt ${after[2] + 5} ]; do sleep 0.1; done`);
-    await shell.run('ping -c 1 -w 30 10.78.0.1 >/dev/null');
+    // Three times a reading may be less than a hundredth too small.
+    const passed = paused - began + (await clock()) - resumed + 0.03;
+    expect(after.uptime).toBeGreaterThanOrEqual(before.uptime);
+    expect(after.uptime - before.uptime).toBeLessThanOrEqual(passed);
+    before.done.forEach((count, index) => expect(after.done[index]).toBeGreaterThanOrEqual(count));
+    const reseeded = 'dmesg | grep -c "crng reseeded due to virtual machine fork"';
+    if (generation) await shell.run(`until [ $(${reseeded}) = ${round + 1} ]; do sleep 0.1; done`);
+    await shell.run(`until [ $(cat /tmp/blocks) -gt ${after.done[2] + 5} ]; do sleep 0.1; done`);
+    await stream.flows();
     await host.check(`rm -r ${folder}`);
   }
   const warnings = 'soft lockup|stall|unstable|WARNING|BUG:|hung task|Call [Tt]race';
   expect((await shell.run(`dmesg | grep -E '${warnings}' || true`)).trim()).toBe('');
-  expect(await counts()).toHaveLength(3);
+  await counts();
+  await api.close();
   guest.process.kill('SIGTERM');
   expect(await guest.end()).toMatchObject({ status: 0 });
+  await stream.end();
+  await host.check(`ip link del ${tap}`);
 }
