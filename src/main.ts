@@ -8,4 +8,8 @@ declare const onMachine: () => void;
 /** The scripts of the threads: bundles of their own beside this one, see tools/build.mjs. */
 const script = (name: string) => new URL(name, `file://${__filename}`);
 
-runVmm(new LinuxKernel(), { vcpu: script('vcpu-worker.js'), io: script('io-worker.js') }, onMachine);
+runVmm(
+  new LinuxKernel(),
+  { vcpu: script('vcpu-worker.js'), io: script('io-worker.js'), fill: script('fill-worker.js') },
+  onMachine,
+);

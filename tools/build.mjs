@@ -31,6 +31,7 @@ const product = {
   [LAUNCHER]: 'src/launch.ts',
   'dist/vcpu-worker.bundle.js': 'src/threads/vcpu-worker.ts',
   'dist/io-worker.bundle.js': 'src/threads/io-worker.ts',
+  'dist/fill-worker.bundle.js': 'src/threads/fill-worker.ts',
 };
 /** What starts the bundle of a thread. */
 const WORKER_LAUNCHER = 'src/launch-worker.ts';
@@ -40,6 +41,7 @@ const simulated = {
   'dist/tools/simulated/main.js': 'test/support/simulated/main.ts',
   'dist/tools/simulated/vcpu-worker.bundle.js': 'test/support/simulated/vcpu-worker.ts',
   'dist/tools/simulated/io-worker.bundle.js': 'test/support/simulated/io-worker.ts',
+  'dist/tools/simulated/fill-worker.bundle.js': 'src/threads/fill-worker.ts',
 };
 const tools = {
   'dist/tools/start.js': 'tools/start.ts',

@@ -25,6 +25,7 @@ export const VMM: ServiceIdentifier<Vmm> = Symbol('Vmm');
 export interface WorkerScripts {
   readonly vcpu: URL;
   readonly io: URL;
+  readonly fill: URL;
 }
 
 export function vmmContainer(
@@ -33,6 +34,7 @@ export function vmmContainer(
   logger: Logger,
   tell: EventSink,
   scripts: WorkerScripts,
+  abort: (error: Error) => void,
 ): Container {
   const container = new Container({ defaultScope: 'Singleton' });
   container.bind(LOGGER).toConstantValue(logger);
@@ -48,6 +50,8 @@ export function vmmContainer(
           tell,
           vcpuWorker: scripts.vcpu,
           ioWorker: scripts.io,
+          fillWorker: scripts.fill,
+          abort,
           openTaps: (net) => openTaps(context.get(HOST_KERNEL), net),
           makeLife: (...parts) => new Incarnation(...parts),
           ask: async (socket, call, body) => {

@@ -10,6 +10,9 @@ import { type EventMonitor, openEventMonitor } from './event-monitor.js';
 import { openLog } from './logging.js';
 import { type Command, parseCommandLine } from './parse.js';
 
+/** For which a process that is to end at once waits until its last lines are read. */
+const ABORT_MILLISECONDS = 1000;
+
 type RunCommand = Extract<Command, { kind: 'run' }>;
 
 async function runVmmProcess(kernel: HostKernel, scripts: WorkerScripts, command: RunCommand): Promise<void> {
@@ -18,7 +21,15 @@ async function runVmmProcess(kernel: HostKernel, scripts: WorkerScripts, command
   let events: EventMonitor | undefined;
   try {
     if (eventMonitor !== undefined) events = openEventMonitor(eventMonitor, kernel, log);
-    const container = vmmContainer(kernel, command.process, log, events?.tell ?? (() => undefined), scripts);
+    const abort = (error: Error) => {
+      let said = '';
+      const status = reportAndExitCode(error, { verbose: command.process.verbosity > 0 }, (text) => (said += text));
+      const exit = () => kernel.exitNow(status);
+      void Promise.allSettled([write(kernel, 2, said), events?.close(), log.close()]).then(exit);
+      // Who reads them may be slow.
+      setTimeout(exit, ABORT_MILLISECONDS);
+    };
+    const container = vmmContainer(kernel, command.process, log, events?.tell ?? (() => undefined), scripts, abort);
     const vmm = container.get(VMM);
     const stop = (signal: NodeJS.Signals) => void vmm.shutdownVmm(signal);
     process.on('SIGTERM', stop).on('SIGINT', stop).on('SIGHUP', stop);

@@ -169,6 +169,7 @@ const TOGGLES = new Map([
 const RESTORE_MODES: ReadonlyMap<string, string> = new Map([
   ['copy', 'Copy'],
   ['map', 'Map'],
+  ['ondemand', 'OnDemand'],
 ]);
 const TIMEOUT_STRATEGIES = new Map([
   ['cancel', 'Cancel'],
@@ -221,8 +222,8 @@ export const KINDS = {
     parse: parseNetDescriptors,
   },
   restoreMode: {
-    placeholder: 'copy|map',
-    accepted: 'copy or map',
+    placeholder: 'copy|map|ondemand',
+    accepted: 'copy, map or ondemand',
     parse: (raw) => RESTORE_MODES.get(unquote(raw).toLowerCase()),
   },
   timeoutStrategy: {

@@ -5,8 +5,8 @@ import { defaulted, filePath, flag, optional, required } from './fields.js';
 import { characterSchema, macAddress, vsockSchema } from './device-config.js';
 
 /** How memory comes back. */
-export const RESTORE_MODES = ['Copy', 'Map'] as const;
-const MODES_ACCEPTED = 'Copy or Map';
+export const RESTORE_MODES = ['Copy', 'Map', 'OnDemand'] as const;
+const MODES_ACCEPTED = 'Copy, Map or OnDemand';
 
 const urlError = 'the URL of a folder, such as file:///tmp/snapshot';
 const folderUrl = z
@@ -68,7 +68,7 @@ export const restoreSchema = z
     {
       source_url: required('Folder of the snapshot', folderUrl),
       memory_restore_mode: defaulted(
-        'Copy: all of it is read; Map: the files are mapped, and stay as they are',
+        'Copy: all of it is read; Map: the files are mapped, and stay as they are; OnDemand: it is read as it is touched',
         z.enum(RESTORE_MODES, { error: MODES_ACCEPTED }),
         'Copy',
       ),

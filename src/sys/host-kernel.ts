@@ -242,6 +242,12 @@ export interface HostKernel {
   advise(mapping: HostMapping, advice: MemoryAdvice): void;
   /** Has all pages of a mapping come from one NUMA node of the host, those that are there already as well. */
   bindToNode(mapping: HostMapping, node: number): void;
+  /**
+   * A userfaultfd, non-blocking, that is told of faults in the host's kernel as well (/dev/userfaultfd, Linux 6.1; else the system call).
+   *
+   * @throws SystemError EPERM or EACCES where this process may not
+   */
+  userfaultfd(): number;
   /** An anonymous file for shared guest memory. */
   memfd(name: string, options: MemfdOptions): number;
 
@@ -270,6 +276,8 @@ export interface HostKernel {
 
   /** A new pseudo-terminal in raw mode, whose master does not block. @returns the master's descriptor and the slave's path */
   openPty(): { readonly fd: number; readonly path: string };
+  /** Ends the process at once, whatever its threads wait for in the host's kernel. */
+  exitNow(status: number): never;
   /** A resource limit's soft value; Infinity when unlimited. */
   resourceLimit(resource: 'memlock' | 'nofile'): number;
 }

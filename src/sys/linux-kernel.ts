@@ -94,6 +94,7 @@ function defineOthers() {
     tcsetattr: libc.func('int tcsetattr(int fd, int actions, const void *termios)'),
     cfmakeraw: libc.func('void cfmakeraw(void *termios)'),
     getrlimit: libc.func('int getrlimit(int resource, void *limit)'),
+    exit: libc.func('void _exit(int status)'),
     sigaction: libc.func('int sigaction(int signal, const void *action, void *old)'),
     dlsym: libc.func('uintptr_t dlsym(uintptr_t handle, const char *name)'),
   };
@@ -132,8 +133,20 @@ const SYS =
         ioUringSetup: 425,
         ioUringEnter: 426,
         mbind: 237,
+        userfaultfd: 323,
       }
-    : { ioSetup: 0, ioDestroy: 1, ioSubmit: 2, ioGetevents: 4, ioUringSetup: 425, ioUringEnter: 426, mbind: 235 };
+    : {
+        ioSetup: 0,
+        ioDestroy: 1,
+        ioSubmit: 2,
+        ioGetevents: 4,
+        ioUringSetup: 425,
+        ioUringEnter: 426,
+        mbind: 235,
+        userfaultfd: 282,
+      };
+/** linux/userfaultfd.h: _IO(0xAA, 0x00) */
+const USERFAULTFD_IOC_NEW = 0xaa00;
 const AF_UNIX = 1;
 const AF_INET = 2;
 const SOCK_STREAM = 1;
@@ -186,9 +199,12 @@ const RING_PARAMETERS_BYTES = 120;
 /** sizeof(struct termios) is 60 on both architectures. */
 const TERMIOS_BYTES = 64;
 
+function systemError(call: string, errno = koffi.errno()): SystemError {
+  return new SystemError(errnoName(errno), errno, call, errnoText(errno));
+}
+
 function fail(call: string, errno = koffi.errno()): never {
-  const code = errnoName(errno);
-  throw new SystemError(code, errno, call, errnoText(errno));
+  throw systemError(call, errno);
 }
 
 function check(call: string, result: number): number {
@@ -617,6 +633,23 @@ export class LinuxKernel implements HostKernel {
     );
   }
 
+  userfaultfd(): number {
+    const flags = O_CLOEXEC | O_NONBLOCK;
+    try {
+      const device = this.open('/dev/userfaultfd');
+      try {
+        return this.ioctl(device, USERFAULTFD_IOC_NEW, flags);
+      } finally {
+        this.close(device);
+      }
+    } catch (error) {
+      // An older kernel has no such device; where the call is allowed, it needs none.
+      const fd = io().syscall6(SYS.userfaultfd, flags, 0, 0, 0, 0, 0) as number;
+      if (fd >= 0) return fd;
+      throw error instanceof SystemError && error.code === 'ENOENT' ? systemError('userfaultfd') : error;
+    }
+  }
+
   memfd(name: string, options: MemfdOptions): number {
     let flags = MFD_CLOEXEC;
     if (options.hugepageSize !== undefined) flags |= MFD_HUGETLB | (Math.log2(options.hugepageSize) << HUGE_SHIFT);
@@ -706,6 +739,11 @@ export class LinuxKernel implements HostKernel {
       this.close(fd);
       throw error;
     }
+  }
+
+  exitNow(status: number): never {
+    // SAFETY: no pointer; it does not return.
+    return io().exit(status) as never;
   }
 
   resourceLimit(resource: 'memlock' | 'nofile'): number {

@@ -53,7 +53,7 @@ test('the licences of what it has in itself are in it', () => {
 });
 
 test('what its threads load at each of their starts has none of the packages of the command line', () => {
-  for (const name of ['vcpu-worker.bundle.js', 'io-worker.bundle.js']) {
+  for (const name of ['vcpu-worker.bundle.js', 'io-worker.bundle.js', 'fill-worker.bundle.js']) {
     const bundle = fs.readFileSync(path.join(bundles, name), 'utf8');
     expect(bundle.match(/inversify|winston|yargs|zod/g)).toBeNull();
   }

@@ -97,6 +97,8 @@ export class FakeLives {
   pausing: Promise<void> = Promise.resolve();
   /** How long a core file takes. */
   dumping: Promise<void> = Promise.resolve();
+  /** When memory is there. */
+  filled: Promise<void> = Promise.resolve();
   /** How long each takes to close. */
   closing: Promise<void> = Promise.resolve();
   readonly events: string[] = [];
@@ -115,6 +117,8 @@ export class FakeLives {
     },
     vcpuWorker: new URL('file:///none'),
     ioWorker: new URL('file:///none'),
+    fillWorker: new URL('file:///none'),
+    abort: ({ message }) => this.events.push(`abort ${message}`),
     openTaps: () => ({ taps: [], mac: new Uint8Array(6) }),
     ask: (socket, call) => {
       this.events.push(`${call} ${socket}`);
@@ -171,6 +175,7 @@ export class FakeLives {
         this.#fail('save');
         return this.saved!;
       },
+      filled: this.filled,
       held: [],
       built: { cpus: config.cpus, memory: config.memory },
       trackWrites: () => Promise.resolve(),

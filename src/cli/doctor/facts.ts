@@ -27,6 +27,8 @@ export interface Facts {
   readonly kvmProblem?: string;
   /** Why the Microsoft hypervisor cannot be used. */
   readonly mshvProblem?: string;
+  /** Why no memory can be read as it is touched. */
+  readonly faultsProblem?: string;
   readonly live: readonly LiveResult[];
   readonly cpu: string;
   readonly cpuFlags: readonly string[];
@@ -141,6 +143,7 @@ export function gatherFacts(kernel: HostKernel): Facts {
     requiredCapabilities: ARM64 ? ARM64_REQUIRED : X86_REQUIRED,
     kvmProblem,
     mshvProblem: problemOf(() => tryMshv(kernel)),
+    faultsProblem: problemOf(() => kernel.close(kernel.userfaultfd())),
     live: kvmProblem === undefined ? liveResults() : [],
     cpu: /^(?:model name|CPU part)\s*: (.*)$/m.exec(cpuinfo)?.[1] ?? 'unknown',
     cpuFlags: /^(?:flags|Features)\s*: (.*)$/m.exec(cpuinfo)?.[1]?.split(' ') ?? [],

@@ -1,6 +1,7 @@
 /** The doctor's judgement: from what was found on a host to what it can do, and what to do about the rest. */
 import { KVM_DEVICE } from '../../hypervisor/kvm/device.js';
 import { MSHV_DEVICE } from '../../hypervisor/mshv/mshv.js';
+import { FAULTS_NEEDED } from '../../vmm/memory/page-faults.js';
 import type { DeviceState, Facts } from './facts.js';
 
 export type Status = 'ok' | 'warn' | 'fail';
@@ -138,6 +139,12 @@ function checkDevice(path: string, state: DeviceState): Check {
   return { id: path, status: 'warn', detail: `${path}, for ${use}: ${state}`, advice };
 }
 
+function checkFaults({ faultsProblem }: Facts): Check {
+  const use = 'page faults, for memory_restore_mode=ondemand';
+  if (faultsProblem === undefined) return { id: 'userfaultfd', status: 'ok', detail: `${use}: can be served` };
+  return { id: 'userfaultfd', status: 'warn', detail: `${use}: ${faultsProblem}`, advice: `give vmm ${FAULTS_NEEDED}` };
+}
+
 function checkHugepages({ hugepages, thp }: Facts): Check[] {
   const free = Object.entries(hugepages).map(([kib, count]) => `${count} of ${Number(kib) / 1024} MiB`);
   const some = Object.values(hugepages).some((count) => count > 0);
@@ -174,6 +181,7 @@ export function judge(facts: Facts): Report {
     checkCpu(facts),
     ...checkCapabilities(facts).map(soften),
     ...Object.keys(DEVICE_ADVICE).map((path) => checkDevice(path, facts.devices[path] ?? 'absent')),
+    checkFaults(facts),
     ...checkHugepages(facts),
     ...checkLimits(facts),
   ];

@@ -29,6 +29,7 @@ import { type MemoryContents, MemoryManager } from '../memory/memory-manager.js'
 import type { HeldMemory } from '../memory/memory-pages.js';
 import type { MemoryPart } from '../memory/memory-part.js';
 import type { MemorySlots } from '../memory/memory-slots.js';
+import { OnDemand } from '../memory/on-demand.js';
 import { attachPlatform, type PlatformHandle, platformUnits } from '../boards/platform.js';
 import type { Platform, PlatformChange, StateUnits } from '../boards/platform-parts.js';
 import type { HostResources } from '../host/host-resources.js';
@@ -46,8 +47,8 @@ export interface Origin {
   readonly life: SavedLife;
   /** Whether there may be others that go on from here: the guest is told that it is another one. */
   readonly clone: boolean;
-  /** Memory that is mapped from a file. */
-  readonly mapped?: MemoryContents;
+  /** Memory that goes on from files. */
+  readonly contents?: MemoryContents;
   /** Memory with all that it held. */
   readonly received?: { take(): MemoryManager };
   /** Puts the rest in. */
@@ -63,6 +64,8 @@ export class Incarnation {
   readonly dimms: Dimms | undefined;
   readonly #memory: MemoryManager;
   readonly #slots: MemorySlots;
+  /** While its memory comes as it is touched, and after that. */
+  readonly #onDemand: OnDemand | undefined;
   readonly #board: Board;
   readonly #devices: DeviceManager;
   readonly #io: IoManager;
@@ -107,8 +110,17 @@ export class Incarnation {
       undo.push(() => vm.close());
       const zones = mappedZones(this.#board.memory, memory);
       this.#memory =
-        origin?.received?.take() ?? new MemoryManager(kernel, memory, zones, resources.memoryFiles, origin?.mapped);
+        origin?.received?.take() ?? new MemoryManager(kernel, memory, zones, resources.memoryFiles, origin?.contents);
       undo.push(() => this.#memory.close());
+      if (origin?.contents?.mode === 'ondemand') {
+        // All of it, before anything can touch it: some hypervisors do as soon as they get it.
+        const [{ zone }] = this.#board.memory.zones;
+        for (const { address, size } of origin.life.dimms) this.#memory.addNow(zone, { address, size });
+        const progress = (done: string, total: string) => parts.tell('vm', 'memory-progress', { done, total });
+        const onDemand = new OnDemand(kernel, parts.fillWorker, this.#memory.missing(), progress);
+        this.#onDemand = onDemand;
+        undo.push(() => onDemand.end());
+      }
       this.#slots = this.#memory.attach(vm);
       const vcpus: readonly Vcpu[] = this.#board.createVcpus();
       this.#vcpus = new Set(saved?.present ?? vcpus.keys());
@@ -185,6 +197,7 @@ export class Incarnation {
    */
   async restore(): Promise<void> {
     const { life, clone, fill } = this.origin!;
+    await this.#onDemand?.ready;
     await fill?.(this.#memory.unfilled());
     loadUnits(this.#units(), life.units);
     this.#board.load();
@@ -196,6 +209,12 @@ export class Incarnation {
     this.#startWorkers();
     await this.#cpus.startPaused(this.#present(), this.#vcpus);
     await this.#io.pause();
+    if (this.#onDemand?.intact === false) await this.filled;
+  }
+
+  /** Resolves when its memory is as it was saved, or the life is over. @throws MachineError; MemoryLost where it has run */
+  get filled(): Promise<void> {
+    return this.#onDemand?.filled ?? Promise.resolve();
   }
 
   #startWorkers(): void {
@@ -234,7 +253,7 @@ export class Incarnation {
     };
   }
 
-  /** The memory, after `pause`. */
+  /** The memory, after `filled` and `pause`. */
   get held(): readonly HeldMemory[] {
     return this.#memory.held();
   }
@@ -284,7 +303,7 @@ export class Incarnation {
    * @param files by guest physical address
    * @throws SystemError, HypervisorError
    */
-  async mapFrom(files: MemoryContents): Promise<void> {
+  async mapFrom(files: MemoryContents['files']): Promise<void> {
     for (const part of this.#memory.mapFrom(files)) {
       this.#slots.renew(part);
       await this.#io.changeMemory('memory-kind', part);
@@ -430,6 +449,8 @@ export class Incarnation {
 
   /** After `pause`. The guest goes on as if no time had passed, but for the wall clock and what its origin says. */
   resume(): void {
+    // It is about to end.
+    if (this.#onDemand?.begin() === false) return;
     const passed = this.#passed();
     this.#passed = () => 0;
     this.#platform.setBack(monotonicClock() - this.#paused - passed);
@@ -491,6 +512,8 @@ export class Incarnation {
     await this.#throttle.set(0);
     await this.#cpus.stop();
     await this.#io.stop();
+    // Until here one of them may have waited for a page.
+    await this.#onDemand?.close();
     closeAll([
       () => this.serial?.close(),
       () => this.console?.close(),

@@ -16,5 +16,9 @@ export interface MachineParts {
   readonly vcpuWorker: URL;
   /** The script that an I/O worker runs. */
   readonly ioWorker: URL;
+  /** The script that the thread runs that reads memory as it is touched. */
+  readonly fillWorker: URL;
+  /** Ends the process at once and tells why: threads of its machine wait for what never comes. */
+  readonly abort: (error: Error) => void;
   readonly openTaps: TapOpener;
 }

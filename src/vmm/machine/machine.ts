@@ -20,6 +20,7 @@ import { MachineError, RequestError } from './machine-error.js';
 import type { Hotplug, Running } from './hotplug.js';
 import type { Incarnation, MachineLife, Origin } from './incarnation.js';
 import { sizeOptions } from '../memory/hotplug.js';
+import { MemoryLost } from '../memory/on-demand.js';
 import type { Connection } from '../migration/frames.js';
 import type { SendingOptions } from '../migration/source.js';
 import { Progress } from './progress.js';
@@ -167,6 +168,11 @@ export class Machine {
 
   get paused(): boolean {
     return this.#paused;
+  }
+
+  /** Resolves when all its memory is there to be saved, or its life is over. @throws what it cannot be had for */
+  async filled(): Promise<void> {
+    await this.#current?.filled;
   }
 
   /** Resolves when neither vCPUs nor devices do anything. @throws RequestError when the machine is reset or ends meanwhile */
@@ -385,6 +391,10 @@ export class Machine {
       onCrash: (worker, error) => failed(new MachineError(`The I/O worker ${worker} broke`, { cause: error })),
     };
     const incarnation = this.makeLife(this.parts, resources, backends, cpuEvents, ioEvents, origin);
+    incarnation.filled.catch((error: unknown) => {
+      if (error instanceof MemoryLost) this.parts.abort(error);
+      else failed(error as MachineError);
+    });
     this.#current = incarnation;
     this.#ballooned = 0;
     this.#plugged.clear();

@@ -189,7 +189,7 @@ export class Vmm {
       const { openOrigin } = await import('../snapshot/origin.js');
       const { source_url: url, memory_restore_mode: mode, prefault, resume, ...anew } = wanted;
       const origin = await openOrigin(this.parts, folderPath(url)!, {
-        ...{ map: mode === 'Map', prefault, anew: { ...anew, descriptors } },
+        ...{ mode, prefault, anew: { ...anew, descriptors } },
         goesOn: () => this.#ending === undefined,
       });
       try {
@@ -232,6 +232,7 @@ export class Vmm {
     return this.#next(async () => {
       const machine = this.#running();
       this.#stays();
+      await machine.filled();
       const owned = this.#owned!;
       const { connect } = await import('../migration/address.js');
       const { Connection } = await import('../migration/frames.js');
@@ -511,6 +512,7 @@ export class Vmm {
   ): Promise<void> {
     const machine = this.#running();
     this.#stays();
+    await machine.filled();
     const runs = !machine.paused;
     if (runs) await machine.pause();
     this.parts.tell('vm', event);

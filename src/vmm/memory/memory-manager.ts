@@ -14,6 +14,7 @@ import { hugepageSize as sizeOfHugepages, sizeOptions, sizesOf } from './hotplug
 import type { ZoneLayout } from './memory-layout.js';
 import { type HeldMemory, nextData } from './memory-pages.js';
 import { type MemoryPart, source } from './memory-part.js';
+import type { MissingStretch } from './page-server.js';
 import { MemorySlots } from './memory-slots.js';
 
 /** A file that memory is in, and from where on. */
@@ -23,8 +24,22 @@ interface Backing extends Pick<MemoryFile, 'fd' | 'pageSize'> {
   readonly holes?: (from: number) => MemoryRange | undefined;
 }
 
-/** Descriptors of files with what stretches of memory hold at first, by guest physical address: each is as long as the stretch. */
-export type MemoryContents = ReadonlyMap<number, number>;
+/** What memory holds at first. */
+export interface MemoryContents {
+  /** Goes on from what the files hold, or that is put in by somebody else, as it is touched (`missing`). */
+  readonly mode: 'map' | 'ondemand';
+  /** Descriptors of files with stretches of it, by guest physical address: each is as long as the stretch. */
+  readonly files: ReadonlyMap<number, number>;
+}
+
+interface AllocateOptions {
+  /** False: the guest does not have all of it at once. */
+  readonly present?: boolean;
+  /** Its owner gives it to the VM. */
+  readonly later?: boolean;
+  /** What it is in, and from where on. */
+  readonly file?: Backing;
+}
 
 /** Memory with what it takes of the host. */
 interface Stretch {
@@ -37,8 +52,11 @@ interface Stretch {
   readonly held: Pick<HeldMemory, 'touched' | 'nextData'>;
   /** The guest has it from the start. */
   readonly present: boolean;
+  readonly later: boolean;
   /** It held something from the start. */
   readonly content: boolean;
+  /** The file from which it is to be put in as it is touched. */
+  missing?: number;
 }
 
 export class MemoryManager {
@@ -58,12 +76,12 @@ export class MemoryManager {
     private readonly config: MemoryConfig,
     zones: readonly ZoneLayout[],
     private readonly files: MemoryFiles = new Map(),
-    private readonly contents: MemoryContents = new Map(),
+    private readonly contents?: MemoryContents,
   ) {
     try {
       for (const { zone, ram } of zones) this.#allocateRam(zone, ram);
       for (const { zone, hotplug } of zones) {
-        if (hotplug !== undefined) attempt(zone, () => this.#allocate(zone, hotplug, false));
+        if (hotplug !== undefined) attempt(zone, () => this.#allocateHeld(zone, hotplug, { present: false }));
       }
     } catch (error) {
       undoAll(error, [() => this.close()]);
@@ -77,32 +95,43 @@ export class MemoryManager {
     let offset = 0;
     for (const range of ranges) {
       attempt(zone, () => {
-        const { mapping } = this.#allocate(
-          zone,
-          range,
-          true,
-          file === undefined ? this.#content(zone, range) : { ...file, offset },
-        );
-        if (zone.prefault) this.#populate(mapping, 0, range.size);
+        const { mapping, missing } =
+          file === undefined
+            ? this.#allocateHeld(zone, range, {})
+            : this.#allocate(zone, range, { file: { ...file, offset } });
+        // Where there is a page already, none is put in.
+        if (zone.prefault && missing === undefined) this.#populate(mapping, 0, range.size);
       });
       offset += range.size;
     }
   }
 
-  /** What a stretch holds at first, which it goes on from with pages of its own. @throws MachineError */
-  #content({ shared, hugepages }: MemoryZone, { address, size }: MemoryRange): Backing | undefined {
-    const file = this.contents.get(address);
-    if (file === undefined) return undefined;
-    if (shared || hugepages) {
-      throw new MachineError('memory_restore_mode=map: accepted is memory that is neither shared nor in huge pages');
+  /** With what it holds at first, if that is known. @throws MachineError */
+  #allocateHeld(zone: MemoryZone, range: MemoryRange, options: AllocateOptions): Stretch {
+    const { address, size } = range;
+    const file = this.contents?.files.get(address);
+    const mapped = this.contents?.mode === 'map';
+    // What is not plugged reads as zeros when it is: such memory is no copy of a file.
+    if (file === undefined || (mapped && options.present === false)) return this.#allocate(zone, range, options);
+    if (zone.hugepages || (mapped && zone.shared)) {
+      const accepted = mapped ? 'neither shared nor in huge pages' : 'not in huge pages';
+      throw new MachineError(`memory_restore_mode=${this.contents!.mode}: accepted is memory that is ${accepted}`);
     }
-    // A touch behind the end of a file would end the process (SIGBUS).
+    // A touch behind the end of a mapped file would end the process (SIGBUS).
     if (fs.fstatSync(file).size !== size) {
-      const where = `memory at 0x${address.toString(16)}`;
-      throw new MachineError(`${where}: accepted is a file of ${size} bytes, as much as the configuration makes`);
+      throw new MachineError(
+        `${nameOf(range)}: accepted is a file of ${size} bytes, as much as the configuration makes`,
+      );
     }
+    if (!mapped) {
+      const stretch = this.#allocate(zone, range, options);
+      stretch.missing = file;
+      return stretch;
+    }
+    // It goes on with pages of its own.
     const fd = this.kernel.duplicate(file);
-    return { fd, pageSize: PAGE_SIZE, offset: 0, holes: (from) => nextData(this.kernel, fd, from) };
+    const holes = (from: number) => nextData(this.kernel, fd, from);
+    return this.#allocate(zone, range, { ...options, file: { fd, pageSize: PAGE_SIZE, offset: 0, holes } });
   }
 
   /** The same at once, before the machine runs; it may have come before. @throws MachineError */
@@ -111,7 +140,7 @@ export class MemoryManager {
       ({ part: { range: present } }) => present.address === range.address && present.size === range.size,
     );
     if (stretch !== undefined) return stretch.part;
-    attempt(zone, () => (stretch = this.#allocate(zone, range, true, this.#content(zone, range))));
+    attempt(zone, () => (stretch = this.#allocateHeld(zone, range, { later: true })));
     return stretch!.part;
   }
 
@@ -124,7 +153,7 @@ export class MemoryManager {
   async add(zone: MemoryZone, range: MemoryRange): Promise<MemoryPart> {
     const before = this.#stretches.length;
     try {
-      const { part, mapping } = this.#allocate(zone, range, true);
+      const { part, mapping } = this.#allocate(zone, range, { later: true });
       const piece = Math.max(POPULATED_AT_ONCE, sizeOfHugepages(zone) ?? 0);
       for (let start = 0; zone.prefault && start < range.size; start += piece) {
         this.#populate(mapping, start, Math.min(piece, range.size - start));
@@ -144,8 +173,7 @@ export class MemoryManager {
     this.#release(this.#stretches.splice(index, 1)[0]);
   }
 
-  /** @param present the guest has all of it at once @param file what it is in, and from where on */
-  #allocate(zone: MemoryZone, range: MemoryRange, present: boolean, file?: Backing): Stretch {
+  #allocate(zone: MemoryZone, range: MemoryRange, { present = true, later = false, file }: AllocateOptions): Stretch {
     const { address, size } = range;
     const { shared, hugepages } = zone;
     const hugepageSize = file === undefined ? sizeOfHugepages(zone) : undefined;
@@ -174,15 +202,16 @@ export class MemoryManager {
         : shared && !hugepages
           ? { touched: false, nextData: (from: number) => nextData(this.kernel, own!, from) }
           : { touched: true };
-    const stretch = {
+    const stretch: Stretch = {
       part: { range, mapping: mapping.handle, kind },
       mapping,
       zone,
       fd: own,
       held,
       present,
+      later,
       content: file?.holes !== undefined,
-    } as const;
+    };
     this.#stretches.push(stretch);
     this.#wish(zone, mapping, page === PAGE_SIZE);
     return stretch;
@@ -202,7 +231,7 @@ export class MemoryManager {
    * @returns what the VM has to be told of
    * @throws SystemError; what has been done by then is as good
    */
-  mapFrom(files: MemoryContents): MemoryPart[] {
+  mapFrom(files: MemoryContents['files']): MemoryPart[] {
     return this.#stretches.map((stretch, index) => {
       const { part, mapping, zone, fd: old } = stretch;
       const fd = this.kernel.duplicate(files.get(part.range.address)!);
@@ -259,7 +288,7 @@ export class MemoryManager {
   }
 
   /**
-   * Gives all of it to the VM.
+   * Gives all of it to the VM, but for what comes when the machine is there.
    *
    * @returns the VM's memory, to which more may be added
    * @throws MachineError when the hypervisor refuses it: a slot of KVM's holds less than 8 TiB
@@ -267,7 +296,7 @@ export class MemoryManager {
   attach(vm: Vm): MemorySlots {
     const slots = new MemorySlots(vm);
     try {
-      for (const { part } of this.#stretches) slots.add(part);
+      for (const { part, later } of this.#stretches) if (!later) slots.add(part);
       return slots;
     } catch (error) {
       if (!(error instanceof SystemError)) throw error;
@@ -289,8 +318,16 @@ export class MemoryManager {
 
   /** Those that hold nothing yet. */
   unfilled(): HeldMemory[] {
-    const filled = new Set(this.#stretches.filter(({ content }) => content).map(({ part }) => part.range));
-    return this.held().filter(({ range }) => !filled.has(range));
+    const filled = this.#stretches.filter(({ content, missing }) => content || missing !== undefined);
+    const ranges = new Set(filled.map(({ part }) => part.range));
+    return this.held().filter(({ range }) => !ranges.has(range));
+  }
+
+  /** What is to be put in as it is touched; the descriptors are those of `contents`. */
+  missing(): MissingStretch[] {
+    return this.#stretches.flatMap(({ part: { range }, mapping: { handle }, missing: fd }) =>
+      fd === undefined ? [] : { hostAddress: Number(handle.address), size: range.size, fd, name: nameOf(range) },
+    );
   }
 
   /** Unmaps it; no thread and no VM uses it any more. */
@@ -302,6 +339,8 @@ export class MemoryManager {
     closeAll([() => mapping.unmap(), () => fd !== undefined && this.kernel.close(fd)]);
   }
 }
+
+const nameOf = ({ address }: MemoryRange) => `memory at 0x${address.toString(16)}`;
 
 function rest({ size }: MemoryRange, from: number): MemoryRange | undefined {
   return from < size ? { address: from, size: size - from } : undefined;

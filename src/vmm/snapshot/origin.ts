@@ -4,6 +4,7 @@ import type { Origin } from '../machine/incarnation.js';
 import { RequestError } from '../machine/machine-error.js';
 import type { MachineParts } from '../machine/machine-parts.js';
 import { Progress } from '../machine/progress.js';
+import type { RestoreConfig } from '../../config/restore-config.js';
 import { configAnew, type GivenAnew } from './given-anew.js';
 import type { SavedLife } from './saved-machine.js';
 import { openSnapshot } from './snapshot-folder.js';
@@ -16,8 +17,7 @@ export interface OpenOrigin extends Origin {
 }
 
 export interface OriginOptions {
-  /** Whether memory is mapped from the files, rather than read. */
-  readonly map: boolean;
+  readonly mode: RestoreConfig['memory_restore_mode'];
   /** Whether there are pages everywhere before it runs. */
   readonly prefault: boolean;
   readonly anew: GivenAnew;
@@ -29,7 +29,7 @@ export interface OriginOptions {
 export async function openOrigin(
   { kernel, hypervisor, tell }: Pick<MachineParts, 'kernel' | 'hypervisor' | 'tell'>,
   folder: string,
-  { map, prefault, anew, goesOn }: OriginOptions,
+  { mode, prefault, anew, goesOn }: OriginOptions,
 ): Promise<OpenOrigin> {
   const snapshot = await openSnapshot(kernel, folder);
   try {
@@ -40,12 +40,14 @@ export async function openOrigin(
       );
     }
     const config = configAnew(machine.config, anew);
-    const mapped = new Map(map ? [...files].map(([address, { fd }]) => [address, fd]) : []);
+    const descriptors = new Map([...files].map(([address, { fd }]) => [address, fd]));
     return {
       config,
       life: prefault ? { ...machine.life, built: prefaulted(machine.life.built) } : machine.life,
       clone: true,
-      mapped,
+      ...(mode === 'Copy'
+        ? {}
+        : { contents: { mode: mode === 'Map' ? 'map' : 'ondemand', files: descriptors } as const }),
       fill: (memory) => {
         const progress = new Progress(memory, (done, total) => tell('vm', 'memory-progress', { done, total }));
         return snapshot.fill(memory, (bytes) => {

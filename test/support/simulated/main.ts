@@ -7,4 +7,8 @@ declare const onMachine: () => void;
 
 const script = (name: string) => new URL(name, `file://${__filename}`);
 
-runVmm(new SimulatedMshvKernel(), { vcpu: script('vcpu-worker.js'), io: script('io-worker.js') }, onMachine);
+runVmm(
+  new SimulatedMshvKernel(),
+  { vcpu: script('vcpu-worker.js'), io: script('io-worker.js'), fill: script('fill-worker.js') },
+  onMachine,
+);

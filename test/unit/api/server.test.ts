@@ -187,9 +187,13 @@ test.each([
   ['PUT', 'vm.restore', undefined, 400, 'accepted is {"source_url": "file:///FOLDER", ...}'],
   ...(
     [
-      ['{"memory_restore_mode":"OnDemand"}', 'memory_restore_mode: accepted is Copy or Map'],
-      ['{"memory_restore_mode":"copy"}', 'memory_restore_mode: accepted is Copy or Map'],
+      ['{"memory_restore_mode":"Lazy"}', 'memory_restore_mode: accepted is Copy, Map or OnDemand'],
+      ['{"memory_restore_mode":"copy"}', 'memory_restore_mode: accepted is Copy, Map or OnDemand'],
       ['{"memory_restore_mode":"Map","prefault":true}', 'prefault: accepted is it only with memory_restore_mode Copy'],
+      [
+        '{"memory_restore_mode":"OnDemand","prefault":true}',
+        'prefault: accepted is it only with memory_restore_mode Copy',
+      ],
       ['{"prefault":"on"}', 'prefault: accepted is true or false'],
       ['{"resume":0}', 'resume: accepted is true or false'],
       ['{"net_fds":[{"num_fds":1}]}', 'net_fds[0].id: accepted is the name of a device of the snapshot'],

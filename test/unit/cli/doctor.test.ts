@@ -115,6 +115,7 @@ describe('the doctor', () => {
     ['another architecture', { architecture: 'riscv64' }, 'architecture', 'fail'],
     ['few descriptors', { nofile: 1024 }, 'nofile', 'warn'],
     ['no tun', { devices: { ...GOOD.devices, '/dev/net/tun': 'absent' } }, '/dev/net/tun', 'warn'],
+    ['no page faults', { faultsProblem: 'open /dev/userfaultfd: permission denied (EACCES)' }, 'userfaultfd', 'warn'],
     ['no virtualization features', { cpuFlags: ['hypervisor'] }, 'cpu', 'warn'],
   ])('notices %s, and says what to do', (_, change, id, status) => {
     const check = judge({ ...GOOD, ...change }).checks.find((each) => each.id === id);

@@ -237,6 +237,7 @@ describe('a snapshot', () => {
   test.each([
     ['source_url="file:///a,b"', { source_url: 'file:///a,b' }],
     ['memory_restore_mode=MAP', { memory_restore_mode: 'Map' }],
+    ['memory_restore_mode=ondemand', { memory_restore_mode: 'OnDemand' }],
     ['memory_restore_mode=copy,prefault=on', { prefault: true }],
     ['resume=true', { resume: true }],
     ['memory_restore_mode=,prefault=', {}],
@@ -563,7 +564,7 @@ describe('refuses --restore', () => {
     ['source_url=http://a/s', `--restore source_url=http://a/s: accepted is ${FOLDER}`],
     ['source_url=file:///', `--restore source_url=file:///: accepted is ${FOLDER}`],
     ['source_url=file:///s,source_url=file:///t', '--restore source_url=file:///t: accepted is source_url= once'],
-    ['memory_restore_mode=ondemand', '--restore memory_restore_mode=ondemand: accepted is copy or map'],
+    ['memory_restore_mode=lazy', '--restore memory_restore_mode=lazy: accepted is copy, map or ondemand'],
     ['memory_restore_mode=map,prefault=on', '--restore prefault=on: accepted is it only with memory_restore_mode Copy'],
     ['prefault=yes', '--restore prefault=yes: accepted is on or off'],
     ['resume=1', '--restore resume=1: accepted is on or off'],

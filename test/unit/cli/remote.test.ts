@@ -264,7 +264,7 @@ test('the help of all and of each', async () => {
   }
   expect(await remote(['add-disk', '--help'], kernel)).toContain('readonly=on|off: The guest cannot write [off]');
   expect(await remote(['snapshot', '-h'], kernel)).toMatch(/--resume on +pause one that runs/);
-  expect(await remote(['restore', '-h'], kernel)).toContain('memory_restore_mode=copy|map: ');
+  expect(await remote(['restore', '-h'], kernel)).toContain('memory_restore_mode=copy|map|ondemand: ');
   expect(await remote(['resize', '-h'], kernel)).toMatch(/--memory SIZE +in all\n[^]*--wait/);
 });
 

@@ -482,8 +482,11 @@ describe('RAM that goes on from files', () => {
     return fd;
   }
   const zone = (config: Partial<MemoryConfig>) => zonesOf(memoryOf(config))[0];
-  const manager = (config: Partial<MemoryConfig>, from: ReadonlyMap<number, number>) =>
-    new MemoryManager(kernel, memoryOf(config), layoutOf(config, RAM_WINDOWS).zones, new Map(), from);
+  const manager = (
+    config: Partial<MemoryConfig>,
+    files: ReadonlyMap<number, number>,
+    mode: 'map' | 'ondemand' = 'map',
+  ) => new MemoryManager(kernel, memoryOf(config), layoutOf(config, RAM_WINDOWS).zones, new Map(), { mode, files });
 
   test('has what they hold, and keeps what is written to itself', () => {
     const before = openDescriptors();
@@ -531,6 +534,45 @@ describe('RAM that goes on from files', () => {
     );
     kernel.close(file);
     expect(newDescriptors(before)).toEqual([]);
+  });
+
+  test.each([{}, { shared: true }, { prefault: true }, { hotplug_size: 128 * MIB }])(
+    'is put in by somebody else, who is told of all of it, with %j',
+    (more) => {
+      const before = openDescriptors();
+      const files = [contents(4 * MIB), contents(128 * MIB), contents(4 * MIB)];
+      const places = [0, layoutOf({ size: 4 * MIB, ...more }, RAM_WINDOWS).zones[0].hotplug?.address ?? 1, 2 ** 41];
+      const from = new Map(places.map((address, index) => [address, files[index]]));
+      const config = { size: 4 * MIB, ...more };
+      const made = manager(config, from, 'ondemand');
+      const dimm = made.addNow(zone(config), { address: 2 ** 41, size: 4 * MIB });
+      expect(made.missing().map(({ size, fd, name }) => [size, fd, name])).toEqual([
+        [4 * MIB, files[0], 'memory at 0x0'],
+        ...('hotplug_size' in more ? [[128 * MIB, files[1], `memory at 0x${places[1].toString(16)}`]] : []),
+        [4 * MIB, files[2], 'memory at 0x20000000000'],
+      ]);
+      expect(made.unfilled()).toEqual([]);
+      // The VM gets what is added by who adds it.
+      expect(partsOf(made)).not.toContain(dimm);
+      const pagemap = fs.openSync('/proc/self/pagemap', 'r');
+      const entry = Buffer.alloc(8);
+      fs.readSync(pagemap, entry, 0, 8, (made.missing()[0].hostAddress / 4096) * 8);
+      fs.closeSync(pagemap);
+      // Nothing is there that would have to give way.
+      expect(entry[7] & 0xc0).toBe(0);
+      made.close();
+      for (const file of files) kernel.close(file);
+      expect(newDescriptors(before)).toEqual([]);
+    },
+  );
+
+  test('is not put into huge pages', () => {
+    const file = contents(4 * MIB);
+    const config = { size: 4 * MIB, hugepages: true, hugepage_size: 2 * MIB, reserve: false };
+    expect(() => manager(config, new Map([[0, file]]), 'ondemand')).toThrow(
+      'memory_restore_mode=ondemand: accepted is memory that is not in huge pages',
+    );
+    kernel.close(file);
   });
 
   test.each([{ shared: true }, { hugepages: true, hugepage_size: 2 * MIB, reserve: false }])('is not %j', (more) => {

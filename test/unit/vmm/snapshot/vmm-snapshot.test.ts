@@ -5,7 +5,8 @@ import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from '@jest/globals';
 import { restoreSchema } from '../../../../src/config/restore-config.js';
 import { type VmConfig, vmConfigSchema } from '../../../../src/config/vm-config.js';
-import type { RequestError } from '../../../../src/vmm/machine/machine-error.js';
+import { MachineError, type RequestError } from '../../../../src/vmm/machine/machine-error.js';
+import { MemoryLost } from '../../../../src/vmm/memory/on-demand.js';
 import { Vmm } from '../../../../src/vmm/machine/vmm.js';
 import { SnapshotError } from '../../../../src/vmm/snapshot/snapshot-error.js';
 import { newDescriptors, openDescriptors } from '../../../support/descriptors.js';
@@ -130,4 +131,42 @@ test('of another hypervisor it is refused', async () => {
   const file = path.join(place('a'), 'state.json');
   fs.writeFileSync(file, fs.readFileSync(file, 'utf8').replace('"kvm"', '"mshv"'));
   await expect(restore('a')).rejects.toThrow(/a: of a machine under mshv; accepted is one of kvm$/);
+});
+
+test('what a machine holds is saved when all of it is there, and it runs until then', async () => {
+  let there: () => void = () => undefined;
+  lives.filled = new Promise((resolve) => (there = resolve));
+  await running();
+  const saved = Promise.all([vmm.snapshot(place('a'), true), vmm.coredump(place('core'))]);
+  await new Promise(setImmediate);
+  expect([lives.last.paused, lives.events]).toEqual([false, []]);
+  there();
+  await saved;
+  expect(lives.last.cores).toEqual(['paused', `paused ${place('core')}`]);
+});
+
+test('a machine that ends before is not saved', async () => {
+  let there: () => void = () => undefined;
+  lives.filled = new Promise((resolve) => (there = resolve));
+  await running();
+  const saved = vmm.snapshot(place('a'), true).catch((error: unknown) => error);
+  await new Promise(setImmediate);
+  const ended = vmm.shutdownVmm('the test');
+  there();
+  expect(await saved).toMatchObject({ code: 'REQUEST' });
+  await ended;
+  expect(fs.existsSync(place('a'))).toBe(false);
+});
+
+test('memory that cannot be read ends the machine, and the process at once where its threads may wait for it', async () => {
+  lives.filled = Promise.reject(new MemoryLost('memory at 0x0: its file has become shorter'));
+  await vmm.create(config());
+  await vmm.boot();
+  expect(lives.events).toContain('abort memory at 0x0: its file has become shorter');
+  expect(vmm.info().state).toBe('Running');
+  await vmm.delete();
+  lives.filled = Promise.reject(new MachineError('memory at 0x0: its file has become shorter'));
+  await vmm.create(config());
+  await vmm.boot();
+  await expect(vmm.ended).rejects.toThrow('memory at 0x0: its file has become shorter');
 });
