@@ -160,9 +160,13 @@ export class HostResources {
     for (const { locks } of [...this.disks, ...this.pmem]) locks.unlock();
   }
 
-  /** It is this machine's again. @throws MachineError when somebody else has it by now */
+  /** It is this machine's again. @throws MachineError when somebody else has any of it by now; all of it stays given up then */
   relock(): void {
-    for (const { locks } of [...this.disks, ...this.pmem]) locks.relock();
+    try {
+      for (const { locks } of [...this.disks, ...this.pmem]) locks.relock();
+    } catch (error) {
+      undoAll(error, [() => this.unlock()]);
+    }
   }
 
   close(): void {
