@@ -77,6 +77,8 @@ export class Machine {
   #over = false;
   /** Neither the vCPUs nor the devices do anything. */
   #paused = false;
+  /** Its disks may be another process's. */
+  #released = false;
   /** Called when the next life has begun. */
   readonly #begun: (() => void)[] = [];
   readonly #resizes = new DiskResizes();
@@ -154,9 +156,10 @@ export class Machine {
    *
    * @param reason for the log
    * @returns when its next life has begun
-   * @throws RequestError when it has ended instead, or what it failed with
+   * @throws RequestError when it has ended instead, MachineError when its disks are another process's by now, or what it failed with
    */
   async reset(reason: string): Promise<void> {
+    this.#retake();
     this.parts.logger.info(`Resetting: ${reason}`);
     const begun = new Promise<void>((resolve) => this.#begun.push(resolve));
     const ended = this.ended.then((end) => {
@@ -178,17 +181,27 @@ export class Machine {
   /** Resolves when neither vCPUs nor devices do anything. @throws RequestError when the machine is reset or ends meanwhile */
   async pause(): Promise<void> {
     const life = this.#current;
-    if (life !== undefined) await Promise.race([life.pause(), this.#lifeEnds]);
-    if (life === undefined || life !== this.#current) {
+    const ended = this.#lifeEnds.then(() => true);
+    // One that has ended stays until whatever must not lose it is done.
+    const lost = await Promise.race([life?.pause().then(() => false), ended]);
+    if (lost !== false || life !== this.#current) {
       throw new RequestError('The machine is being reset or has ended', 'busy');
     }
     this.#paused = true;
   }
 
-  /** After `pause`. */
+  /** After `pause`. @throws MachineError when its disks are another process's by now */
   resume(): void {
+    this.#retake();
     this.#current?.resume();
     this.#paused = false;
+  }
+
+  /** Its disks, once they may have been another process's. @throws MachineError when they are */
+  #retake(): void {
+    if (!this.#released) return;
+    this.host.resources.relock();
+    this.#released = false;
   }
 
   /** Writes a core file of a machine that is paused; it stays until that is done. @throws RequestError */
@@ -256,13 +269,13 @@ export class Machine {
    * Sends the machine to another process; it stands still here then.
    *
    * @param connect makes a connection to it
-   * @param accepted called when it would take the machine, with what gives up
+   * @param accepted called when it would take the machine, with what gives up, and tells whether it is not too late for that
    * @throws UnknownOutcome, or what it failed with; the machine is as it was then
    */
   async migrate(
-    connect: () => Promise<Connection>,
+    connect: (signal: AbortSignal) => Promise<Connection>,
     options: SendingOptions,
-    accepted: (cancel: (reason: Error) => void) => void,
+    accepted: (cancel: (reason: Error) => boolean) => void,
   ): Promise<void> {
     const { hypervisor, config } = this.parts;
     this.#refuseUnsaved();
@@ -271,8 +284,10 @@ export class Machine {
     const { Sender } = await import('../migration/source.js');
     const { encodeMadeOf, encodeMachine } = await import('../snapshot/state-schema.js');
     await this.#alone(async (life) => {
+      const ended = new AbortController();
+      const reason = new RequestError('The machine was reset or has ended', 'failed');
+      void this.#lifeEnds.then(() => ended.abort(reason));
       const memory = life.held;
-      const { resources } = this.host;
       const ranges = memory.map(({ range }) => range);
       const { name, architecture } = hypervisor;
       const sender = await Sender.open(
@@ -287,13 +302,16 @@ export class Machine {
           pause: () => this.pause(),
           resume: () => this.resume(),
           save: async () => encodeMachine({ hypervisor: name, config, life: await life.save() }).state,
-          release: () => resources.unlock(),
-          retake: () => resources.relock(),
+          release: () => {
+            this.#released = true;
+            this.host.resources.unlock();
+          },
+          retake: () => this.#retake(),
         },
         connect,
         options,
+        ended.signal,
       );
-      void this.#lifeEnds.then(() => sender.cancel(new RequestError('The machine was reset or has ended', 'failed')));
       accepted((reason) => sender.cancel(reason));
       await sender.run();
     });
@@ -356,6 +374,7 @@ export class Machine {
   async resizeDisk(id: string, size: number, shrink: boolean): Promise<void> {
     const disk = this.host.resources.disks.find((candidate) => candidate.id === id);
     if (disk === undefined) throw new RequestError(`The machine has no disk ${id}`, 'unknown');
+    this.#retake();
     const refusal = resizeRefusal(disk, size, shrink);
     if (refusal !== undefined) throw new RequestError(refusal, 'invalid');
     await this.#resizes.ask(disk, () => this.#current?.control(id, { size }) ?? 0);

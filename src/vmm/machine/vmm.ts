@@ -71,7 +71,14 @@ interface Owned {
 
 interface Migration {
   progress: SendingProgress;
-  readonly cancel: (reason: Error) => void;
+  /** @returns false: it is too late */
+  readonly cancel: (reason: Error) => boolean;
+  /** Resolves when it is over. */
+  readonly over: Promise<void>;
+}
+
+interface Receiving {
+  readonly receiver: Receiver;
   /** Resolves when it is over. */
   readonly over: Promise<void>;
 }
@@ -89,7 +96,7 @@ export class Vmm {
   #turn: Promise<unknown> = Promise.resolve();
   #ending: Promise<void> | undefined;
   /** Present while a machine is received. */
-  #receiver: Receiver | undefined;
+  #receiving: Receiving | undefined;
   /** What ends the process; undefined: somebody who wanted it. */
   #failure: unknown;
 
@@ -212,7 +219,7 @@ export class Vmm {
 
   /** @throws RequestError when a machine is on its way here, or may be */
   #unexpected(): void {
-    if (this.#receiver === undefined) return;
+    if (this.#receiving === undefined) return;
     throw new RequestError('A machine is to be received; vm.delete gives that up', 'busy');
   }
 
@@ -236,9 +243,11 @@ export class Vmm {
       const owned = this.#owned!;
       const { connect } = await import('../migration/address.js');
       const { Connection } = await import('../migration/frames.js');
-      const given = new AbortController();
       const address = migrationAddress(url)!;
-      const connection = async () => new Connection(await connect(address, tls, given.signal), PATIENCE);
+      const connection = async (ended: AbortSignal) => {
+        const signal = AbortSignal.any([ended, AbortSignal.timeout(PATIENCE)]);
+        return new Connection(await connect(address, tls, signal), PATIENCE);
+      };
       const progress = (now: SendingProgress) => {
         owned.migration!.progress = now;
         this.parts.tell('vm', 'migration-memory-iteration', {
@@ -277,17 +286,19 @@ export class Vmm {
     this.parts.tell('vm', 'migration-failed', { reason });
   }
 
-  /** The machine goes on here. @throws RequestError when it is not being migrated */
+  /** The machine goes on here. @throws RequestError when it is not being migrated, or it is too late to give that up */
   async cancelMigration(): Promise<void> {
-    const migration = this.#owned?.migration;
-    if (migration === undefined) throw new RequestError('No machine is being migrated', 'failed');
-    await this.#cancel('vm.cancel-migration');
+    if (this.#owned?.migration === undefined) throw new RequestError('No machine is being migrated', 'failed');
+    if (await this.#cancel('vm.cancel-migration')) return;
+    throw new RequestError("It is too late: the machine may be another process's", 'failed');
   }
 
-  async #cancel(reason: string): Promise<void> {
+  /** @returns false: it is too late */
+  async #cancel(reason: string): Promise<boolean> {
     const migration = this.#owned?.migration;
-    migration?.cancel(new RequestError(`Given up: ${reason}`, 'failed'));
+    const given = migration?.cancel(new RequestError(`Given up: ${reason}`, 'failed')) ?? true;
     await migration?.over;
+    return given;
   }
 
   /**
@@ -303,16 +314,19 @@ export class Vmm {
     const { listen } = await import('../migration/address.js');
     const destination = await import('../migration/destination.js');
     const { receiver_url: url, tls_dir: tls, ...anew } = wanted;
-    if (this.#owned !== undefined) throw refused(this.#owned, 'none');
-    if (this.#ending !== undefined) throw new RequestError('The process is ending', 'failed');
-    this.#unexpected();
     const { tell } = this.parts;
     const receiver = new destination.Receiver(this.parts, {
       anew: { ...anew, descriptors },
       patience: PATIENCE,
       started: () => tell('vm', 'migration-receive-started'),
     });
-    this.#receiver = receiver;
+    let done: () => void = () => undefined;
+    // Whatever makes a machine of its own comes before it, or is refused.
+    await this.#next(() => {
+      if (this.#owned !== undefined) throw refused(this.#owned, 'none');
+      this.#unexpected();
+      this.#receiving = { receiver, over: new Promise((resolve) => (done = resolve)) };
+    });
     try {
       const listener = await listen(this.parts.kernel, migrationAddress(url)!, tls);
       const arrived = await (async () => {
@@ -331,7 +345,8 @@ export class Vmm {
       tell('vm', 'migration-receive-failed', { reason: causeMessages(error).join(': ') });
       throw error;
     } finally {
-      this.#receiver = undefined;
+      this.#receiving = undefined;
+      done();
     }
   }
 
@@ -398,9 +413,11 @@ export class Vmm {
   }
 
   /** Removes the machine, which is shut down if it runs. @throws how it failed to end */
-  delete(): Promise<void> {
-    this.#receiver?.cancel(new RequestError('Given up: vm.delete', 'failed'));
-    return this.#next(async () => {
+  async delete(): Promise<void> {
+    const { receiver, over } = this.#receiving ?? {};
+    receiver?.cancel(new RequestError('Given up: vm.delete', 'failed'));
+    if (over !== undefined) await over;
+    await this.#next(async () => {
       await this.#cancel('vm.delete');
       await this.#delete('vm.delete');
     });
@@ -593,9 +610,11 @@ export class Vmm {
 
   async #shutDownVmm(reason: string): Promise<void> {
     // Whatever else is under way with it.
-    this.#receiver?.cancel(new RequestError('The process is ending', 'failed'));
+    const { receiver, over } = this.#receiving ?? {};
+    receiver?.cancel(new RequestError('The process is ending', 'failed'));
     this.#owned?.machine?.stop(reason);
     await this.#turn;
+    await over;
     // A failure is kept by who hears of the machine's end first.
     await this.#delete(reason).catch((error: unknown) => (this.#failure ??= error));
     this.parts.tell('vmm', 'shutdown');

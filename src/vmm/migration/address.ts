@@ -9,6 +9,9 @@ import type { HostKernel } from '../../sys/host-kernel.js';
 import { bindSocket } from '../host/unix-socket.js';
 import { MigrationError } from './migration-error.js';
 
+/** Milliseconds. */
+const HANDSHAKE = 10_000;
+
 /** @throws MigrationError */
 function read(folder: string, file: string): Buffer {
   const name = path.join(folder, file);
@@ -19,14 +22,22 @@ function read(folder: string, file: string): Buffer {
   }
 }
 
-/** Each side shows a certificate, and looks at the other's. */
-function certificates(folder: string, side: 'client' | 'server') {
-  return {
+/** Each side shows a certificate, and looks at the other's. @throws MigrationError */
+async function certificates(folder: string, side: 'client' | 'server') {
+  const { createSecureContext } = await import('node:tls');
+  const options = {
+    minVersion: 'TLSv1.3' as const,
+    rejectUnauthorized: true,
     ca: read(folder, 'ca-cert.pem'),
     cert: read(folder, `${side}-cert.pem`),
     key: read(folder, `${side}-key.pem`),
-    minVersion: 'TLSv1.3' as const,
   };
+  try {
+    createSecureContext(options);
+    return options;
+  } catch (cause) {
+    throw new MigrationError(`tls_dir: accepted are certificates of a CA, and a key for ${side}-cert.pem`, { cause });
+  }
 }
 
 /** @param signal gives up @throws MigrationError */
@@ -35,32 +46,40 @@ export async function connect(
   tlsFolder: string | undefined,
   signal: AbortSignal,
 ): Promise<Duplex> {
-  const options = 'path' in address ? address : { ...address, noDelay: true };
-  if (tlsFolder === undefined) return established(net.connect({ ...options, signal }), 'connect', address);
+  if (tlsFolder === undefined) {
+    const options = 'path' in address ? address : { ...address, noDelay: true };
+    return await established(net.connect(options), 'connect', address, signal);
+  }
   const secure = await import('node:tls');
   const { host, port } = address as { host: string; port: number };
-  const socket = secure.connect({
-    host,
-    port,
-    ...certificates(tlsFolder, 'client'),
-    checkServerIdentity: () => undefined,
-  });
-  signal.addEventListener('abort', () => socket.destroy(), { once: true });
-  return established(socket, 'secureConnect', address);
+  const options = await certificates(tlsFolder, 'client');
+  // Whoever has a certificate of the CA.
+  const socket = secure.connect({ host, port, ...options, checkServerIdentity: () => undefined });
+  socket.setNoDelay();
+  return await established(socket, 'secureConnect', address, signal);
 }
 
-function established<T extends net.Socket>(socket: T, event: string, address: MigrationAddress): Promise<T> {
-  return new Promise((resolve, reject) => {
-    const fail = (error?: NodeJS.ErrnoException) => {
-      const { code, message }: NodeJS.ErrnoException = error ?? new Error('given up');
-      reject(new MigrationError(`${addressText(address)}: ${code ?? message}`));
-    };
-    socket.once('error', fail).once('close', () => fail());
-    socket.once(event, () => {
-      socket.off('error', fail).removeAllListeners('close');
-      resolve(socket);
+async function established<T extends net.Socket>(
+  socket: T,
+  event: string,
+  address: MigrationAddress,
+  signal: AbortSignal,
+): Promise<T> {
+  const giveUp = () => socket.destroy(new Error((signal.reason as Error).message));
+  signal.addEventListener('abort', giveUp);
+  if (signal.aborted) giveUp();
+  try {
+    await new Promise<void>((resolve, reject) => {
+      // It stays: an error may come before whoever gets the connection listens.
+      socket.on('error', ({ code, message }: NodeJS.ErrnoException) => {
+        reject(new MigrationError(`${addressText(address)}: ${code ?? message}`));
+      });
+      socket.once(event, resolve);
     });
-  });
+    return socket;
+  } finally {
+    signal.removeEventListener('abort', giveUp);
+  }
 }
 
 export function addressText(address: MigrationAddress): string {
@@ -82,7 +101,8 @@ export async function listen(
   const { server, event } = await makeServer(tlsFolder);
   let remove = () => undefined as unknown;
   await new Promise<void>((resolve, reject) => {
-    server.once('error', (error: NodeJS.ErrnoException) => {
+    // It stays: a connection that cannot be accepted is one of those that do not come.
+    server.on('error', (error: NodeJS.ErrnoException) => {
       reject(new MigrationError(`${addressText(address)}: ${error.code ?? error.message}`));
     });
     server.once('listening', resolve);
@@ -106,6 +126,6 @@ export async function listen(
 async function makeServer(tlsFolder: string | undefined): Promise<{ server: net.Server | tls.Server; event: string }> {
   if (tlsFolder === undefined) return { server: net.createServer({ noDelay: true }), event: 'connection' };
   const secure = await import('node:tls');
-  const options = { ...certificates(tlsFolder, 'server'), requestCert: true, rejectUnauthorized: true };
+  const options = { ...(await certificates(tlsFolder, 'server')), requestCert: true, handshakeTimeout: HANDSHAKE };
   return { server: secure.createServer(options), event: 'secureConnection' };
 }

@@ -10,7 +10,7 @@ import type { MachineParts } from '../machine/machine-parts.js';
 import { configAnew, type GivenAnew } from '../snapshot/given-anew.js';
 import { decodeMadeOf, decodeMachine, type MadeOf } from '../snapshot/state-schema.js';
 import { ADDRESS_BYTES, Connection, Frame, type Header, PAGE_SIZE } from './frames.js';
-import { type Go, type Hello, readGo, readHello, sayHello } from './messages.js';
+import { type Go, readGo, readHello, sayHello } from './messages.js';
 import { MigrationError } from './migration-error.js';
 import { ReceivedMemory } from './received-memory.js';
 
@@ -29,48 +29,89 @@ function badLength({ kind, length }: Header): MigrationError {
   return new MigrationError(`The other side sent a frame ${kind} of ${length} bytes`);
 }
 
+/** @throws MigrationError when it takes longer @param patience milliseconds */
+async function within<T>(done: Promise<T>, patience: number, late: string): Promise<T> {
+  let timer: NodeJS.Timeout | undefined;
+  const silence = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new MigrationError(`${late} within ${patience / 1000} s`)), patience);
+  });
+  try {
+    return await Promise.race([done, silence]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
 /** Connections as they come in: those of one migration, once it is known which. */
 class Gate {
   readonly #token = randomBytes(16).toString('hex');
-  #first: { readonly connection: Connection; readonly hello: Hello } | undefined;
+  /** All that are open. */
+  readonly #present = new Set<Connection>();
+  #first: { readonly connection: Connection; readonly wanted: number } | undefined;
   readonly #more: Connection[] = [];
   #told: () => void = () => undefined;
+  /** Those that have not said what they are belong to nothing any more. */
+  #over = false;
 
   constructor(private readonly patience: number) {}
 
   /** Whoever says nothing that makes sense is dropped, and waited for no longer. */
   async enter(stream: Duplex): Promise<void> {
     const connection = new Connection(stream, this.patience);
+    this.#present.add(connection);
     try {
-      const hello = readHello(await connection.expect(Frame.hello));
-      if (hello.token === undefined) {
-        if (this.#first !== undefined) throw new MigrationError('Another machine is on its way here');
-        await sayHello(connection, hello.connections, this.#token);
-        this.#first = { connection, hello };
-      } else {
-        const wanted = (this.#first?.hello.connections ?? 1) - 1;
-        if (hello.token !== this.#token || this.#more.length >= wanted) {
-          throw new MigrationError('Accepted are connections of the machine that is on its way here');
-        }
-        this.#more.push(connection);
-      }
+      await this.#know(connection);
       this.#told();
     } catch (error) {
       await connection.refuse(causeMessages(error).join(': '));
+      this.#present.delete(connection);
     }
   }
 
-  /** @returns resolves when all connections are there; the first is the one that has answers */
-  async all(abandoned: Promise<never>): Promise<readonly Connection[]> {
-    for (;;) {
-      const { connection, hello } = this.#first ?? {};
-      if (connection !== undefined && this.#more.length === hello!.connections - 1) return [connection, ...this.#more];
-      await Promise.race([new Promise<void>((resolve) => (this.#told = resolve)), abandoned]);
+  async #know(connection: Connection): Promise<void> {
+    const { token, connections } = readHello(await connection.expect(Frame.hello));
+    if (token === undefined) {
+      if (this.#first !== undefined || this.#over) throw new MigrationError('Another machine is on its way here');
+      this.#first = { connection, wanted: connections - 1 };
+      await sayHello(connection, connections, this.#token);
+    } else {
+      if (token !== this.#token || this.#more.length >= (this.#first?.wanted ?? 0) || this.#over) {
+        throw new MigrationError('Accepted are connections of the machine that is on its way here');
+      }
+      this.#more.push(connection);
     }
   }
 
-  close(): void {
-    for (const connection of [this.#first?.connection, ...this.#more]) connection?.destroy();
+  /** The one that has answers. */
+  async first(): Promise<Connection> {
+    while (this.#first === undefined) await this.#news();
+    return this.#first.connection;
+  }
+
+  /** After `first`. @returns the others, once they are all there */
+  async more(): Promise<readonly Connection[]> {
+    while (this.#more.length < this.#first!.wanted) {
+      if (this.#over) throw new MigrationError('Nobody waits for it');
+      await this.#news();
+    }
+    return this.#more;
+  }
+
+  #news(): Promise<void> {
+    return new Promise((resolve) => (this.#told = resolve));
+  }
+
+  /** Tells all that are there why not, unless they have been ended. */
+  async refuse(reason: string): Promise<void> {
+    if (this.#over) return;
+    this.#over = true;
+    this.#told();
+    await Promise.all([...this.#present].map((connection) => connection.refuse(reason)));
+  }
+
+  end(): void {
+    this.#over = true;
+    for (const connection of this.#present) void connection.end();
   }
 }
 
@@ -93,8 +134,8 @@ export class Receiver {
   readonly #gate: Gate;
   readonly #abandoned: Promise<never>;
   #abandon: (reason: Error) => void = () => undefined;
-  #connections: readonly Connection[] = [];
   #memory: ReceivedMemory | undefined;
+  #over = false;
 
   constructor(
     private readonly parts: Parts,
@@ -109,29 +150,29 @@ export class Receiver {
     void this.#gate.enter(stream);
   }
 
-  /** It is not wanted any more. */
+  /** It is not wanted any more: `receive` and `prepared` reject. */
   cancel(reason: Error): void {
     this.#abandon(reason);
-    this.#gate.close();
   }
 
   /** @throws MigrationError, SnapshotError, RequestError, MachineError; `failed` is to be called then */
-  async receive(): Promise<Arrived> {
-    const connections = await this.#gate.all(this.#abandoned);
-    this.#connections = connections;
-    this.options.started();
-    return await Promise.race([this.#receive(connections), this.#abandoned]);
+  receive(): Promise<Arrived> {
+    return Promise.race([this.#abandoned, this.#receive()]);
   }
 
-  async #receive(connections: readonly Connection[]): Promise<Arrived> {
-    const [first] = connections;
-    const text = (await first.expect(Frame.machine)).toString('utf8');
-    const made = decodeMadeOf(text);
+  async #receive(): Promise<Arrived> {
+    const first = await this.#gate.first();
+    // What it says next is waited for all the while: it may be gone before the others are here.
+    const more = within(this.#gate.more(), this.options.patience, 'Not all connections of the machine came');
+    const [text] = await Promise.all([first.expect(Frame.machine), more]);
+    if (this.#over) throw new MigrationError('Nobody waits for it');
+    this.options.started();
+    const made = decodeMadeOf(text.toString('utf8'));
     const config = this.#check(made);
     const memory = new ReceivedMemory(this.parts.kernel, made.architecture, made.built.memory, made.memory);
     this.#memory = memory;
     await first.send(Frame.accepted);
-    const state = await this.#memoryAndState(connections, memory);
+    const state = await this.#memoryAndState(first, await more, memory);
     const { life } = decodeMachine({ config: JSON.stringify(made.config), state: state.toString('utf8') });
     if (!isDeepStrictEqual([life.built, life.memory], [made.built, made.memory])) {
       throw new MigrationError('state: accepted is that of the machine whose memory was sent');
@@ -143,14 +184,17 @@ export class Receiver {
       config,
       origin: { life, clone: false, received: memory, passed },
       prepared: async () => {
-        await first.send(Frame.prepared);
-        go = readGo(await first.expect(Frame.go));
+        const asked = async () => {
+          await first.send(Frame.prepared);
+          return readGo(await first.expect(Frame.go));
+        };
+        go = await Promise.race([this.#abandoned, asked()]);
         heard = Date.now();
         return go.resume;
       },
       taken: async () => {
         await first.send(Frame.taken).catch(() => undefined);
-        void Promise.all(connections.map((connection) => connection.end()));
+        this.#gate.end();
       },
     };
   }
@@ -167,17 +211,18 @@ export class Receiver {
   }
 
   /** @returns the state */
-  async #memoryAndState([first, ...more]: readonly Connection[], memory: ReceivedMemory): Promise<Buffer> {
+  async #memoryAndState(first: Connection, more: readonly Connection[], memory: ReceivedMemory): Promise<Buffer> {
     for (let round = 0; ; round++) {
-      // The others have nothing but memory to say.
-      const others = Promise.all(more.map((connection) => this.#memoryUntil(connection, memory, round)));
-      others.catch(() => undefined);
-      const end = await this.#memoryUntil(first, memory, round);
+      // The others have nothing but memory to say, and may have none.
+      const others = Promise.all(more.map((connection) => this.#memoryUntil(connection, memory, round, Infinity)));
+      const broken = others.then(() => new Promise<never>(() => undefined));
+      broken.catch(() => undefined);
+      const end = await Promise.race([broken, this.#memoryUntil(first, memory, round)]);
       if (end !== undefined) {
         for (const connection of more) connection.destroy();
         return end;
       }
-      await others;
+      await within(others, this.options.patience, 'Not all connections brought the memory that was sent on them');
       const answer = Buffer.alloc(4);
       answer.writeUInt32LE(round);
       await first.send(Frame.round, answer);
@@ -185,9 +230,14 @@ export class Receiver {
   }
 
   /** @returns the state, or undefined at the end of the round */
-  async #memoryUntil(connection: Connection, memory: ReceivedMemory, round: number): Promise<Buffer | undefined> {
+  async #memoryUntil(
+    connection: Connection,
+    memory: ReceivedMemory,
+    round: number,
+    patience = this.options.patience,
+  ): Promise<Buffer | undefined> {
     for (;;) {
-      const header = await connection.header();
+      const header = await connection.header(patience);
       switch (header.kind) {
         case Frame.memory:
           await this.#take(connection, header, memory);
@@ -211,15 +261,15 @@ export class Receiver {
     }
   }
 
-  async #take(connection: Connection, header: Header, { bytes }: ReceivedMemory): Promise<void> {
+  async #take(connection: Connection, header: Header, memory: ReceivedMemory): Promise<void> {
     const size = header.length - ADDRESS_BYTES;
     if (size <= 0 || size % PAGE_SIZE !== 0) throw badLength(header);
     let at = addressIn(await connection.start(ADDRESS_BYTES));
-    if (at % PAGE_SIZE !== 0 || !bytes.contains(at, size)) {
+    if (at % PAGE_SIZE !== 0 || !memory.bytes.contains(at, size)) {
       throw new MigrationError(`The other side sent memory at 0x${at.toString(16)}, where the machine has none`);
     }
     await connection.rest(size, (part) => {
-      bytes.copyIn(at, part, 0, part.length);
+      memory.bytes.copyIn(at, part, 0, part.length);
       at += part.length;
     });
   }
@@ -245,12 +295,11 @@ export class Receiver {
     throw new MigrationError(`${different.length} pages are not as they were sent, the first at 0x${at.toString(16)}`);
   }
 
-  /** Gives everything back that has come, and tells the other side why. */
+  /** Gives everything back that has come, and tells the other side why. Never rejects. */
   async failed(error: unknown): Promise<void> {
+    this.#over = true;
     this.#memory?.close();
-    const reason = causeMessages(error).join(': ');
-    await Promise.all(this.#connections.map((connection) => connection.refuse(reason)));
-    this.#gate.close();
+    await this.#gate.refuse(causeMessages(error).join(': '));
   }
 }
 

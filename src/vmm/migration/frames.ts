@@ -12,7 +12,7 @@
  */
 import type { Duplex } from 'node:stream';
 import { crc32 } from 'node:zlib';
-import { ConnectionLost, MigrationError } from './migration-error.js';
+import { ConnectionLost, MigrationError, Refused } from './migration-error.js';
 
 export const Frame = {
   /** JSON: who speaks. The first frame of either side. */
@@ -45,7 +45,7 @@ export const PAGE_SIZE = 4096;
 export const MEMORY_AT_ONCE = 2 ** 20;
 export const ADDRESS_BYTES = 8;
 
-/** How long the other side's end is waited for, milliseconds. */
+/** How long the other side's end is waited for at most, milliseconds. */
 const LINGER = 2000;
 const HEADER = 12;
 const SUMMED = 8;
@@ -180,13 +180,14 @@ export class Connection {
   }
 
   /** Why the other side refuses. @param header of that frame */
-  async refusal(header: Header): Promise<MigrationError> {
-    return new MigrationError(`The other side refuses: ${reasonIn(await this.body(header))}`);
+  async refusal(header: Header): Promise<Refused> {
+    return new Refused(`The other side refuses: ${reasonIn(await this.body(header))}`);
   }
 
   /** Tells the other side why not, and ends the connection. Never rejects. */
   async refuse(reason: string): Promise<void> {
-    await this.sendJson(Frame.refused, { reason: reason.slice(0, MAX_REASON) }).catch(() => undefined);
+    // It may take nothing any more, and is not waited for.
+    this.sendJson(Frame.refused, { reason: reason.slice(0, MAX_REASON) }).catch(() => undefined);
     await this.end();
   }
 
@@ -200,8 +201,11 @@ export class Connection {
     const { stream } = this;
     stream.end();
     // A connection that is closed over what has come and is not read loses what was sent last.
-    stream.resume();
-    await this.#event('end', () => stream.readableEnded, LINGER).catch(() => undefined);
+    const ended = () => {
+      while (stream.read() !== null);
+      return stream.readableEnded;
+    };
+    await this.#event('readable', ended, Math.min(LINGER, this.patience)).catch(() => undefined);
     stream.destroy();
   }
 
@@ -228,7 +232,7 @@ export class Connection {
   }
 
   /** Until something is so; looked at when an event tells. @throws ConnectionLost */
-  #event(name: 'drain' | 'readable' | 'end', so: () => boolean, patience = this.patience): Promise<void> {
+  #event(name: 'drain' | 'readable', so: () => boolean, patience = this.patience): Promise<void> {
     const { stream } = this;
     return new Promise((resolve, reject) => {
       const settle = (error?: Error) => {
@@ -254,7 +258,8 @@ export class Connection {
   }
 }
 
-const MAX_REASON = 1000;
+/** Characters, each of which JSON may write as six. */
+const MAX_REASON = 600;
 
 /** As another process gave it, on one line. */
 function reasonIn(body: Buffer): string {

@@ -21,13 +21,16 @@ const helloSchema = z.object({
 });
 export type Hello = z.infer<typeof helloSchema>;
 
+/** Milliseconds, as nanoseconds in 64 bits: more than a century. */
+const LONGEST = 2 ** 42;
+
 const goSchema = z.object({
   /** Whether it ran; else it stays paused. */
   resume: z.boolean(),
   /** When it stood still: milliseconds since 1970 by its host's clock. */
   paused_at: z.int(),
   /** For how long, milliseconds by the monotonic clock. */
-  paused_for: z.number().check(z.gte(0)),
+  paused_for: z.number().check(z.gte(0), z.lte(LONGEST)),
 });
 export type Go = z.infer<typeof goSchema>;
 

@@ -16,8 +16,7 @@ const inside = ({ address, size }: MemoryRange, room: MemoryRange) =>
   address >= room.address && address + size <= room.address + room.size;
 
 export class ReceivedMemory {
-  /** All of its bytes. */
-  readonly bytes: GuestMemory;
+  readonly #bytes: GuestMemory;
   #manager: MemoryManager | undefined;
 
   /**
@@ -48,11 +47,18 @@ export class ReceivedMemory {
       if (!isDeepStrictEqual(sorted(present()), sorted(ranges))) {
         throw new MigrationError('memory: accepted are the stretches that the configuration makes');
       }
-      this.bytes = bytesOf(manager.held());
+      this.#bytes = bytesOf(manager.held());
       this.#manager = manager;
     } catch (error) {
       undoAll(error, [() => manager.close()]);
     }
+  }
+
+  /** All of its bytes, to be asked for anew after each wait. @throws MigrationError when it is not this object's any more */
+  get bytes(): GuestMemory {
+    // What is unmapped would end the process.
+    if (this.#manager === undefined) throw new MigrationError('The other side sent memory that nobody waits for');
+    return this.#bytes;
   }
 
   /** It is the caller's from now on. */

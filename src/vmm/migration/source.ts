@@ -3,8 +3,8 @@
  * it stands still.
  *
  * Who has the machine is decided by two frames. Until `go` is sent it is this side's, and it goes on here whatever fails. The destination
- * answers `taken` before it lets anything run. So where the connection ends in order without that answer, the destination has run nothing,
- * and the machine goes on here; where it breaks, nobody here knows, and the machine stands still until a user does.
+ * answers `taken` before it lets anything run. So where it refuses, or the connection ends in order without that answer, the destination
+ * has run nothing, and the machine goes on here; where it breaks, nobody here knows, and the machine stands still until a user does.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { crc32 } from 'node:zlib';
@@ -13,7 +13,7 @@ import type { GuestMemory, MemoryRange } from '../../memory/guest-memory.js';
 import { bytesOf, type HeldMemory } from '../memory/memory-pages.js';
 import { ADDRESS_BYTES, type Connection, Frame, MEMORY_AT_ONCE, PAGE_SIZE } from './frames.js';
 import { type Go, readHello, sayHello } from './messages.js';
-import { ConnectionLost, MigrationError } from './migration-error.js';
+import { ConnectionLost, MigrationError, Refused } from './migration-error.js';
 import { heldPages, PageSet } from './page-set.js';
 
 /** The machine, as it is sent. */
@@ -70,9 +70,12 @@ const MAX_THROTTLE = 99;
 const LOCK_PATIENCE = 5000;
 const LOCK_INTERVAL = 20;
 
+const ANSWERS: ReadonlySet<number> = new Set([Frame.round, Frame.prepared, Frame.taken]);
+
 /** What the destination says, read all the time: so a refusal is heard while memory is being sent. */
 class Answers {
-  readonly #frames: { readonly kind: number; readonly body: Buffer }[] = [];
+  /** At most one, as nothing is said that was not asked for. */
+  #kind: number | undefined;
   #failure: Error | undefined;
   #told: () => void = () => undefined;
 
@@ -89,7 +92,11 @@ class Answers {
       for (;;) {
         const header = await this.connection.header(Infinity);
         if (header.kind === Frame.refused) throw await this.connection.refusal(header);
-        this.#frames.push({ kind: header.kind, body: await this.connection.body(header) });
+        if (!ANSWERS.has(header.kind) || this.#kind !== undefined) {
+          throw new MigrationError(`The other side sent a frame ${header.kind} that nobody waits for`);
+        }
+        await this.connection.body(header);
+        this.#kind = header.kind;
         this.#told();
       }
     } catch (error) {
@@ -108,15 +115,16 @@ class Answers {
     const silent = new ConnectionLost(`The other side has said nothing for ${patience / 1000} s`, false);
     const timer = setTimeout(() => this.#fail(silent), patience);
     try {
-      while (this.#frames.length === 0) {
+      while (this.#kind === undefined) {
         if (this.#failure !== undefined) throw this.#failure;
         await new Promise<void>((resolve) => (this.#told = resolve));
       }
     } finally {
       clearTimeout(timer);
     }
-    const frame = this.#frames.shift()!;
-    if (frame.kind !== kind) throw new MigrationError(`The other side sent a frame ${frame.kind} instead of ${kind}`);
+    const said = this.#kind;
+    this.#kind = undefined;
+    if (said !== kind) throw new MigrationError(`The other side sent a frame ${said} instead of ${kind}`);
   }
 }
 
@@ -130,51 +138,88 @@ export class Sender {
   #left: readonly PageSet[] = [];
   /** Why it was given up: the first reason. */
   #failure: Error | undefined;
+  /** The other side hears of it. */
+  #parting: Promise<unknown> = Promise.resolve();
+  /** Whose the machine is, is the other side's to say. */
+  #gone = false;
 
   private constructor(
     private readonly machine: Sent,
     connections: readonly Connection[],
     private readonly options: SendingOptions,
+    private readonly ended: AbortSignal,
   ) {
     this.#connections = [...connections];
     this.#memory = bytesOf(machine.memory);
     this.#answers = new Answers(connections[0], (error) => this.#giveUp(error));
+    ended.addEventListener('abort', () => this.#giveUp(ended.reason as Error), { once: true });
   }
 
   /**
    * Finds out whether the destination would take the machine.
    *
    * @param connect makes one more connection to it
-   * @throws MigrationError; nothing is left open then
+   * @param ended aborted, with the reason, when the machine ends; it goes on nowhere then
+   * @throws MigrationError, or that reason; nothing is left open then
    */
-  static async open(machine: Sent, connect: () => Promise<Connection>, options: SendingOptions): Promise<Sender> {
-    const connections = [await connect()];
+  static async open(
+    machine: Sent,
+    connect: (signal: AbortSignal) => Promise<Connection>,
+    options: SendingOptions,
+    ended: AbortSignal,
+  ): Promise<Sender> {
+    const connections: Connection[] = [];
+    const destroy = () => {
+      for (const connection of connections) connection.destroy();
+    };
+    ended.addEventListener('abort', destroy);
     try {
-      const [first] = connections;
+      const add = async () => {
+        const connection = await connect(ended);
+        connections.push(connection);
+        ended.throwIfAborted();
+        return connection;
+      };
+      const first = await add();
       await sayHello(first, options.connections);
       const { token } = readHello(await first.expect(Frame.hello));
-      while (connections.length < options.connections) {
-        const more = await connect();
-        connections.push(more);
-        await sayHello(more, options.connections, token);
-      }
+      while (connections.length < options.connections) await sayHello(await add(), options.connections, token);
       await first.send(Frame.machine, Buffer.from(machine.made));
       await first.expect(Frame.accepted);
-      return new Sender(machine, connections, options);
+      ended.throwIfAborted();
+      return new Sender(machine, connections, options, ended);
     } catch (error) {
-      for (const connection of connections) connection.destroy();
-      throw error;
+      destroy();
+      throw ended.aborted ? ended.reason : error;
+    } finally {
+      ended.removeEventListener('abort', destroy);
     }
   }
 
-  /** Gives up, before the machine is the destination's. */
-  cancel(reason: Error): void {
-    this.#giveUp(reason);
+  /** Gives up, and the machine goes on here. @returns false: it is the destination's to say whether it does */
+  cancel(reason: Error): boolean {
+    if (!this.#gone) this.#giveUp(reason);
+    return !this.#gone;
   }
 
   #giveUp(reason: Error): void {
-    this.#failure ??= reason;
-    for (const connection of this.#connections) connection.destroy();
+    if (this.#failure !== undefined) return;
+    this.#failure = reason;
+    const each = this.#connections;
+    if (this.#gone || reason instanceof Refused || reason instanceof ConnectionLost) {
+      for (const connection of each) connection.destroy();
+    } else this.#parting = Promise.all(each.map((connection) => connection.refuse(reason.message)));
+  }
+
+  /** @throws why it was given up */
+  #check(): void {
+    if (this.#failure !== undefined) throw this.#failure;
+  }
+
+  /** Nothing is sent behind a refusal. */
+  async #send(connection: Connection, kind: Frame, bytes: Uint8Array): Promise<void> {
+    this.#check();
+    await connection.send(kind, bytes);
   }
 
   /**
@@ -186,8 +231,11 @@ export class Sender {
     const { machine } = this;
     let paused = false;
     let released = false;
-    let gone = false;
+    const { timeout_s: most, timeout_strategy: then } = this.options;
+    const late = () => this.cancel(new MigrationError(`It is not done after ${most} s`));
+    const timer = then === 'Cancel' ? setTimeout(late, most * 1000) : undefined;
     try {
+      this.#check();
       await machine.trackWrites();
       await this.#preCopy();
       await machine.throttle(0);
@@ -195,6 +243,7 @@ export class Sender {
       const wallClock = Date.now();
       if (machine.runs) await machine.pause();
       paused = machine.runs;
+      this.#check();
       const state = await machine.save();
       // What the hypervisor saves in guest memory is there now.
       await this.#sendRound(this.#written());
@@ -202,24 +251,31 @@ export class Sender {
       released = true;
       machine.release();
       const [first] = this.#connections;
-      await first.send(Frame.state, Buffer.from(state));
+      await this.#send(first, Frame.state, Buffer.from(state));
       await this.#answers.next(Frame.prepared, this.options.patience);
       const go: Go = { resume: machine.runs, paused_at: wallClock, paused_for: performance.now() - stood };
-      if (this.#failure !== undefined) throw this.#failure;
-      gone = true;
+      this.#check();
+      this.#gone = true;
       await first.sendJson(Frame.go, go);
       await this.#answers.next(Frame.taken, this.options.patience);
       await Promise.all(this.#connections.map((connection) => connection.end()));
     } catch (error) {
-      const reason = this.#failure ?? error;
       this.#giveUp(error as Error);
-      if (gone && !(reason instanceof ConnectionLost && reason.ended)) throw unknown(reason);
+      const reason = this.#failure!;
       // A machine that has ended meanwhile does neither.
       await machine.throttle(0).catch(() => undefined);
       await machine.endTracking().catch(() => undefined);
-      if (released) await this.#retake();
-      if (paused) machine.resume();
+      const stays = reason instanceof Refused || (reason instanceof ConnectionLost && reason.ended);
+      if (this.#gone && !stays) throw unknown(reason);
+      // Else its disks are nobody's.
+      if (!this.ended.aborted) {
+        if (released) await this.#retake();
+        if (paused) machine.resume();
+      }
       throw reason;
+    } finally {
+      clearTimeout(timer);
+      await this.#parting;
     }
   }
 
@@ -229,17 +285,17 @@ export class Sender {
         this.machine.retake();
         return;
       } catch (error) {
-        if (waited >= LOCK_PATIENCE) throw unknown(error);
+        if (waited >= Math.min(LOCK_PATIENCE, this.options.patience)) throw unknown(error);
       }
       await sleep(LOCK_INTERVAL);
     }
   }
 
-  /** Until what is left can be sent while it stands still. @throws MigrationError after the time-out, if that is wished */
+  /** Until what is left can be sent while it stands still, or it takes too long. */
   async #preCopy(): Promise<void> {
     const { machine, options } = this;
     const begun = performance.now();
-    let left: readonly PageSet[] = await Promise.all(machine.memory.map(heldPages));
+    let left: readonly PageSet[] = await this.#held();
     for (let before = Infinity; ;) {
       const start = performance.now();
       const bytes = await this.#sendRound(left);
@@ -249,16 +305,21 @@ export class Sender {
       const remaining = bytesIn(left);
       this.#tell(remaining);
       if (remaining <= rate * options.downtime_ms) break;
-      if (performance.now() - begun > options.timeout_s * 1000) {
-        if (options.timeout_strategy === 'Ignore') break;
-        throw new MigrationError(
-          `The machine writes memory faster than it can be sent; given up after ${options.timeout_s} s`,
-        );
-      }
+      if (options.timeout_strategy === 'Ignore' && performance.now() - begun > options.timeout_s * 1000) break;
       if (options.auto_converge && remaining > before * CONVERGES) await this.#throttleMore();
       before = remaining;
     }
     this.#left = left;
+  }
+
+  /** What of memory there is. */
+  async #held(): Promise<PageSet[]> {
+    const sets: PageSet[] = [];
+    for (const stretch of this.machine.memory) {
+      this.#check();
+      sets.push(await heldPages(stretch));
+    }
+    return sets;
   }
 
   async #throttleMore(): Promise<void> {
@@ -295,21 +356,21 @@ export class Sender {
           await this.#sendPages(connection, run);
           bytes += run.size;
         }
-        await connection.send(Frame.round, round);
+        await this.#send(connection, Frame.round, round);
       } catch (error) {
         this.#giveUp(error as Error);
       }
     };
     // Nobody reads memory any more when one has failed.
     await Promise.all(this.#connections.map(line));
-    if (this.#failure !== undefined) throw this.#failure;
+    this.#check();
     await this.#answers.next(Frame.round, this.options.patience);
     return bytes;
   }
 
   /** A copy is sent, as the guest goes on writing: the checksum has to be that of what is sent. */
   async #sendPages(connection: Connection, { address, size }: MemoryRange): Promise<void> {
-    if (this.#failure !== undefined) throw this.#failure;
+    this.#check();
     const bytes = Buffer.allocUnsafeSlow(ADDRESS_BYTES + size);
     bytes.writeBigUInt64LE(BigInt(address));
     this.#memory.copyOut(address, bytes, ADDRESS_BYTES, size);
@@ -326,11 +387,12 @@ export class Sender {
         const count = Math.min(most, range.size - at) / PAGE_SIZE;
         const frame = Buffer.alloc(ADDRESS_BYTES + count * 4);
         frame.writeBigUInt64LE(BigInt(range.address + at));
+        this.#check();
         for (let index = 0; index < count; index++) {
           this.#memory.copyOut(range.address + at + index * PAGE_SIZE, page, 0, PAGE_SIZE);
           frame.writeUInt32LE(crc32(page), ADDRESS_BYTES + index * 4);
         }
-        await first.send(Frame.checksums, frame);
+        await this.#send(first, Frame.checksums, frame);
       }
     }
   }
