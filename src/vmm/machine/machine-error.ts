@@ -42,3 +42,11 @@ export function causeMessages(error: unknown): string[] {
   }
   return [...messages];
 }
+
+const MAX_TEXT = 1000;
+
+/** What somebody else wrote, as a part of a message: on one line, and not without an end. */
+export function foreignText(text: string): string {
+  // eslint-disable-next-line no-control-regex -- whatever a terminal might take for more than text
+  return text.slice(0, MAX_TEXT).replaceAll(/[\x00-\x1f\x7f-\x9f\u2028\u2029]+/g, ' ');
+}

@@ -12,6 +12,7 @@
  */
 import type { Duplex } from 'node:stream';
 import { crc32 } from 'node:zlib';
+import { foreignText } from '../machine/machine-error.js';
 import { ConnectionLost, MigrationError, Refused } from './migration-error.js';
 
 export const Frame = {
@@ -265,8 +266,7 @@ const MAX_REASON = 600;
 function reasonIn(body: Buffer): string {
   try {
     const { reason } = JSON.parse(body.toString('utf8')) as { reason?: unknown };
-    // eslint-disable-next-line no-control-regex -- whatever a terminal might take for more than text
-    if (typeof reason === 'string') return reason.slice(0, MAX_REASON).replaceAll(/[\x00-\x1f\x7f-\x9f]+/g, ' ');
+    if (typeof reason === 'string') return foreignText(reason.slice(0, MAX_REASON));
   } catch {
     // It is no JSON.
   }

@@ -9,6 +9,7 @@ import type { Hypervisor, HypervisorName } from '../../hypervisor/hypervisor.js'
 import type { MemoryRange } from '../../memory/guest-memory.js';
 import { GENERATION_SIZE } from '../boards/board.js';
 import { MACHINE_STATE_VERSION, type SavedLife, type SavedMachine } from './saved-machine.js';
+import { foreignText } from '../machine/machine-error.js';
 import { SnapshotError } from './snapshot-error.js';
 
 /** Bytes of one piece of a hypervisor's own state: an XSAVE area with AMX has 11 KiB, the nested state 12. */
@@ -256,5 +257,5 @@ function check<T>(schema: z.ZodMiniType<T>, input: unknown, what: string): T {
   if (checked.success) return checked.data;
   const { path, message } = checked.error.issues[0];
   const field = path.map(String).join('.');
-  throw new SnapshotError(`${what}: ${field === '' ? '' : `${field}: `}${message}`);
+  throw new SnapshotError(foreignText(`${what}: ${field === '' ? '' : `${field}: `}${message}`));
 }

@@ -71,6 +71,7 @@ describe('one line says what is refused', () => {
       /^state: form 9; accepted are those up to 1$/,
     ],
     ['no version', state('version'), /^state: version: /],
+    ['a field whose name has lines', state('a\nb\u001b[2J', 1), /^state: .* a b \[2J/],
     ['a field that nobody knows', state('life.more', 1), /^state: life: .*more/],
     ['a register that nobody knows', vcpu('registers.r16', '0x0'), /^state: life\.board\.vcpus\.0\.registers: .*r16/],
     ['a register that is missing', vcpu('registers.rip'), /^state: .*registers\.rip: /],
