@@ -104,6 +104,8 @@ export class FakeLives {
   readonly events: string[] = [];
   /** The state of each that is saved. */
   saved: SavedLife | undefined;
+  /** Memory of each. */
+  held: MachineLife['held'] = [];
   /** What the guest of a machine that goes on had been asked for. */
   asked: ReturnType<MachineLife['asked']> = { devices: [], vcpus: [], dimms: [] };
 
@@ -176,7 +178,7 @@ export class FakeLives {
         return this.saved!;
       },
       filled: this.filled,
-      held: [],
+      held: this.held,
       built: { cpus: config.cpus, memory: config.memory },
       trackWrites: () => Promise.resolve(),
       takeWritten: () => undefined,

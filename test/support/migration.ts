@@ -74,7 +74,7 @@ export class ModelMachine implements Sent {
   tracking = false;
   throttled = 0;
   readonly throttles: number[] = [];
-  /** Pages that the guest writes whenever it is asked what it has written. */
+  /** Pages that the guest writes before and after it is asked what it has written. */
   writes = 3;
   /** Called at each step of it. */
   step: (name: string) => Promise<void> | void = () => undefined;
@@ -128,12 +128,18 @@ export class ModelMachine implements Sent {
   }
 
   takeWritten({ range }: PageSet, into: Uint32Array): void {
+    this.#guestWrites();
     for (const address of this.#log) {
       const page = (address - range.address) / PAGE_SIZE;
       if (page < 0 || page >= range.size / PAGE_SIZE) continue;
       into[page >>> 5] |= 1 << (page & 31);
       this.#log.delete(address);
     }
+    // While it is sent.
+    this.#guestWrites();
+  }
+
+  #guestWrites(): void {
     if (!this.running) return;
     const writes = Math.ceil((this.writes * (100 - this.throttled)) / 100);
     for (let count = 0; count < writes; count++) this.write(this.#next * 13);
