@@ -183,6 +183,19 @@ test.each([
   ['PUT', 'vm.snapshot', '{}', 400, `destination_url: ${FOLDER}`],
   ['PUT', 'vm.snapshot', undefined, 400, 'accepted is {"destination_url": "file:///FOLDER", "resume": true or false}'],
   ['PUT', 'vm.snapshot', '{"destination_url":"file:///s","resume":1}', 400, 'resume: accepted is true or false'],
+  ...(
+    [
+      ['send', '{}', 'destination_url: accepted is unix:PATH or tcp:HOST:PORT'],
+      ['send', '{"destination_url":"/m"}', 'destination_url: accepted is unix:PATH or tcp:HOST:PORT'],
+      [
+        'send',
+        '{"destination_url":"unix:/m","timeout_strategy":"Wait"}',
+        'timeout_strategy: accepted is Cancel or Ignore',
+      ],
+      ['receive', '{}', 'receiver_url: accepted is unix:PATH or tcp:HOST:PORT'],
+      ['receive', '{"receiver_url":"unix:/m","tls_dir":"/t"}', 'tls_dir: accepted is it with tcp:HOST:PORT'],
+    ] as const
+  ).map(([which, body, line]) => ['PUT', `vm.${which}-migration`, body, 400, line] as const),
   ['PUT', 'vm.restore', '{}', 400, `source_url: ${FOLDER}`],
   ['PUT', 'vm.restore', undefined, 400, 'accepted is {"source_url": "file:///FOLDER", ...}'],
   ...(
@@ -252,6 +265,21 @@ test('a machine is restored, with what is another', async () => {
   expect(await put('vm.restore', { ...all, color: 'red' })).toEqual(none);
   expect(asked).toEqual([{ restore: all, descriptors: [] }]);
   expect(logged).toEqual(['API: color is ignored: there is no such field']);
+});
+
+test('a machine is sent, and one is received', async () => {
+  await open();
+  const none = { status: 204, body: undefined };
+  expect(await put('vm.send-migration', { destination_url: 'unix:/m', tls_dir: null, color: 'red' })).toEqual(none);
+  const sent = {
+    ...{ destination_url: 'unix:/m', downtime_ms: 300, timeout_s: 3600, timeout_strategy: 'Cancel', connections: 1 },
+    ...{ verify: false, auto_converge: true },
+  };
+  expect(asked.pop()).toEqual({ send: sent });
+  expect(await put('vm.cancel-migration')).toEqual(none);
+  expect(asked.pop()).toBe('cancel-migration');
+  expect(await put('vm.receive-migration', { receiver_url: 'tcp:host:5', tls_dir: '/t' })).toEqual(none);
+  expect(asked).toEqual([{ receive: { receiver_url: 'tcp:host:5', tls_dir: '/t' }, descriptors: [] }]);
 });
 
 test('brackets within text are text', async () => {

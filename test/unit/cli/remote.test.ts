@@ -124,6 +124,25 @@ test('a snapshot is taken and restored', async () => {
   ]);
 });
 
+test('a machine is sent and received', async () => {
+  await vmm.serve();
+  expect(await call('send-migration', 'destination_url=unix:/m')).toBe('');
+  const all = 'downtime_ms=5,timeout_s=6,timeout_strategy=ignore,connections=7,tls_dir=/t,verify=on,auto_converge=off';
+  expect(await call('send-migration', `destination_url=tcp:host:5,${all}`)).toBe('');
+  expect(await call('cancel-migration')).toBe('');
+  expect(await call('receive-migration', 'receiver_url=unix:/m')).toBe('');
+  const sent = {
+    ...{ destination_url: 'unix:/m', downtime_ms: 300, timeout_s: 3600, timeout_strategy: 'Cancel', connections: 1 },
+    ...{ verify: false, auto_converge: true },
+  };
+  const other = {
+    ...{ destination_url: 'tcp:host:5', downtime_ms: 5, timeout_s: 6, timeout_strategy: 'Ignore', connections: 7 },
+    ...{ tls_dir: '/t', verify: true, auto_converge: false },
+  };
+  const received = { receive: { receiver_url: 'unix:/m' }, descriptors: [] };
+  expect(vmm.asked).toEqual([{ send: sent }, { send: other }, 'cancel-migration', received]);
+});
+
 test('sizes, and a core file', async () => {
   await vmm.serve();
   await call('resize', '--cpus', '2', '--memory=1G', '--balloon', '64M');
@@ -240,6 +259,18 @@ test.each([
     ['restore', 'resume=on'],
     'restore resume=on: accepted is source_url=, the URL of a folder, such as file:///tmp/snapshot',
   ],
+  [['send-migration'], 'send-migration: accepted is it with destination_url=unix:PATH[,..]'],
+  [
+    ['send-migration', 'destination_url=/m'],
+    'send-migration destination_url=/m: accepted is unix:PATH or tcp:HOST:PORT',
+  ],
+  [
+    ['send-migration', 'destination_url=unix:/m,connections=0'],
+    'send-migration connections=0: accepted is a number from 1 to 128',
+  ],
+  [['receive-migration'], 'receive-migration: accepted is it with receiver_url=unix:PATH[,..]'],
+  [['receive-migration', 'receiver_url=unix:/m,tls_dir=/t'], 'tls_dir=/t: accepted is it with tcp:HOST:PORT'],
+  [['cancel-migration', 'now'], 'cancel-migration now: accepted is cancel-migration'],
   [['ping', '--timeout', '0'], '--timeout 0: accepted is a number of seconds'],
   [['ping', '--timeout', '1e9'], '--timeout 1e9: accepted is a number of seconds'],
   [['ping', '--api-socket', '/other'], '--api-socket: accepted is it once'],
