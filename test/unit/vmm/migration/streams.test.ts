@@ -1,8 +1,9 @@
 /** Streams that somebody else made: each is a machine, or refused in one line, and nothing is left. */
 import { duplexPair } from 'node:stream';
-import { afterEach, beforeEach, expect, test } from '@jest/globals';
+import { afterEach, beforeEach, expect, jest, test } from '@jest/globals';
 import fc from 'fast-check';
 import { crc32 } from 'node:zlib';
+import { GuestMemory } from '../../../../src/memory/guest-memory.js';
 import { Receiver } from '../../../../src/vmm/migration/destination.js';
 import { Connection, Frame } from '../../../../src/vmm/migration/frames.js';
 import type { MemoryManager } from '../../../../src/vmm/memory/memory-manager.js';
@@ -254,9 +255,13 @@ test('given up amid memory: what is on its way is written nowhere', async () => 
   here.once('readable', () => receiver.cancel(new Error('not wanted')));
   const error = await receiving.catch((reason: unknown) => reason);
   expect((error as Error).message).toBe('not wanted');
+  const writes = jest.spyOn(GuestMemory.prototype, 'copyIn');
   const failed = receiver.failed(error);
   expect(kernel.mapped).toBe(0);
   await expect(source.expect(Frame.round)).rejects.toThrow('The other side refuses: not wanted');
   await source.end();
   await failed;
+  const late = writes.mock.calls.length;
+  writes.mockRestore();
+  expect(late).toBe(0);
 });
