@@ -16,7 +16,16 @@ const GUEST = ['qemu-system-x86', 'busybox-static', 'kmod', 'xz-utils'];
 // The Arm lab's emulator.
 const ARM = ['qemu-system-arm'];
 // What compiles the probes, judges the tables and makes certificates, besides; and compiles what runs on Arm.
-const TEST = ['acpica-tools', 'device-tree-compiler', 'gcc', 'libc6-dev', 'openssl', 'util-linux', 'procps', 'qemu-utils'];
+const TEST = [
+  'acpica-tools',
+  'device-tree-compiler',
+  'gcc',
+  'libc6-dev',
+  'openssl',
+  'util-linux',
+  'procps',
+  'qemu-utils',
+];
 const CROSS = ['gcc-aarch64-linux-gnu', 'libc6-dev-arm64-cross'];
 // What guests and networks of end-to-end tests and benchmarks are made of.
 const DEVICES = ['e2fsprogs', 'fio', 'iperf3', 'iproute2', 'mmdebstrap'];

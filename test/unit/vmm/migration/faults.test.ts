@@ -200,6 +200,7 @@ describe.each(['cancel', 'end'] as const)('in each phase it is to %s', (how) => 
         const { at } = await judge(outcome, where);
         seen.add(at);
         expect([where, at]).toEqual([where, given === true ? 'source' : 'destination']);
+        if (given !== true) expect([where, outcome.source]).toEqual([where, undefined]);
         if (given === true) {
           expect([where, message(outcome.source)]).toEqual([where, 'not wanted']);
           expect([where, message(outcome.destination)]).toEqual([where, 'The other side refuses: not wanted']);
