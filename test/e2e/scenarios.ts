@@ -18,7 +18,6 @@ import { guestProgram, writeInitramfs } from '../support/guest-image.js';
 import { TestHost } from '../support/host.js';
 import { moduleExample } from '../support/module-example.js';
 import { numaScenario } from './numa-scenario.js';
-import { migrationScenario } from './migration-scenario.js';
 import { snapshotScenario } from './snapshot-scenario.js';
 import { guestTools } from '../support/rootfs.js';
 
@@ -704,15 +703,13 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
   test('memory zones, one in a file, NUMA nodes with distances, segments of PCI; a zone grows and shrinks', () =>
     numaScenario({ host, backend, scratch, modules, start }));
 
-  test('snapshot: all that a guest does goes on where it was, by copy and by map', () => {
+  test('snapshot, migration, fork: all that a guest does goes on where it was', async () => {
+    await host.loadModules(kernels.generic, ['tun', 'bridge']);
     // Debian's cloud kernel has no driver of the generation ID, and on aarch64 its other one knows that of ACPI alone.
     const generation = backend.architecture === 'x86_64';
     const kernel = generation ? kernels.generic : kernels.cloud;
-    return snapshotScenario({ host, backend, scratch, start, kernel, generation });
+    await snapshotScenario({ host, backend, scratch, start, kernel, generation });
   });
-
-  test('migration: all that a guest does goes on in another process, to and fro', () =>
-    migrationScenario({ host, backend, scratch, modules, start }));
 
   test('pmem: keeps what was written', async () => {
     await host.check(`cd ${scratch} && truncate -s 8M pmem && printf before | dd of=pmem conv=notrunc 2>/dev/null`);

@@ -377,19 +377,18 @@ export class Sender {
     await connection.send(Frame.memory, bytes);
   }
 
-  /** Of all pages, so that the destination can look for one that was missed. */
+  /** Of all pages that hold something, so that the destination can look for one that was missed. */
   async #sendChecksums(): Promise<void> {
     const [first] = this.#connections;
     const page = Buffer.alloc(PAGE_SIZE);
-    const most = (MEMORY_AT_ONCE / 4) * PAGE_SIZE;
-    for (const { range } of this.machine.memory) {
-      for (let at = 0; at < range.size; at += most) {
-        const count = Math.min(most, range.size - at) / PAGE_SIZE;
+    for (const memory of this.machine.memory) {
+      for (const { address, size } of (await heldPages(memory)).runs(MEMORY_AT_ONCE)) {
+        const count = size / PAGE_SIZE;
         const frame = Buffer.alloc(ADDRESS_BYTES + count * 4);
-        frame.writeBigUInt64LE(BigInt(range.address + at));
+        frame.writeBigUInt64LE(BigInt(address));
         this.#check();
         for (let index = 0; index < count; index++) {
-          this.#memory.copyOut(range.address + at + index * PAGE_SIZE, page, 0, PAGE_SIZE);
+          this.#memory.copyOut(address + index * PAGE_SIZE, page, 0, PAGE_SIZE);
           frame.writeUInt32LE(crc32(page), ADDRESS_BYTES + index * 4);
         }
         await this.#send(first, Frame.checksums, frame);
