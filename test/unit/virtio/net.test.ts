@@ -216,9 +216,10 @@ test('limits are kept in both directions', () => {
     n.receive.add([{ address: at + 4096 * (index + 1), length: 2000, write: true }]);
     n.kernel.arrive(packet(60));
   }
+  // The first tokens are taken by the kicks.
+  const begun = performance.now();
   n.device.kick(n.receive.queue);
   n.device.kick(n.transmit.queue);
-  const begun = performance.now();
   while (n.kernel.sent.length < 3 || n.counter('rx_frames') < 3) n.context.loop.turn(1000);
   expect(performance.now() - begun).toBeGreaterThan(90);
   n.close();
