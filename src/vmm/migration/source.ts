@@ -308,6 +308,8 @@ export class Sender {
       if (options.timeout_strategy === 'Ignore' && performance.now() - begun > options.timeout_s * 1000) break;
       if (options.auto_converge && remaining > before * CONVERGES) await this.#throttleMore();
       before = remaining;
+      // Who gives up has a turn also where nothing is waited for.
+      await new Promise(setImmediate);
     }
     this.#left = left;
   }
