@@ -4,17 +4,8 @@
  *
  * What changes the state goes one after the other; what only asks, or leaves the state alone, waits for nothing.
  */
-import { existsSync } from 'node:fs';
-import fs from 'node:fs/promises';
-import os from 'node:os';
-import path from 'node:path';
-import { pathToFileURL } from 'node:url';
 import { ramSize } from '../../config/memory-config.js';
-import {
-  migrationAddress,
-  type ReceiveMigrationConfig,
-  type SendMigrationConfig,
-} from '../../config/migration-config.js';
+import type { ReceiveMigrationConfig, SendMigrationConfig } from '../../config/migration-config.js';
 import { folderPath, type ForkConfig, type RestoreConfig } from '../../config/restore-config.js';
 import type { VmConfig } from '../../config/vm-config.js';
 import { deviceNames, type DeviceKind, fixedNames } from '../devices/device-names.js';
@@ -27,6 +18,7 @@ import type { Origin } from './incarnation.js';
 import { type LifeMaker, Machine, type MachineEnd } from './machine.js';
 import { causeMessages, RequestError } from './machine-error.js';
 import type { MachineParts } from './machine-parts.js';
+import type { AskVmm } from '../snapshot/clones.js';
 import type { Arrived, Receiver } from '../migration/destination.js';
 import type { SendingProgress } from '../migration/source.js';
 import type { Resize } from './resize.js';
@@ -34,12 +26,8 @@ import type { Resize } from './resize.js';
 /** What every machine of a process is made with. */
 export interface VmmParts extends Omit<MachineParts, 'config'> {
   readonly makeLife: LifeMaker;
-  /** Asks another `vmm` over its API. @param call such as vm.restore */
-  readonly ask: (socket: string, call: string, body: object) => Promise<unknown>;
+  readonly ask: AskVmm;
 }
-
-/** A file system whose files are memory. */
-const SHARED_MEMORY = '/dev/shm';
 
 /** Created: it never ran; Shutdown: it ran, and its configuration is left. */
 export type VmState = 'Created' | 'Running' | 'Paused' | 'Shutdown';
@@ -241,6 +229,7 @@ export class Vmm {
       this.#stays();
       await machine.filled();
       const owned = this.#owned!;
+      const { migrationAddress } = await import('../../config/migration-config.js');
       const { connect } = await import('../migration/address.js');
       const { Connection } = await import('../migration/frames.js');
       const address = migrationAddress(url)!;
@@ -311,6 +300,7 @@ export class Vmm {
     wanted: ReceiveMigrationConfig,
     descriptors: ReadonlyMap<string, readonly number[]>,
   ): Promise<void> {
+    const { migrationAddress } = await import('../../config/migration-config.js');
     const { listen } = await import('../migration/address.js');
     const destination = await import('../migration/destination.js');
     const { receiver_url: url, tls_dir: tls, ...anew } = wanted;
@@ -350,6 +340,12 @@ export class Vmm {
     }
   }
 
+  /** @returns resolves when that is over; undefined: nothing is received */
+  #giveUpReceiving(reason: string): Promise<void> | undefined {
+    this.#receiving?.receiver.cancel(new RequestError(reason, 'failed'));
+    return this.#receiving?.over;
+  }
+
   async #takeOver(arrived: Arrived, descriptors: ReadonlyMap<string, readonly number[]>): Promise<void> {
     const owned = this.#own(arrived.config);
     let runs: boolean;
@@ -381,24 +377,11 @@ export class Vmm {
         ({ api_socket: socket }) => typeof apiSocket === 'string' && isSameSocket(socket, apiSocket),
       );
       if (own !== undefined) throw new RequestError('api_socket: accepted is that of another process', 'invalid');
-      const parent = await fs.mkdtemp(path.join(existsSync(SHARED_MEMORY) ? SHARED_MEMORY : os.tmpdir(), 'vmm-fork-'));
-      try {
-        const folder = path.join(parent, 'machine');
+      const { inSharedMemory, makeClones } = await import('../snapshot/clones.js');
+      await inSharedMemory(async (folder) => {
         await this.#standingStill('forking', (machine) => machine.share(folder, () => this.#ending === undefined));
-        const source = { source_url: pathToFileURL(folder).href, memory_restore_mode: 'Map' };
-        const made = await Promise.allSettled(
-          clones.map(async ({ api_socket: socket, ...anew }) => {
-            await this.parts.ask(socket, 'vm.restore', { ...source, ...anew });
-          }),
-        );
-        for (const [index, outcome] of made.entries()) {
-          if (outcome.status === 'fulfilled') continue;
-          throw new RequestError(`clones[${index}]: ${causeMessages(outcome.reason).join(': ')}`, 'failed');
-        }
-      } finally {
-        // Who has mapped the files keeps them.
-        await fs.rm(parent, { recursive: true, force: true });
-      }
+        await makeClones(clones, folder, this.parts.ask);
+      });
       this.parts.tell('vm', 'forked');
     });
   }
@@ -414,8 +397,8 @@ export class Vmm {
 
   /** Removes the machine, which is shut down if it runs. @throws how it failed to end */
   async delete(): Promise<void> {
-    const { receiver, over } = this.#receiving ?? {};
-    receiver?.cancel(new RequestError('Given up: vm.delete', 'failed'));
+    const over = this.#giveUpReceiving('Given up: vm.delete');
+    // Else its turn is the next.
     if (over !== undefined) await over;
     await this.#next(async () => {
       await this.#cancel('vm.delete');
@@ -610,8 +593,7 @@ export class Vmm {
 
   async #shutDownVmm(reason: string): Promise<void> {
     // Whatever else is under way with it.
-    const { receiver, over } = this.#receiving ?? {};
-    receiver?.cancel(new RequestError('The process is ending', 'failed'));
+    const over = this.#giveUpReceiving('The process is ending');
     this.#owned?.machine?.stop(reason);
     await this.#turn;
     await over;
