@@ -39,6 +39,7 @@ function checkTls({ value, issues }: z.core.ParsePayload<{ address: string; tls_
 }
 
 export const TIMEOUT_STRATEGIES = ['Cancel', 'Ignore'] as const;
+export const MAX_CONNECTIONS = 128;
 const SECONDS_A_DAY = 86_400;
 
 export const sendMigrationSchema = z
@@ -52,7 +53,7 @@ export const sendMigrationSchema = z
         z.enum(TIMEOUT_STRATEGIES, { error: 'Cancel or Ignore' }),
         'Cancel',
       ),
-      connections: defaulted('Memory is sent over so many', wholeNumber(1, 128), 1),
+      connections: defaulted('Memory is sent over so many', wholeNumber(1, MAX_CONNECTIONS), 1),
       tls_dir: tlsFolder,
       // Ours.
       verify: defaulted('Compare all memory before it goes on there, which takes time', flag, false),

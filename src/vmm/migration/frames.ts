@@ -93,20 +93,16 @@ export class Connection {
     stream.on('error', () => undefined);
   }
 
-  /** @param parts what follows the header @throws ConnectionLost */
-  async send(kind: Frame, ...parts: readonly Uint8Array[]): Promise<void> {
+  /** @param body what follows the header @throws ConnectionLost */
+  async send(kind: Frame, body: Uint8Array = new Uint8Array(0)): Promise<void> {
     const header = Buffer.alloc(HEADER);
-    const length = parts.reduce((sum, part) => sum + part.length, 0);
     header.writeUInt16LE(kind, 0);
-    header.writeUInt32LE(length, 4);
-    header.writeUInt32LE(
-      parts.reduce((sum, part) => crc32(part, sum), crc32(header.subarray(0, SUMMED))),
-      SUMMED,
-    );
-    this.sent += HEADER + length;
+    header.writeUInt32LE(body.length, 4);
+    header.writeUInt32LE(crc32(body, crc32(header.subarray(0, SUMMED))), SUMMED);
+    this.sent += HEADER + body.length;
     this.stream.cork();
     let room = this.stream.write(header);
-    for (const part of parts) room = this.stream.write(part);
+    if (body.length > 0) room = this.stream.write(body);
     this.stream.uncork();
     if (!room) await this.#event('drain', () => !this.stream.destroyed && !this.stream.writableNeedDrain);
   }

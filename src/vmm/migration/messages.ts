@@ -1,11 +1,11 @@
 /** What the two sides of a migration say to each other in words: JSON from another process, which is checked before it is used. */
 import * as z from 'zod/mini';
+import { MAX_CONNECTIONS } from '../../config/migration-config.js';
 import { Frame, type Connection, PAGE_SIZE } from './frames.js';
 import { MigrationError } from './migration-error.js';
 
 /** Raised whenever a side that knows the one before would not understand it. */
 export const PROTOCOL = 1;
-export const MAX_CONNECTIONS = 128;
 
 const count = z.int().check(z.gte(0), z.lte(2 ** 32));
 

@@ -134,8 +134,6 @@ export class Sender {
   readonly #answers: Answers;
   #round = 0;
   #throttled = 0;
-  /** Pages that have been taken from the log, and are still to be sent. */
-  #left: readonly PageSet[] = [];
   /** Why it was given up: the first reason. */
   #failure: Error | undefined;
   /** The other side hears of it. */
@@ -237,7 +235,7 @@ export class Sender {
     try {
       this.#check();
       await machine.trackWrites();
-      await this.#preCopy();
+      const left = await this.#preCopy();
       await machine.throttle(0);
       const stood = performance.now();
       const wallClock = Date.now();
@@ -246,7 +244,7 @@ export class Sender {
       this.#check();
       const state = await machine.save();
       // What the hypervisor saves in guest memory is there now.
-      await this.#sendRound(this.#written());
+      await this.#sendRound(this.#written(left));
       if (this.options.verify) await this.#sendChecksums();
       released = true;
       machine.release();
@@ -291,8 +289,8 @@ export class Sender {
     }
   }
 
-  /** Until what is left can be sent while it stands still, or it takes too long. */
-  async #preCopy(): Promise<void> {
+  /** Until what is left can be sent while it stands still, or it takes too long. @returns that */
+  async #preCopy(): Promise<readonly PageSet[]> {
     const { machine, options } = this;
     const begun = performance.now();
     let left: readonly PageSet[] = await this.#held();
@@ -300,18 +298,17 @@ export class Sender {
       const start = performance.now();
       const bytes = await this.#sendRound(left);
       const rate = bytes / Math.max(performance.now() - start, 1);
-      if (!machine.runs) return;
       left = this.#written();
+      if (!machine.runs) return left;
       const remaining = bytesIn(left);
       this.#tell(remaining);
-      if (remaining <= rate * options.downtime_ms) break;
-      if (options.timeout_strategy === 'Ignore' && performance.now() - begun > options.timeout_s * 1000) break;
+      if (remaining <= rate * options.downtime_ms) return left;
+      if (options.timeout_strategy === 'Ignore' && performance.now() - begun > options.timeout_s * 1000) return left;
       if (options.auto_converge && remaining > before * CONVERGES) await this.#throttleMore();
       before = remaining;
       // Who gives up has a turn also where nothing is waited for.
       await new Promise(setImmediate);
     }
-    this.#left = left;
   }
 
   /** What of memory there is. */
@@ -334,10 +331,8 @@ export class Sender {
     this.options.progress({ round: this.#round - 1, sent, remaining, throttled: this.#throttled });
   }
 
-  /** Pages that have been written since, and those that are left from before. */
-  #written(): readonly PageSet[] {
-    const left = this.#left.length > 0 ? this.#left : this.machine.memory.map(({ range }) => new PageSet(range));
-    this.#left = [];
+  /** @param left still to be sent; new sets, if there are none @returns these, with the pages that have been written since */
+  #written(left: readonly PageSet[] = this.machine.memory.map(({ range }) => new PageSet(range))): readonly PageSet[] {
     for (const pages of left) {
       const written = new Uint32Array(pages.words.length);
       this.machine.takeWritten(pages, written);
