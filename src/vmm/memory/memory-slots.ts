@@ -32,10 +32,10 @@ export class MemorySlots {
 
   /** What the host has at its address is another thing now; no vCPU runs. */
   renew(part: MemoryPart): void {
-    for (const [slot, present] of this.#parts) {
+    for (const [number, present] of this.#parts) {
       if (present !== part) continue;
-      this.vm.removeMemory(slot);
-      this.vm.addMemory({ slot, guestAddress: part.range.address, mapping: part.mapping });
+      this.vm.removeMemory(number);
+      this.vm.addMemory(slotOf(number, part));
     }
   }
 
@@ -71,14 +71,7 @@ export class MemorySlots {
 
   /** `Vm.takeWritten` of RAM that is tracked. @param range that of a part */
   takeWritten(range: MemoryRange, into: Uint32Array): void {
-    const [number, part] = [...this.#parts].find(
-      ([
-        ,
-        {
-          range: { address },
-        },
-      ]) => address === range.address,
-    )!;
+    const [number, part] = [...this.#parts].find(([, each]) => each.range.address === range.address)!;
     this.vm.takeWritten(slotOf(number, part), into);
   }
 }
