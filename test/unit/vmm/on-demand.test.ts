@@ -9,20 +9,12 @@ import type { HostMapping } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { MachineError } from '../../../src/vmm/machine/machine-error.js';
 import { MemoryLost, OnDemand } from '../../../src/vmm/memory/on-demand.js';
+import { mayServeFaults } from '../../support/faults.js';
 import { newDescriptors, openDescriptors } from '../../support/descriptors.js';
 
 const MIB = 2 ** 20;
 const SIZE = 64 * MIB;
 const kernel = new LinuxKernel();
-
-function mayServe(): boolean {
-  try {
-    kernel.close(kernel.userfaultfd());
-    return true;
-  } catch {
-    return false;
-  }
-}
 
 let folder: string;
 let script: URL;
@@ -65,7 +57,7 @@ const start = (url: URL, progress: (done: string, total: string) => void = () =>
   );
 const byte = (at: number) => new Uint8Array(mapping.view(at, 1))[0];
 
-(mayServe() ? describe : describe.skip)('with page faults', () => {
+(mayServeFaults(kernel) ? describe : describe.skip)('with page faults', () => {
   test('whoever touches it waits for its page, main as well, and in the end all is there and nothing open', async () => {
     const told: string[] = [];
     const onDemand = start(script, (done, total) => told.push(`${done} of ${total}`));

@@ -9,19 +9,11 @@ import { EPOLL, type HostMapping, SystemError } from '../../../src/sys/host-kern
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import { openFaults, PageFaults, type Put, registerFaults } from '../../../src/vmm/memory/page-faults.js';
 import { PageServer } from '../../../src/vmm/memory/page-server.js';
+import { mayServeFaults } from '../../support/faults.js';
 import { newDescriptors, openDescriptors } from '../../support/descriptors.js';
 
 const PAGE = 4096;
 const kernel = new LinuxKernel();
-
-function mayServe(): boolean {
-  try {
-    kernel.close(kernel.userfaultfd());
-    return true;
-  } catch {
-    return false;
-  }
-}
 
 let folder: string;
 let before: ReadonlySet<string>;
@@ -130,7 +122,7 @@ async function touched(served: Served, page: number): Promise<Buffer> {
 const pagesOf = (bytes: Buffer, page: number) => bytes.subarray(page * PAGE, (page + 1) * PAGE);
 const range = (from: number, to: number) => Array.from({ length: to - from }, (_, index) => from + index);
 
-(mayServe() ? describe : describe.skip)('with page faults', () => {
+(mayServeFaults(kernel) ? describe : describe.skip)('with page faults', () => {
   test.each([false, true])('all is as the file has it, whoever touches what when, shared %p', async (shared) => {
     const PAGES = 203;
     const runs = fc.array(fc.record({ at: fc.nat(PAGES - 1), count: fc.integer({ min: 1, max: 90 }) }), {

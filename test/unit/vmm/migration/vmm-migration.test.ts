@@ -65,6 +65,16 @@ async function accepting(connection: Connection): Promise<void> {
   await connection.send(Frame.accepted);
 }
 
+/** The other side of a migration that it has accepted. */
+async function underWay() {
+  const { connection: coming, close } = await peer();
+  const sending = send();
+  const connection = await coming;
+  await accepting(connection);
+  await sending;
+  return { connection, close };
+}
+
 beforeEach(async () => {
   folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-migrations-'));
   fs.writeFileSync(place('disk'), Buffer.alloc(4096));
@@ -92,11 +102,7 @@ afterEach(async () => {
 
 test('nothing else is done to a machine that is on its way', async () => {
   const { vmm, lives } = sides.here;
-  const { connection: coming, close } = await peer();
-  const sending = send();
-  const connection = await coming;
-  await accepting(connection);
-  await sending;
+  const { connection, close } = await underWay();
   expect(vmm.info()).toMatchObject({ state: 'Running', migration: { round: 0, throttled: 0 } });
   await expect(send()).rejects.toMatchObject(BUSY);
   await expect(vmm.pause()).rejects.toMatchObject(BUSY);
@@ -127,11 +133,7 @@ test('nothing else is done to a machine that is on its way', async () => {
 
 test.each(['shutdown', 'delete', 'shutdownVmm'] as const)('%s in the midst of it', async (name) => {
   const { vmm, lives } = sides.here;
-  const { connection: coming, close } = await peer();
-  const sending = send();
-  const connection = await coming;
-  await accepting(connection);
-  await sending;
+  const { connection, close } = await underWay();
   await (name === 'shutdownVmm' ? vmm.shutdownVmm('SIGTERM') : vmm[name]());
   expect(lives.open).toEqual([]);
   expect(lives.events).toContain('vm migration-failed');
@@ -168,11 +170,7 @@ test.each(['silence', 'hello', 'refusal', 'end'] as const)(
   'an outcome that is not known, or is: %s after go',
   async (what) => {
     const { vmm, lives } = sides.here;
-    const { connection: coming, close } = await peer();
-    const sending = send();
-    const connection = await coming;
-    await accepting(connection);
-    await sending;
+    const { connection, close } = await underWay();
     for (let round = 0; ; round++) {
       const header = await connection.header();
       const body = await connection.body(header);
