@@ -29,7 +29,8 @@ import { type MemoryContents, MemoryManager } from '../memory/memory-manager.js'
 import type { HeldMemory } from '../memory/memory-pages.js';
 import type { MemoryPart } from '../memory/memory-part.js';
 import type { MemorySlots } from '../memory/memory-slots.js';
-import { OnDemand } from '../memory/on-demand.js';
+import type { OnDemand } from '../memory/on-demand.js';
+import type { MissingStretch } from '../memory/page-server.js';
 import { attachPlatform, type PlatformHandle, platformUnits } from '../boards/platform.js';
 import type { Platform, PlatformChange, StateUnits } from '../boards/platform-parts.js';
 import type { HostResources } from '../host/host-resources.js';
@@ -49,6 +50,8 @@ export interface Origin {
   readonly clone: boolean;
   /** Memory that goes on from files. */
   readonly contents?: MemoryContents;
+  /** Has memory put in as it is touched: of `contents` that are so. */
+  readonly serve?: (missing: readonly MissingStretch[]) => OnDemand;
   /** Memory with all that it held. */
   readonly received?: { take(): MemoryManager };
   /** Puts the rest in. */
@@ -112,12 +115,11 @@ export class Incarnation {
       this.#memory =
         origin?.received?.take() ?? new MemoryManager(kernel, memory, zones, resources.memoryFiles, origin?.contents);
       undo.push(() => this.#memory.close());
-      if (origin?.contents?.mode === 'ondemand') {
+      if (origin?.serve !== undefined) {
         // All of it, before anything can touch it: some hypervisors do as soon as they get it.
         const [{ zone }] = this.#board.memory.zones;
         for (const { address, size } of origin.life.dimms) this.#memory.addNow(zone, { address, size });
-        const progress = (done: string, total: string) => parts.tell('vm', 'memory-progress', { done, total });
-        const onDemand = new OnDemand(kernel, parts.fillWorker, this.#memory.missing(), progress);
+        const onDemand = origin.serve(this.#memory.missing());
         this.#onDemand = onDemand;
         undo.push(() => onDemand.end());
       }

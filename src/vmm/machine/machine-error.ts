@@ -10,6 +10,9 @@ export class MachineError extends Error {
   readonly code = 'MACHINE';
 }
 
+/** Some of the memory is lost while the machine runs. Threads that wait for it are never let go: what they would find was never written. */
+export class MemoryLost extends MachineError {}
+
 /** What was asked of the process or its machine cannot be done, and nothing has changed. */
 export class RequestError extends Error {
   readonly code = 'REQUEST';

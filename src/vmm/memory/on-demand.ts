@@ -2,14 +2,11 @@
 import { Worker } from 'node:worker_threads';
 import { closeAll, undoAll } from '../../sys/close-all.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
-import { MachineError } from '../machine/machine-error.js';
+import { MachineError, MemoryLost } from '../machine/machine-error.js';
 import { QUIET } from '../thread-streams.js';
 import { type FillData, type FillMessage, FillPhase, FillWord } from './fill-words.js';
 import { openFaults, registerFaults } from './page-faults.js';
 import type { MissingStretch } from './page-server.js';
-
-/** Some of the memory is lost while the machine runs. Threads that wait for it are never let go: what they would find was never written. */
-export class MemoryLost extends MachineError {}
 
 /** MiB. It allocates next to nothing. */
 const WORKER_HEAP = { maxYoungGenerationSizeMb: 2, maxOldGenerationSizeMb: 32 };

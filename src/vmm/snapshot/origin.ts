@@ -5,6 +5,7 @@ import { RequestError } from '../machine/machine-error.js';
 import type { MachineParts } from '../machine/machine-parts.js';
 import { Progress } from '../machine/progress.js';
 import type { RestoreConfig } from '../../config/restore-config.js';
+import { OnDemand } from '../memory/on-demand.js';
 import { configAnew, type GivenAnew } from './given-anew.js';
 import type { SavedLife } from './saved-machine.js';
 import { openSnapshot } from './snapshot-folder.js';
@@ -27,7 +28,7 @@ export interface OriginOptions {
 
 /** @throws RequestError or SnapshotError in one line; nothing is left open then */
 export async function openOrigin(
-  { kernel, hypervisor, tell }: Pick<MachineParts, 'kernel' | 'hypervisor' | 'tell'>,
+  { kernel, hypervisor, tell, fillWorker }: Pick<MachineParts, 'kernel' | 'hypervisor' | 'tell' | 'fillWorker'>,
   folder: string,
   { mode, prefault, anew, goesOn }: OriginOptions,
 ): Promise<OpenOrigin> {
@@ -41,15 +42,22 @@ export async function openOrigin(
     }
     const config = configAnew(machine.config, anew);
     const descriptors = new Map([...files].map(([address, { fd }]) => [address, fd]));
+    const tellProgress = (done: string, total: string) => tell('vm', 'memory-progress', { done, total });
+    const goesOnFrom = {
+      Copy: {},
+      Map: { contents: { mode: 'map', files: descriptors } },
+      OnDemand: {
+        contents: { mode: 'ondemand', files: descriptors },
+        serve: (missing) => new OnDemand(kernel, fillWorker, missing, tellProgress),
+      },
+    } satisfies Record<OriginOptions['mode'], Pick<Origin, 'contents' | 'serve'>>;
     return {
       config,
       life: prefault ? { ...machine.life, built: prefaulted(machine.life.built) } : machine.life,
       clone: true,
-      ...(mode === 'Copy'
-        ? {}
-        : { contents: { mode: mode === 'Map' ? 'map' : 'ondemand', files: descriptors } as const }),
+      ...goesOnFrom[mode],
       fill: (memory) => {
-        const progress = new Progress(memory, (done, total) => tell('vm', 'memory-progress', { done, total }));
+        const progress = new Progress(memory, tellProgress);
         return snapshot.fill(memory, (bytes) => {
           if (!goesOn()) throw new RequestError('The process is ending', 'failed');
           progress.add(bytes);

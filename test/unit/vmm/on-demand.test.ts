@@ -7,8 +7,8 @@ import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } fr
 import { build } from 'esbuild';
 import type { HostMapping } from '../../../src/sys/host-kernel.js';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
-import { MachineError } from '../../../src/vmm/machine/machine-error.js';
-import { MemoryLost, OnDemand } from '../../../src/vmm/memory/on-demand.js';
+import { MachineError, MemoryLost } from '../../../src/vmm/machine/machine-error.js';
+import { OnDemand } from '../../../src/vmm/memory/on-demand.js';
 import { mayServeFaults } from '../../support/faults.js';
 import { newDescriptors, openDescriptors } from '../../support/descriptors.js';
 
