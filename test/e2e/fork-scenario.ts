@@ -23,7 +23,6 @@ export async function forkScenario(
     Array.from({ length: CLONES }, async (_, index) => {
       const socket = `${scratch}/clone-api${index}`;
       const own = `${scratch}/clone-disk${index}`;
-      await host.check(`cp --sparse=always ${disk} ${own}`);
       const guest = Guest.restore(host, backend, `--api-socket ${socket}`);
       await untilListens(host, socket);
       const net = [{ id: '_net1', tap: `clone${backend.hypervisor}${index}`, mac: `2e:78:00:00:01:0${index}` }];
@@ -31,7 +30,11 @@ export async function forkScenario(
     }),
   );
   const id = (await shell.run('cat /proc/sys/kernel/random/uuid >/tmp/mark; cat /tmp/mark')).trim();
+  // The guest writes to its disk all the time: what a clone has on its own is what the guest had there when it was forked.
+  expect(await api.put('vm.pause')).toEqual(DONE);
+  for (const { wanted } of clones) await host.check(`cp --sparse=always ${disk} ${wanted.disks[0].path}`);
   expect(await api.put('vm.fork', { clones: clones.map(({ wanted }) => wanted) })).toEqual(DONE);
+  expect(await api.put('vm.resume')).toEqual(DONE);
   await Promise.all(
     clones.map(async ({ guest, wanted }, index) => {
       const clone = new Conversation(guest);

@@ -24,6 +24,8 @@ export interface FakeLife {
   nmis: number | undefined;
   /** Core files that were written, and whether it was paused. */
   readonly cores: string[];
+  /** How often its disks have been. */
+  synced: number;
   paused: boolean;
   /** Slots of the first segment, by device. */
   readonly slots: Map<string, number>;
@@ -89,7 +91,7 @@ export class FakeLives {
   /** What the next one is not made for, or ends with. */
   failure:
     | {
-        readonly at: 'make' | 'start' | 'restore' | 'save' | 'plug' | 'plug memory' | 'pause' | 'close';
+        readonly at: 'make' | 'start' | 'restore' | 'sync' | 'save' | 'plug' | 'plug memory' | 'pause' | 'close';
         readonly error: Error;
       }
     | undefined;
@@ -156,6 +158,7 @@ export class FakeLives {
       pressed: 0,
       nmis: 0,
       cores: [],
+      synced: 0,
       paused: false,
       slots,
       leaving: new Set(),
@@ -171,6 +174,11 @@ export class FakeLives {
         return Promise.resolve();
       },
       asked: () => this.asked,
+      sync: () => {
+        this.#fail('sync');
+        life.synced += 1;
+        return Promise.resolve();
+      },
       save: async () => {
         await this.dumping;
         life.cores.push(life.paused ? 'paused' : 'running');

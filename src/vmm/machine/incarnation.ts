@@ -235,14 +235,19 @@ export class Incarnation {
     return { devices: devices.flatMap(([segment, slot]) => this.deviceAt(segment, slot) ?? []), ...sizes };
   }
 
+  /** Disks have on the host what they hold; after `pause`. @throws MachineError when one has not */
+  async sync(): Promise<void> {
+    const failure = await this.#io.sync();
+    if (failure !== undefined) throw new MachineError(failure);
+  }
+
   /**
    * What another machine needs to go on from here, beside the memory; after `pause`. Disks have on the host what they hold.
    *
    * @throws MachineError when one has not; HypervisorError, SystemError
    */
   async save(): Promise<SavedLife> {
-    const failure = await this.#io.sync();
-    if (failure !== undefined) throw new MachineError(failure);
+    await this.sync();
     return {
       built: this.built,
       // Before memory is looked at: some of it is written there.

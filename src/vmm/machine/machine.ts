@@ -16,7 +16,7 @@ import { DiskResizes } from './disk-resizes.js';
 import { resizeRefusal } from '../host/disk-resource.js';
 import { isTerminal } from '../host/host-output.js';
 import { type HostEnds, namedByHost, openHostEnds } from './host-ends.js';
-import { MachineError, MemoryLost, RequestError } from './machine-error.js';
+import { causeMessages, MachineError, MemoryLost, RequestError } from './machine-error.js';
 import type { Hotplug, Running } from './hotplug.js';
 import type { Incarnation, MachineLife, Origin } from './incarnation.js';
 import { sizeOptions } from '../memory/hotplug.js';
@@ -187,6 +187,15 @@ export class Machine {
       throw new RequestError('The machine is being reset or has ended', 'busy');
     }
     this.#paused = true;
+  }
+
+  /** After `pause`: disks have on the host what they hold. A host that fails in this is told of in the log. */
+  async sync(): Promise<void> {
+    try {
+      await this.#current?.sync();
+    } catch (error) {
+      this.parts.logger.warn(`vm.pause: ${causeMessages(error).join(': ')}`);
+    }
   }
 
   /** After `pause`. @throws MachineError when its disks are another process's by now */

@@ -423,6 +423,8 @@ export class Vmm {
       if (machine.paused) throw refused(this.#owned, 'Running');
       this.parts.tell('vm', 'pausing');
       await machine.pause();
+      // Who has paused it may copy its disks.
+      await machine.sync();
       this.parts.tell('vm', 'paused');
     });
   }

@@ -429,6 +429,21 @@ test('a paused machine does nothing until it goes on', async () => {
   ]);
 });
 
+test('disks of a machine that is paused can be copied, and it is paused where they are not whole', async () => {
+  const warnings: string[] = [];
+  const logger = { ...lives.parts.logger, warn: (line: string) => warnings.push(line) };
+  vmm = new Vmm({ ...lives.parts, logger }, {});
+  await vmm.create(config());
+  await vmm.boot();
+  await vmm.pause();
+  expect([lives.last.paused, lives.last.synced]).toEqual([true, 1]);
+  await vmm.resume();
+  lives.failure = { at: 'sync', error: new Error('_disk0: EIO') };
+  await vmm.pause();
+  expect(vmm.info().state).toBe('Paused');
+  expect(warnings).toEqual(['vm.pause: _disk0: EIO']);
+});
+
 test('a guest that resets its machine while it is being paused', async () => {
   await vmm.create(config());
   await vmm.boot();
