@@ -3,9 +3,10 @@ import { expect } from '@jest/globals';
 import { type ApiClient, DONE, untilListens } from '../support/api-client.js';
 import { Conversation } from '../support/conversation.js';
 import { Guest } from '../support/guest.js';
+import { times } from '../support/times.js';
 import type { NumaScenario } from './numa-scenario.js';
 
-const CLONES = 2;
+const CLONES = times('VMM_CLONES', 2);
 /** Nobody listens in the guest, which says so. */
 const ANSWERED = `
   const [host] = process.argv.slice(1);
@@ -25,7 +26,9 @@ export async function forkScenario(
       const own = `${scratch}/clone-disk${index}`;
       const guest = Guest.restore(host, backend, `--api-socket ${socket}`);
       await untilListens(host, socket);
-      const net = [{ id: '_net1', tap: `clone${backend.hypervisor}${index}`, mac: `2e:78:00:00:01:0${index}` }];
+      const net = [
+        { id: '_net1', tap: `clone${backend.hypervisor}${index}`, mac: `2e:78:00:00:01:${(16 + index).toString(16)}` },
+      ];
       return { guest, wanted: { api_socket: socket, disks: [{ id: '_disk0', path: own }], net } };
     }),
   );

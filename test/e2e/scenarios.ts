@@ -20,6 +20,7 @@ import { moduleExample } from '../support/module-example.js';
 import { numaScenario } from './numa-scenario.js';
 import { snapshotScenario } from './snapshot-scenario.js';
 import { guestTools } from '../support/rootfs.js';
+import { longer, times } from '../support/times.js';
 
 /** RAM that the kernel keeps for itself before it counts, at most: MiB. */
 const KERNEL_SHARE = 96;
@@ -703,13 +704,15 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
   test('memory zones, one in a file, NUMA nodes with distances, segments of PCI; a zone grows and shrinks', () =>
     numaScenario({ host, backend, scratch, modules, start }));
 
-  test('snapshot, migration, fork: all that a guest does goes on where it was', async () => {
+  const snapshots = async () => {
     await host.loadModules(kernels.generic, ['tun', 'bridge']);
     // Debian's cloud kernel has no driver of the generation ID, and on aarch64 its other one knows that of ACPI alone.
     const generation = backend.architecture === 'x86_64';
     const kernel = generation ? kernels.generic : kernels.cloud;
     await snapshotScenario({ host, backend, scratch, start, kernel, generation });
-  });
+  };
+  const limit = longer(times('VMM_ROUNDS', 1), 1);
+  test('snapshot, migration, fork: all that a guest does goes on where it was', snapshots, limit);
 
   test('pmem: keeps what was written', async () => {
     await host.check(`cd ${scratch} && truncate -s 8M pmem && printf before | dd of=pmem conv=notrunc 2>/dev/null`);

@@ -1,22 +1,23 @@
 /** The scenario of snapshots, migration and clones: for scenarios.ts, which is long enough. */
-import { createInterface } from 'node:readline';
 import { expect } from '@jest/globals';
 import { ApiClient, DONE, untilListens } from '../support/api-client.js';
 import { Conversation, LISTEN } from '../support/conversation.js';
 import { Guest, type GuestOptions } from '../support/guest.js';
-import type { TestHost } from '../support/host.js';
+import { times } from '../support/times.js';
+import { Stream } from '../support/stream.js';
 import type { Kernel } from '../lab/kernels.js';
 import { forkScenario } from './fork-scenario.js';
 import type { NumaScenario } from './numa-scenario.js';
 
 /** By a process of its own, or by the one that had the machine before. */
-const ROUNDS = [
+const MODES = [
   { warm: false, mode: 'Copy' },
   { warm: true, mode: 'Map' },
   { warm: true, mode: 'OnDemand' },
 ] as const;
+const ROUNDS = Array.from({ length: times('VMM_ROUNDS', 1) }, () => MODES).flat();
 /** By how much a guest's clock may be wrong when it has been moved: less than what has an NTP client set it. Seconds. */
-const CLOCK_ERROR = 0.1;
+export const CLOCK_ERROR = 0.1;
 
 const HOST = '10.78.0.1';
 const PORT = 9078;
@@ -42,63 +43,10 @@ while :; do
 done &
 `;
 
-/**
- * Sends numbers to who connects, a thousand ahead, and looks whether they come back one after the other, none lost and none twice. Told
- * a count, it answers when that many more have come.
- */
-const STREAM = `
-const CHUNK = 256, AHEAD = 4, PACE = 20;
-let sent = 0, seen = 0, rest = Buffer.alloc(0), wanted;
-const end = (reason) => { console.log(reason); process.exit(1); };
-const server = require('node:net').createServer((socket) => {
-  server.close();
-  const send = () => {
-    const numbers = Buffer.alloc(CHUNK * 4);
-    for (let at = 0; at < numbers.length; at += 4) numbers.writeUInt32BE(sent++, at);
-    socket.write(numbers);
-  };
-  socket.on('error', (error) => end(String(error))).on('close', () => end('closed'));
-  socket.on('data', (bytes) => {
-    rest = Buffer.concat([rest, bytes]);
-    let at = 0;
-    for (; at + 4 <= rest.length; at += 4) {
-      const number = rest.readUInt32BE(at);
-      if (number !== seen) end(number + ' after ' + seen + ' numbers');
-      if (++seen % CHUNK === 0) setTimeout(send, PACE);
-    }
-    rest = rest.subarray(at);
-    if (seen >= wanted) { console.log('more'); wanted = undefined; }
-  });
-  for (let chunk = 0; chunk < AHEAD; chunk++) send();
-});
-server.listen(${PORT}, '${HOST}', () => console.log('listens'));
-require('node:readline').createInterface({ input: process.stdin }).on('line', (line) => { wanted = seen + Number(line); });
-`;
-
-/** A connection from the guest, over which numbers go to and fro all the time. */
-class Stream {
-  readonly #server;
-  readonly #lines;
-
-  constructor(host: TestHost) {
-    this.#server = host.spawn([process.execPath, '-e', STREAM]);
-    this.#lines = createInterface({ input: this.#server.stdout })[Symbol.asyncIterator]();
-  }
-
-  async listens(): Promise<void> {
-    expect((await this.#lines.next()).value).toBe('listens');
-  }
-
-  /** Waits until many more have come back, than ever were on their way. */
-  async flows(): Promise<void> {
-    this.#server.stdin.write('2048\n');
-    expect((await this.#lines.next()).value).toBe('more');
-  }
-
-  async end(): Promise<void> {
-    this.#server.kill('SIGKILL');
-    await this.#server.exit;
-  }
+/** Of what a guest's kernel says when time or processors are not as they were. */
+export async function expectNoWarning(shell: Conversation): Promise<void> {
+  const warnings = 'soft lockup|stall|unstable|WARNING|BUG:|hung task|Call [Tt]race';
+  expect((await shell.run(`dmesg | grep -E '${warnings}' || true`)).trim()).toBe('');
 }
 
 interface SnapshotScenario extends Pick<NumaScenario, 'host' | 'backend' | 'scratch'> {
@@ -129,7 +77,7 @@ export async function snapshotScenario(scenario: SnapshotScenario): Promise<void
       ...['--net', `tap=${taps[0]}`, ...options.split(' ')],
     ],
   });
-  const stream = new Stream(host);
+  const stream = new Stream(host, HOST, PORT);
   let api = new ApiClient(host, socket);
   await stream.listens();
   let shell = new Conversation(guest);
@@ -221,8 +169,7 @@ export async function snapshotScenario(scenario: SnapshotScenario): Promise<void
   await shell.run(`until [ $(cat /tmp/blocks) -gt ${after.done[2] + 5} ]; do sleep 0.1; done`);
   await stream.flows();
   await forkScenario({ host, backend, scratch }, { api, shell, disk: `${scratch}/snapshot-disk` });
-  const warnings = 'soft lockup|stall|unstable|WARNING|BUG:|hung task|Call [Tt]race';
-  expect((await shell.run(`dmesg | grep -E '${warnings}' || true`)).trim()).toBe('');
+  await expectNoWarning(shell);
   await counts();
   await api.close();
   guest.process.kill('SIGTERM');
