@@ -193,6 +193,7 @@ export class FakeLives {
       endTracking: () => Promise.resolve(),
       throttle: () => Promise.resolve(),
       mapFrom: () => Promise.resolve(),
+      driverCame: () => undefined,
       powerButton: () => (life.pressed += 1),
       writeCore: async (file, goesOn) => {
         life.cores.push(`${life.paused ? 'paused' : 'running'} ${file}`);

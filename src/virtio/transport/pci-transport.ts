@@ -65,11 +65,13 @@ export class VirtioPciDevice implements FunctionDevice {
   /** By queue. */
   readonly #counters: readonly Float64Array[];
 
+  /** @param driverCame called once, on the thread on which a driver does the first thing for which workers are woken */
   constructor(
     readonly handle: VirtioPciHandle,
     private readonly kernel: HostKernel,
     private readonly signals: VmSignals,
     lines: IntxLines,
+    private readonly driverCame: () => void = () => undefined,
   ) {
     const { description } = handle;
     this.#queues = description.queueSizes.length;
@@ -236,6 +238,7 @@ export class VirtioPciDevice implements FunctionDevice {
 
   #wake(): void {
     for (const worker of this.handle.workers) this.kernel.signal(worker);
+    if (Atomics.exchange(this.#words, this.#at.known, 1) === 0) this.driverCame();
   }
 
   /** Bus mastering is off when the workers touch guest memory no more. */

@@ -23,6 +23,7 @@ type Fields =
   | 'holders'
   | 'resetting'
   | 'resets'
+  | 'known'
   | 'impatient'
   | 'mastering'
   | 'generation'
@@ -91,6 +92,8 @@ export function transportLayout({ type, queueSizes, config }: VirtioDescription)
     resetting: hostOnly(),
     /** How often the driver has reset the device. */
     resets: hostOnly(),
+    /** 1 once main has been told that a driver is there. */
+    known: hostOnly(),
     impatient: hostOnly(),
     mastering: upTo(2),
     generation: 1,

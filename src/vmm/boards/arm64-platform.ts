@@ -131,7 +131,7 @@ export function attachArm64Platform(
   const dimms = options.memoryHotplug ? memoryHotplug(handle.memoryHotplug, emit) : undefined;
   if (dimms !== undefined) memory.insert(layout.MEMORY_HOTPLUG, MEMORY_HOTPLUG_SIZE, dimms);
   if (options.pvpanic) memory.insert(layout.PVPANIC, 1, pvpanic(handle.panics, emit));
-  const pci = new PciSegments(handle, kernel, signals, memory);
+  const pci = new PciSegments(handle, kernel, signals, memory, emit);
   // A guest of the devicetree hears of it by the GPIO, one of ACPI by the GED; neither knows the other's device.
   const powerButton = () => {
     ged.notify(GedEvent.PowerButton);

@@ -30,6 +30,8 @@ export type PlatformEvent =
   | { readonly kind: 'ejected'; readonly segment: number; readonly slot: number }
   | { readonly kind: 'vcpu-ejected'; readonly vcpu: number }
   | { readonly kind: 'memory-ejected'; readonly slot: number }
+  /** The first sign of a device's driver. */
+  | { readonly kind: 'driver-came'; readonly device: string }
   | { readonly kind: 'boot-mark'; readonly value: number; readonly microseconds: number };
 
 /** A guest's panic as told from one thread's view of its device. @param block of the device's budget */
@@ -177,6 +179,7 @@ export class PciSegments {
     private readonly kernel: HostKernel,
     private readonly signals: VmSignals,
     memory: Bus,
+    private readonly emit: (event: PlatformEvent) => void,
   ) {
     this.segments = handle.segments.map(() => new PciSegment());
     this.segments[0].insert(0, new HostBridge());
@@ -198,7 +201,8 @@ export class PciSegments {
   };
 
   #plug(handle: VirtioPciHandle): void {
-    const device = new VirtioPciDevice(handle, this.kernel, this.signals, this.#intx);
+    const driverCame = () => this.emit({ kind: 'driver-came', device: handle.id });
+    const device = new VirtioPciDevice(handle, this.kernel, this.signals, this.#intx, driverCame);
     this.#devices.set(handle.id, device);
     this.segments[handle.segment].insert(handle.slot, device.pci);
     for (const window of this.#windows[handle.segment]) window.insert(device.pci);

@@ -180,7 +180,7 @@ export function attachX86Platform(
   const ioapic = options.ioapic ? new Ioapic(new StateBlock(ioapicLayout, handle.intx.ioapic), signals) : undefined;
   if (ioapic !== undefined) memory.insert(layout.IOAPIC, IOAPIC_SIZE, ioapic);
 
-  const pci = new PciSegments(handle, kernel, signals, memory);
+  const pci = new PciSegments(handle, kernel, signals, memory, emit);
   ports.insert(
     layout.PORT_PCI_CONFIG,
     PCI_CONFIG_PORTS,

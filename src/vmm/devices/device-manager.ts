@@ -367,6 +367,11 @@ export class DeviceManager {
     };
   }
 
+  /** Whether nobody misses the worker before a driver of its devices comes. */
+  isPatient(worker: ManagedWorker): boolean {
+    return this.devices.every(({ plan, served }) => plan.patient || !served.has(worker));
+  }
+
   get workers(): readonly ManagedWorker[] {
     return [...this.#workers.values()];
   }

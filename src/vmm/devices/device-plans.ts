@@ -42,6 +42,8 @@ export interface DevicePlan {
   /** What the host's kernel can do with the queues that it serves. */
   readonly featureLimit?: readonly [number, number] | undefined;
   readonly busy: boolean;
+  /** It does nothing before its driver comes, and nothing in a guest's boot waits for it: its worker may start then. */
+  readonly patient: boolean;
   readonly blocking: boolean;
   /** For the log: what moves its data, then what would do so better and why it cannot. */
   readonly path: readonly string[];
@@ -53,7 +55,7 @@ export interface DevicePlan {
   readonly lowBar: boolean;
 }
 
-const USUAL = { division: 'together', busy: false, blocking: false, lowBar: false, path: [] } as const;
+const USUAL = { division: 'together', busy: false, patient: false, blocking: false, lowBar: false, path: [] } as const;
 /** Of devices that the configuration gives no place. */
 const ON_SEGMENT_0 = { pci_segment: 0 };
 
@@ -97,6 +99,7 @@ export function diskPlan(kernel: HostKernel, resource: DiskResource, group: Limi
     affinity: disk.queue_affinity,
     division: format === 'raw' && limits === undefined && !shares ? 'single' : 'together',
     busy: true,
+    patient: false,
     // A format's metadata is read and written synchronously; so is what no engine but io_uring has, and a shared block.
     blocking: format !== 'raw' || engine.name !== 'io_uring' || shares,
     lowBar: disk.pci_segment === 0,
@@ -144,6 +147,7 @@ export function entropyPlan(config: VmConfig['rng'], { source }: RngResource): D
     placement: config,
     description: entropyDescription(),
     backend,
+    patient: true,
     blocking,
   };
 }
@@ -194,12 +198,13 @@ export function balloonPlan(config: NonNullable<VmConfig['balloon']>): DevicePla
     free_page_reporting: freePageReporting,
   } = config;
   const description = balloonDescription({ size, deflateOnOom, freePageReporting });
-  return { ...USUAL, id, placement: config, description, backend: { kind: 'balloon' } };
+  return { ...USUAL, id, placement: config, description, backend: { kind: 'balloon' }, patient: true };
 }
 
 export function watchdogPlan(): DevicePlan {
   const description = watchdogDescription();
-  return { ...USUAL, id: FIXED_NAMES.watchdog, placement: ON_SEGMENT_0, description, backend: { kind: 'watchdog' } };
+  const backend = { kind: 'watchdog' } as const;
+  return { ...USUAL, id: FIXED_NAMES.watchdog, placement: ON_SEGMENT_0, description, backend, patient: true };
 }
 
 type Limits = NonNullable<VmConfig['disks'][number]['rate_limiter_config']>;

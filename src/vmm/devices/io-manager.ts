@@ -36,6 +36,8 @@ interface Thread {
   readonly devices: Set<string>;
   /** While its thread is there. */
   worker?: Worker | undefined;
+  /** Its thread is to come when it is needed. */
+  sleeps: boolean;
   /** The command word that it was held by last, and the one that it has said it is held by. */
   hold: number;
   held: number;
@@ -62,18 +64,38 @@ export class IoManager {
     private readonly events: IoEvents,
   ) {}
 
-  /** No device touches guest memory before `resume`: workers that start hold at once. */
+  /** No device touches guest memory before `resume`: workers whose threads start hold at once. */
   beginPaused(): void {
     this.#paused = true;
   }
 
-  /** Starts a worker, with the devices that it serves from its start on. */
-  start(data: IoWorkerData): void {
+  /**
+   * Starts a worker, with the devices that it serves from its start on.
+   *
+   * @param sleeps its thread comes with the first driver of these devices, or when something is asked of it that it cannot be told at its start
+   */
+  start(data: IoWorkerData, sleeps = false): void {
     const command = new Int32Array(data.command);
     const devices = new Set(data.devices.map(({ handle }) => handle.id));
-    const thread: Thread = { data, command, devices, hold: 0, held: 0, asked: [], listeners: [] };
+    const thread: Thread = { data, command, devices, sleeps, hold: 0, held: 0, asked: [], listeners: [] };
     this.#threads.push(thread);
     if (this.#paused) this.#hold(thread);
+    if (!sleeps) this.#startThread(thread);
+  }
+
+  /** A device has a driver: from now on its workers are needed. */
+  driverCame(device: string): void {
+    for (const thread of this.#threads) if (thread.devices.has(device)) this.#awaken(thread);
+  }
+
+  #awaken(thread: Thread): void {
+    if (!thread.sleeps) return;
+    thread.sleeps = false;
+    this.#startThread(thread);
+  }
+
+  #startThread(thread: Thread): void {
+    const { data } = thread;
     const mail = new Int32Array(new SharedArrayBuffer(Mail.words * 4));
     const workerData: IoWorkerStart = { ...data, mail: mail.buffer, written: this.#written };
     const worker = new Worker(this.script, { name: data.name, workerData, resourceLimits: WORKER_HEAP, ...QUIET });
@@ -129,6 +151,7 @@ export class IoManager {
   }
 
   #send(thread: Thread, order: IoCommand): void {
+    this.#awaken(thread);
     thread.worker?.postMessage(order);
     Atomics.add(thread.command, 0, IoOrder.count);
     this.#wake(thread.command, thread.data);
@@ -147,8 +170,14 @@ export class IoManager {
     return () => clearTimeout(timer);
   }
 
+  /** One that sleeps has written nothing, and is told at its start what it is to follow. */
+  #awake(): Thread[] {
+    return this.#threads.filter(({ sleeps }) => !sleeps);
+  }
+
   /** @returns why it was not done; undefined: it was */
   #ask(thread: Thread, order: IoCommand): Promise<string | undefined> {
+    this.#awaken(thread);
     if (thread.worker === undefined) return Promise.resolve(GONE);
     const calm = this.#impatient(thread);
     return new Promise((resolve) => {
@@ -205,7 +234,7 @@ export class IoManager {
   async trackWrites(pages: WrittenPagesHandle | undefined): Promise<string | undefined> {
     this.#written = pages;
     const failures = await Promise.all(
-      this.#threads.map((thread) => this.#ask(thread, { kind: 'track-writes', pages })),
+      this.#awake().map((thread) => this.#ask(thread, { kind: 'track-writes', pages })),
     );
     // One that is no more writes nothing.
     const failure = failures.find((each) => each !== undefined && each !== GONE);
@@ -232,7 +261,7 @@ export class IoManager {
    * @returns why not all of them do, and of which device
    */
   async sync(): Promise<string | undefined> {
-    const failures = await Promise.all(this.#threads.map((thread) => this.#ask(thread, { kind: 'sync' })));
+    const failures = await Promise.all(this.#awake().map((thread) => this.#ask(thread, { kind: 'sync' })));
     return failures.find((failure) => failure !== undefined);
   }
 
@@ -252,6 +281,8 @@ export class IoManager {
   }
 
   async #end(thread: Thread): Promise<void> {
+    // Whatever is still on its way to main starts no thread.
+    thread.sleeps = false;
     this.#order(thread, IoOrder.stop);
     const calm = this.#impatient(thread);
     await until(thread, () => false);

@@ -15,6 +15,7 @@ import {
   DeviceManager,
   type DevicePlace,
   type DeviceResource,
+  type ManagedWorker,
   pciAddress,
   type PlacedDevice,
   servedDevice,
@@ -187,7 +188,7 @@ export class Incarnation {
   }
 
   start(): void {
-    this.#startWorkers();
+    this.#startWorkers((worker) => this.#devices.isPatient(worker));
     this.#board.vm.startTime();
     this.#cpus.start(this.#present(), this.#held, this.#vcpus);
   }
@@ -208,7 +209,8 @@ export class Incarnation {
     if (clone && this.#board.renewGeneration(this.#memory.memory)) this.#platform.generationRenewed();
     this.#devices.restored();
     this.#io.beginPaused();
-    this.#startWorkers();
+    // Their drivers may be there.
+    this.#startWorkers(() => false);
     await this.#cpus.startPaused(this.#present(), this.#vcpus);
     await this.#io.pause();
     if (this.#onDemand?.intact === false) await this.filled;
@@ -219,10 +221,15 @@ export class Incarnation {
     return this.#onDemand?.filled ?? Promise.resolve();
   }
 
-  #startWorkers(): void {
+  #startWorkers(sleeps: (worker: ManagedWorker) => boolean): void {
     for (const worker of this.#devices.workers) {
-      this.#io.start(this.#devices.workerData(worker, this.#devices.devices));
+      this.#io.start(this.#devices.workerData(worker, this.#devices.devices), sleeps(worker));
     }
+  }
+
+  /** A device has a driver. */
+  driverCame(device: string): void {
+    this.#io.driverCame(device);
   }
 
   #units(): StateUnits {

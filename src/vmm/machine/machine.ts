@@ -550,6 +550,9 @@ export class Machine {
       case 'memory-ejected':
         this.#removed(this.hotplug.memoryEjected(event.slot, () => this.running()));
         break;
+      case 'driver-came':
+        this.#current?.driverCame(event.device);
+        break;
       case 'guest-panic':
         this.parts.tell('guest', 'panic', { event: (event.event & PANICKED) !== 0 ? 'panic' : 'crash_loaded' });
         log.leftOut('pvpanic', 'warn', event.untold);

@@ -457,3 +457,14 @@ test('a device’s own workers go with it, those of the pool stay', () => {
   for (const { wake } of m.manager.workers) expect(m.outside.fds.has(wake)).toBe(true);
   m.manager.close();
 });
+
+test.each<[string, readonly DeviceResource[], object, boolean[]]>([
+  ['entropy, balloon and watchdog are all', [], { watchdog: true, balloon: { size: 0 } }, [true]],
+  ['a console is with them', [], { console: { mode: 'Null' } }, [false]],
+  ['a socket is with them', [vsock('v')], {}, [false]],
+  ['the disk has its own', [disk('d')], {}, [false, false, true]],
+])('a worker may come with the first driver where nobody misses it before: %s', (_what, first, devices, patient) => {
+  const { manager } = machine(new Outside(), first, { console: { mode: 'Off' }, ...devices });
+  expect(manager.workers.map((worker) => manager.isPatient(worker))).toEqual(patient);
+  manager.close();
+});

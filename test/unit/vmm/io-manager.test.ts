@@ -51,19 +51,22 @@ function workers(script = WORKER, modules: readonly string[] = []) {
     onCloseFailed: (id, reason) => said.push([id, reason]),
     onCrash: (worker) => crashes.push(worker),
   });
-  const start = (name: string, ...devices: string[]) => {
+  const make = (sleeps: boolean, name: string, devices: readonly string[]) => {
     const wake = kernel.eventfd();
     wakes.push(wake);
     const data = { name, wake, command: new SharedArrayBuffer(4), devices: devices.map(device), modules };
-    manager.start(data as Partial<IoWorkerData> as IoWorkerData);
+    manager.start(data as Partial<IoWorkerData> as IoWorkerData, sleeps);
     return new Int32Array(data.command);
   };
+  const start = (name: string, ...devices: string[]) => make(false, name, devices);
+  /** One that sleeps. */
+  const lay = (name: string, ...devices: string[]) => make(true, name, devices);
   const stop = async () => {
     await manager.stop();
     for (const wake of wakes) kernel.close(wake);
   };
   const of = (worker: string) => said.filter(([name]) => name === worker).map(([, ...what]) => what);
-  return { manager, said, crashes, start, stop, of };
+  return { manager, said, crashes, start, lay, stop, of };
 }
 
 test('what could not be closed has been told when the workers have ended', async () => {
@@ -371,6 +374,86 @@ describe('workers that are held', () => {
     expect([manager.has('io0'), of('io0'), of('io1')]).toEqual([false, [['ended']], []]);
     await stop();
     expect(of('io1')).toEqual([['ended']]);
+  });
+});
+
+describe('a worker that sleeps', () => {
+  const pages = 'pages' as unknown as WrittenPagesHandle;
+  const part = { range: { address: 7, size: 1 } } as unknown as MemoryPart;
+
+  test('has no thread, whatever concerns only what it might have done', async () => {
+    const { manager, said, lay, stop } = workers();
+    lay('io0', 'a');
+    await manager.pause();
+    expect(await manager.sync()).toBeUndefined();
+    expect(await manager.trackWrites(pages)).toBeUndefined();
+    manager.resume();
+    expect(await manager.trackWrites(undefined)).toBeUndefined();
+    manager.driverCame('b');
+    await stop();
+    // A thread would have said that it ends.
+    expect(said).toEqual([]);
+  });
+
+  test('wakes when a driver of its devices comes, once, and follows what has been said before', async () => {
+    const { manager, of, lay, stop } = workers();
+    lay('io0', 'a', 'b');
+    await manager.trackWrites(pages);
+    manager.driverCame('b');
+    manager.driverCame('a');
+    manager.driverCame('b');
+    expect(await manager.sync()).toBeUndefined();
+    await stop();
+    expect(of('io0')).toEqual([['written', 'pages'], ['sync', null], ['ended']]);
+  });
+
+  test('holds at once when it wakes in a machine that is paused', async () => {
+    const { manager, of, lay, stop } = workers();
+    lay('io0', 'a');
+    await manager.pause();
+    manager.driverCame('a');
+    expect(await manager.serve('io0', device('b'))).toBeUndefined();
+    expect(of('io0')).toEqual([['serve', 'b', 'held']]);
+    manager.resume();
+    expect(await manager.drop('b')).toBeUndefined();
+    await stop();
+  });
+
+  test('is waited for by the next pause, when it woke during the last', async () => {
+    const { manager, lay, stop } = workers();
+    const word = lay('io0', 'a');
+    await manager.pause();
+    manager.driverCame('a');
+    manager.resume();
+    await manager.pause();
+    expect(Atomics.load(word, 0) & IoOrder.hold).toBe(IoOrder.hold);
+    expect(await manager.sync()).toBeUndefined();
+    await stop();
+  });
+
+  test.each<[string, (manager: IoManager) => unknown, unknown[]]>([
+    ['serve', (manager) => manager.serve('io0', device('b')), ['serve', 'b']],
+    ['drop', (manager) => manager.drop('a'), ['drop', 'a']],
+    ['be told something', (manager) => manager.control('a', 1), ['control', 'a', 1]],
+    ['take memory', (manager) => manager.changeMemory('add-memory', part), ['add-memory', 7]],
+  ])('wakes when it is to %s', async (_what, ask, told) => {
+    const { manager, of, lay, stop } = workers();
+    lay('io0', 'a');
+    await ask(manager);
+    await manager.sync();
+    expect(of('io0')).toEqual([told, ['sync', null]]);
+    await stop();
+  });
+
+  test('ends without having had a thread, and gets none after that', async () => {
+    const { manager, said, lay, stop } = workers();
+    lay('io0', 'a');
+    lay('io1', 'a');
+    const ended = manager.end('io0');
+    const stopped = stop();
+    manager.driverCame('a');
+    await Promise.all([ended, stopped]);
+    expect([manager.has('io0'), said]).toEqual([false, []]);
   });
 });
 

@@ -10,7 +10,7 @@ import { offeredFeatures, type VirtioPciHandle } from '../../../src/virtio/trans
 import { Common } from '../../../src/virtio/transport/pci-registers.js';
 import { VirtioPciDevice } from '../../../src/virtio/transport/pci-transport.js';
 import { transportLayout } from '../../../src/virtio/transport/transport-state.js';
-import { type PciHandle, PciSegments } from '../../../src/vmm/boards/platform-parts.js';
+import { type PciHandle, PciSegments, type PlatformEvent } from '../../../src/vmm/boards/platform-parts.js';
 
 const kernel = new LinuxKernel();
 const NOTHING = 0xffff_ffff;
@@ -29,9 +29,10 @@ const signals = {
 function machine() {
   const intx = IntxLines.powerOn([0, 1, 2, 3], signals);
   const handle: PciHandle = { vm: { fd: -1, routes: new SharedArrayBuffer(4) }, segments: SEGMENTS, virtio: [], intx };
+  const events: PlatformEvent[] = [];
   const views = [0, 1].map(() => {
     const memory = new Bus();
-    return { memory, segments: new PciSegments(handle, kernel, signals, memory) };
+    return { memory, segments: new PciSegments(handle, kernel, signals, memory, (event) => events.push(event)) };
   });
   /** @param queues by which the tests tell one device from another */
   const device = (id: string, segment: number, slot: number, bar: number, queues: number): VirtioPciHandle => {
@@ -47,7 +48,7 @@ function machine() {
     VirtioPciDevice.powerOn(made, bar, kernel, signals, IntxLines.attach(intx, signals));
     return made;
   };
-  return { views, device };
+  return { views, device, events };
 }
 type View = ReturnType<typeof machine>['views'][number];
 
@@ -106,6 +107,28 @@ test('one that goes leaves the others, wherever they are', () => {
     }
   }
   expect(present(view, 0, 0)).toBe(true); // the host bridge
+});
+
+test("a device's driver is told of once, by the thread on which it does something first", () => {
+  const { views, device, events } = machine();
+  const bar = 0xc0f0_0000;
+  const [one, other] = views;
+  for (const id of ['first', 'second']) {
+    const plugged = device(id, 0, 7, bar, 1);
+    for (const view of views) view.segments.apply({ kind: 'plug', device: plugged });
+    one.memory.write(config(0, 7, COMMAND), 2, DECODING);
+    // It is found, and looked at.
+    one.memory.read(config(0, 7, 0), 4);
+    one.memory.read(bar + Common.status, 1);
+    expect(events).toEqual([]);
+    other.memory.write(bar + Common.status, 1, 0);
+    // Nobody holds its queues, so the reset has ended.
+    expect(one.memory.read(bar + Common.status, 1)).toBe(0);
+    expect(events.splice(0)).toEqual([{ kind: 'driver-came', device: id }]);
+    for (const { memory } of views) memory.write(bar + Common.status, 1, 0);
+    expect(events).toEqual([]);
+    for (const view of views) view.segments.apply({ kind: 'unplug', device: id });
+  }
 });
 
 test('changes of memory are not theirs', () => {
