@@ -13,6 +13,7 @@ import type { GuestMemory } from '../../memory/guest-memory.js';
 import { type IntxHandle, IntxLines } from '../../pci/intx.js';
 import type { AddressWindow, SegmentWindows } from '../../pci/segments.js';
 import { undoAll } from '../../sys/close-all.js';
+import { randomBytes } from '../../sys/random.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { type Arm64PlatformHandle, createArm64Platform } from './arm64-platform.js';
 import { addressBits, type Board, configuredTopology, writeGeneration } from './board.js';
@@ -154,7 +155,7 @@ export class Arm64Board implements Board {
       ram: this.memory.ram,
       cmdline,
       initrd,
-      seed: process.getBuiltinModule('node:crypto').randomBytes(SEED_SIZE),
+      seed: randomBytes(SEED_SIZE),
       serial: serial.mode !== 'Off',
       pvpanic,
       segments: this.segments,

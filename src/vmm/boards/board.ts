@@ -6,6 +6,7 @@ import type { Vcpu, Vm } from '../../hypervisor/hypervisor.js';
 import type { GuestMemory } from '../../memory/guest-memory.js';
 import type { IntxHandle } from '../../pci/intx.js';
 import type { SegmentWindows } from '../../pci/segments.js';
+import { randomBytes } from '../../sys/random.js';
 import type { VirtioPciHandle } from '../../virtio/transport/pci-handle.js';
 import { MachineError } from '../machine/machine-error.js';
 import type { MemoryLayout } from '../memory/memory-layout.js';
@@ -76,7 +77,7 @@ export const GENERATION_SIZE = 16;
 
 /** @param address of the generation ID @throws GuestMemoryError */
 export function writeGeneration(memory: GuestMemory, address: number): void {
-  memory.write(address, process.getBuiltinModule('node:crypto').randomBytes(GENERATION_SIZE));
+  memory.write(address, randomBytes(GENERATION_SIZE));
 }
 
 /**

@@ -3,6 +3,7 @@ import type { NetConfig } from '../../config/device-config.js';
 import { adoptTap, openTap, TapError } from '../../net/tap.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
 import { SystemError } from '../../sys/host-kernel.js';
+import { randomBytes } from '../../sys/random.js';
 import { MachineError } from '../machine/machine-error.js';
 
 /**
@@ -37,8 +38,6 @@ function parseMac(text: string): Uint8Array {
 
 /** Locally administered, unicast. */
 export function randomMac(): string {
-  // Loaded by who needs it: it takes a start as long as a tenth of bare Node.js does.
-  const { randomBytes } = process.getBuiltinModule('node:crypto');
   const mac = randomBytes(6);
   mac[0] = (mac[0] & 0xfc) | 0x02;
   return Array.from(mac, (byte) => byte.toString(16).padStart(2, '0')).join(':');

@@ -37,19 +37,26 @@ const MAPPED_GIBS = 4;
 export function writeBootStructures(entry: BootEntry, memory: GuestMemory): void {
   memory.write(layout.BOOT_GDT, new Uint8Array(BigUint64Array.from(GDT).buffer));
   if (entry.protocol !== 'linux64') return;
-  const setEntry = (address: number, value: number) => {
-    memory.setU32(address, value);
-    memory.setU32(address + 4, 0);
-  };
-  setEntry(layout.BOOT_PML4, layout.BOOT_PDPT | PAGE_PRESENT_WRITE);
-  for (let gib = 0; gib < MAPPED_GIBS; gib++) {
-    const directory = layout.BOOT_PAGE_DIRECTORIES + gib * 0x1000;
-    setEntry(layout.BOOT_PDPT + gib * 8, directory | PAGE_PRESENT_WRITE);
-    for (let index = 0; index < 512; index++) {
-      const page = gib * 0x4000_0000 + index * LARGE_PAGE;
-      setEntry(directory + index * 8, page + (PAGE_PRESENT_WRITE | PAGE_LARGE));
-    }
-  }
+  const directories = Array.from({ length: MAPPED_GIBS }, (_, gib) => layout.BOOT_PAGE_DIRECTORIES + gib * 0x1000);
+  writeEntries(memory, layout.BOOT_PML4, [layout.BOOT_PDPT | PAGE_PRESENT_WRITE]);
+  writeEntries(
+    memory,
+    layout.BOOT_PDPT,
+    directories.map((directory) => directory | PAGE_PRESENT_WRITE),
+  );
+  const pages = Array.from({ length: MAPPED_GIBS * 512 }, (_, index) => index * LARGE_PAGE);
+  writeEntries(
+    memory,
+    layout.BOOT_PAGE_DIRECTORIES,
+    pages.map((page) => page + (PAGE_PRESENT_WRITE | PAGE_LARGE)),
+  );
+}
+
+/** Entries of a page table whose upper halves are 0. As a whole: this code runs once, and V8 has not compiled it. */
+function writeEntries(memory: GuestMemory, address: number, entries: readonly number[]): void {
+  const words = new Uint32Array(entries.length * 2);
+  entries.forEach((entry, index) => (words[index * 2] = entry));
+  memory.write(address, new Uint8Array(words.buffer));
 }
 
 export function bootRegisters({ protocol, address }: BootEntry): X86Registers {
