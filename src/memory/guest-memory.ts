@@ -74,7 +74,7 @@ interface Mapping {
   readonly end: number;
   readonly hostAddress: number;
   source: MemorySource;
-  /** By the offset in the mapping, in units of WINDOW_SIZE. */
+  /** By the offset in the mapping, in units of the memory's window size. */
   readonly windows: (Window | undefined)[];
 }
 
@@ -85,10 +85,10 @@ function sourceOf(from: MemorySource | MemoryBuffer): MemorySource {
   return { address, size: buffer.byteLength, hostAddress, kind: 'private', view: () => buffer };
 }
 
-function mappingOf(part: MemorySource | MemoryBuffer): Mapping {
+function mappingOf(part: MemorySource | MemoryBuffer, windowSize: number): Mapping {
   const from = sourceOf(part);
   const { address, size, hostAddress } = from;
-  return { address, end: address + size, hostAddress, source: from, windows: noWindows(size) };
+  return { address, end: address + size, hostAddress, source: from, windows: noWindows(size, windowSize) };
 }
 
 /** Of no bytes, so that no access hits it. */
@@ -104,9 +104,16 @@ export class GuestMemory {
   /** Told what `copyIn` has written (written-pages.ts). */
   written: { mark(address: number, length: number): void } | undefined;
 
-  /** @param parts at least one; sorted or not, never overlapping */
-  constructor(parts: readonly (MemorySource | MemoryBuffer)[]) {
-    this.#mappings = parts.map(mappingOf).sort((a, b) => a.address - b.address);
+  /**
+   * @param parts at least one; sorted or not, never overlapping
+   * @param windowSize bytes, at most {@link WINDOW_SIZE}. Small ones are for who looks at little of it: V8 begins to collect garbage once
+   * they are 64 MiB in all
+   */
+  constructor(
+    parts: readonly (MemorySource | MemoryBuffer)[],
+    private readonly windowSize: number = WINDOW_SIZE,
+  ) {
+    this.#mappings = parts.map((part) => mappingOf(part, windowSize)).sort((a, b) => a.address - b.address);
     const first = this.#mappings[0] as Mapping | undefined;
     if (first === undefined) throw new GuestMemoryError('Guest memory has no mapping');
     this.#lastMapping = first;
@@ -120,7 +127,7 @@ export class GuestMemory {
 
   /** More of it. @param part overlaps none that is there */
   add(part: MemorySource | MemoryBuffer): void {
-    this.#mappings.push(mappingOf(part));
+    this.#mappings.push(mappingOf(part, this.windowSize));
     this.#mappings.sort((a, b) => a.address - b.address);
     this.#ranges = this.#ramRanges();
   }
@@ -352,19 +359,19 @@ export class GuestMemory {
 
   #window(mapping: Mapping, address: number): Window {
     // Below 2^22 windows: the bitwise operation rounds down, and is quicker than Math.floor.
-    const index = ((address - mapping.address) / WINDOW_SIZE) | 0;
-    return mapping.windows[index] ?? openWindow(mapping, index);
+    const index = ((address - mapping.address) / this.windowSize) | 0;
+    return mapping.windows[index] ?? openWindow(mapping, index, this.windowSize);
   }
 }
 
 /** An array without holes, which V8 reads quicker. */
-function noWindows(size: number): undefined[] {
-  return Array.from({ length: Math.ceil(size / WINDOW_SIZE) }, () => undefined);
+function noWindows(size: number, windowSize: number): undefined[] {
+  return Array.from({ length: Math.ceil(size / windowSize) }, () => undefined);
 }
 
-function openWindow(mapping: Mapping, index: number): Window {
-  const offset = index * WINDOW_SIZE;
-  const length = Math.min(mapping.source.size - offset, WINDOW_SIZE);
+function openWindow(mapping: Mapping, index: number, windowSize: number): Window {
+  const offset = index * windowSize;
+  const length = Math.min(mapping.source.size - offset, windowSize);
   const buffer = mapping.source.view(offset, length);
   const address = mapping.address + offset;
   const window = { address, end: address + length, bytes: new Uint8Array(buffer), view: new DataView(buffer) };

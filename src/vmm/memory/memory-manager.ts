@@ -87,7 +87,8 @@ export class MemoryManager {
       undoAll(error, [() => this.close()]);
     }
     const ram = this.#stretches.filter(({ present }) => present);
-    this.memory = new GuestMemory(ram.map(({ part: { range, kind }, mapping }) => source(range, mapping, kind)));
+    const sources = ram.map(({ part: { range, kind }, mapping }) => source(range, mapping, kind));
+    this.memory = new GuestMemory(sources, BOOT_WINDOW);
   }
 
   #allocateRam(zone: MemoryZone, ranges: readonly MemoryRange[]): void {
@@ -370,3 +371,5 @@ const HUGE_PAGE = 2 ** 21;
 const HUGEST_PAGE = 2 ** 30;
 /** Some 20 ms of a processor's time. Bytes. */
 const POPULATED_AT_ONCE = 2 ** 26;
+/** Main writes a kernel, an initramfs and tables, and looks at no more: mostly less than V8 would collect garbage for (guest-memory.ts). */
+const BOOT_WINDOW = 2 ** 23;

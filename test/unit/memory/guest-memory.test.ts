@@ -143,6 +143,28 @@ describe('the windows of a mapping', () => {
     mapping.unmap();
   });
 
+  test('are smaller for who wants them so, of what comes later as well', () => {
+    const size = 0x1_0000;
+    const { source, views, mapping } = mapped(0, 3 * size);
+    const later = mapped(4 * size, 2 * size + 0x1000);
+    const memory = new GuestMemory([source], size);
+    memory.add(later.source);
+    memory.write(size - 2, Uint8Array.of(1, 2, 3, 4));
+    memory.setU32(6 * size - 2, 0x0807_0605);
+    expect(views).toEqual([
+      [0, size],
+      [size, size],
+    ]);
+    expect(later.views).toEqual([
+      [size, size],
+      [2 * size, 0x1000],
+    ]);
+    const whole = new GuestMemory([source, later.source]);
+    expect(whole.u32(size - 2)).toBe(0x0403_0201);
+    expect(whole.u32(6 * size - 2)).toBe(0x0807_0605);
+    for (const each of [mapping, later.mapping]) each.unmap();
+  });
+
   test('a range across them has a buffer of its own, over the same bytes', () => {
     const { source, views, mapping } = mapped(0, 2 * WINDOW_SIZE);
     const memory = new GuestMemory([source]);
