@@ -145,7 +145,8 @@ test('vCPU threads are bound to the CPUs of the command line, and named', async 
     const guest = await Guest.start(two, folder, {
       kernel: cloud,
       task: { command: 'echo guest-ready; read line' },
-      vmm: ['--cpus', 'boot=3,affinity=[0@[1],1@[0]]'],
+      // The console's worker starts with the machine, without a driver.
+      vmm: ['--cpus', 'boot=3,affinity=[0@[1],1@[0]]', '--console', 'null'],
     });
     await guest.waitFor('guest-ready');
     const pid = await guest.process.pid;
