@@ -98,7 +98,7 @@ export const RESTORE_SUB_OPTIONS: readonly SubOption[] = [
 export const SEND_MIGRATION_SUB_OPTIONS: readonly SubOption[] = [
   ...[text('destination_url'), number('downtime_ms'), number('timeout_s')],
   { name: 'timeout_strategy', field: 'timeout_strategy', kind: KINDS.timeoutStrategy },
-  ...[number('connections'), text('tls_dir'), toggle('verify'), toggle('auto_converge')],
+  ...[number('connections'), text('tls_dir'), toggle('local'), toggle('verify'), toggle('auto_converge')],
 ];
 
 export const RECEIVE_MIGRATION_SUB_OPTIONS: readonly SubOption[] = [

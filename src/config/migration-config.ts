@@ -55,6 +55,7 @@ export const sendMigrationSchema = z
       ),
       connections: defaulted('Memory is sent over so many', wholeNumber(1, MAX_CONNECTIONS), 1),
       tls_dir: tlsFolder,
+      local: defaulted('The other side is on this host: it gets the memory itself, which is shared', flag, false),
       // Ours.
       verify: defaulted('Compare all memory before it goes on there, which takes time', flag, false),
       auto_converge: defaulted('Hold vCPUs back that write faster than memory is sent', flag, true),
@@ -63,6 +64,11 @@ export const sendMigrationSchema = z
   )
   .check(({ value, issues }) => {
     checkTls({ value: { address: value.destination_url, tls_dir: value.tls_dir }, issues });
+    if (!value.local) return;
+    const refuse = (path: string, message: string) =>
+      issues.push({ code: 'custom', input: value, path: [path], message });
+    if (!value.destination_url.startsWith('unix:')) refuse('destination_url', 'unix:PATH with local');
+    if (value.connections > 1) refuse('connections', '1 with local');
   });
 
 export type SendMigrationConfig = z.infer<typeof sendMigrationSchema>;

@@ -250,6 +250,8 @@ export interface HostKernel {
   userfaultfd(): number;
   /** An anonymous file for shared guest memory. */
   memfd(name: string, options: MemfdOptions): number;
+  /** Whether nobody can make a file smaller or larger. Never throws. */
+  keepsItsSize(fd: number): boolean;
 
   /** An eventfd, non-blocking. */
   eventfd(): number;

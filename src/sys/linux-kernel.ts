@@ -49,7 +49,7 @@ const c = {
 function defineOthers() {
   return {
     open: libc.func('int open(const char *path, int flags, int mode)'),
-    dup: libc.func('fcntl', 'int', ['int', 'int', 'int']),
+    fcntlValue: libc.func('fcntl', 'int', ['int', 'int', 'int']),
     pread: libc.func('long pread(int fd, void *data, size_t length, int64_t offset)'),
     pwrite: libc.func('long pwrite(int fd, const void *data, size_t length, int64_t offset)'),
     fdatasync: libc.func('int fdatasync(int fd)'),
@@ -113,6 +113,11 @@ const O_CREAT = 0o100;
 const SEEK_DATA = 3;
 const SEEK_HOLE = 4;
 const F_DUPFD_CLOEXEC = 1030;
+const F_ADD_SEALS = 1033;
+const F_GET_SEALS = 1034;
+const F_SEAL_SEAL = 1;
+/** F_SEAL_SHRINK and F_SEAL_GROW. */
+const SIZE_SEALS = 2 | 4;
 const F_OFD_GETLK = 36;
 const F_OFD_SETLK = 37;
 const F_RDLCK = 0;
@@ -173,6 +178,7 @@ const MAP_NORESERVE = 0x4000;
 const MAP_POPULATE = 0x8000;
 const MAP_HUGETLB = 0x40000;
 const MFD_CLOEXEC = 0x1;
+const MFD_ALLOW_SEALING = 0x2;
 const MFD_HUGETLB = 0x4;
 /** log2 of the page size sits from this bit on, in mmap's and memfd_create's flags alike. */
 const HUGE_SHIFT = 26;
@@ -330,7 +336,7 @@ export class LinuxKernel implements HostKernel {
   }
 
   duplicate(fd: number): number {
-    return check('fcntl', io().dup(fd, F_DUPFD_CLOEXEC, 0) as number);
+    return check('fcntl', io().fcntlValue(fd, F_DUPFD_CLOEXEC, 0) as number);
   }
 
   readAt(fd: number, into: Uint8Array, offset: number): number {
@@ -651,7 +657,7 @@ export class LinuxKernel implements HostKernel {
   }
 
   memfd(name: string, options: MemfdOptions): number {
-    let flags = MFD_CLOEXEC;
+    let flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
     if (options.hugepageSize !== undefined) flags |= MFD_HUGETLB | (Math.log2(options.hugepageSize) << HUGE_SHIFT);
     const fd = check('memfd_create', io().memfdCreate(name, flags) as number);
     if ((io().ftruncate(fd, options.size) as number) < 0) {
@@ -659,7 +665,13 @@ export class LinuxKernel implements HostKernel {
       this.close(fd);
       fail('ftruncate', errno);
     }
+    io().fcntlValue(fd, F_ADD_SEALS, F_SEAL_SEAL | SIZE_SEALS);
     return fd;
+  }
+
+  keepsItsSize(fd: number): boolean {
+    const seals = io().fcntlValue(fd, F_GET_SEALS, 0) as number;
+    return seals >= 0 && (seals & SIZE_SEALS) === SIZE_SEALS;
   }
 
   eventfd(): number {

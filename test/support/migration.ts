@@ -7,7 +7,7 @@ import { MemoryManager } from '../../src/vmm/memory/memory-manager.js';
 import { mappedZones } from '../../src/vmm/memory/memory-layout.js';
 import { bytesOf } from '../../src/vmm/memory/memory-pages.js';
 import { type Arrived, Receiver } from '../../src/vmm/migration/destination.js';
-import { Connection, Frame, PAGE_SIZE } from '../../src/vmm/migration/frames.js';
+import { Connection, descriptorsFrame, Frame, PAGE_SIZE } from '../../src/vmm/migration/frames.js';
 import type { PageSet } from '../../src/vmm/migration/page-set.js';
 import { Sender, type SendingOptions, type SendingProgress, type Sent } from '../../src/vmm/migration/source.js';
 import type { GuestMemory } from '../../src/memory/guest-memory.js';
@@ -86,10 +86,10 @@ export class ModelMachine implements Sent {
     private readonly lock: Lock,
     /** Else it is paused already. */
     readonly runs = true,
-    size = 2 * MIB,
+    { size = 2 * MIB, shared = false } = {},
   ) {
     const { life } = x86Machine('kvm');
-    const config = savedConfig(life.board.vcpus.length, { memory: { size, thp: false } });
+    const config = savedConfig(life.board.vcpus.length, { memory: { size, shared, thp: false } });
     this.#manager = memoryManager(kernel, config.memory);
     this.memory = this.#manager.held();
     this.bytes = bytesOf(this.memory);
@@ -400,6 +400,7 @@ export class Network {
 
 export const OPTIONS: Omit<SendingOptions, 'progress'> = {
   ...{ downtime_ms: 1, timeout_s: 60, timeout_strategy: 'Cancel', connections: 1, verify: true, auto_converge: false },
+  ...{ local: false },
   patience: 60_000,
 };
 
@@ -438,7 +439,7 @@ export class Migration {
       if (side === 'source') this.machine.running = false;
       else this.arrived = undefined;
     };
-    this.machine = new ModelMachine(this.kernels.source, this.lock, runs);
+    this.machine = new ModelMachine(this.kernels.source, this.lock, runs, { shared: options.local === true });
     const { patience = OPTIONS.patience } = options;
     const hypervisor = { name: 'kvm', architecture: 'x86_64' } as never;
     const parts = { kernel: this.kernels.destination, hypervisor };
@@ -451,13 +452,12 @@ export class Migration {
 
   async source(): Promise<Outcome> {
     const options = { ...OPTIONS, progress: (now: SendingProgress) => this.progress.push(now), ...this.options };
-    const connect = () =>
-      Promise.resolve(
-        new Connection(
-          this.network.connect((end) => this.receiver.connected(end)),
-          options.patience,
-        ),
-      );
+    const connect = (_ended: AbortSignal, descriptors: readonly number[]) => {
+      const there = descriptors.map((fd) => this.kernels.destination.duplicate(fd));
+      const stream = this.network.connect((end) => this.receiver.connected(end, there));
+      if (there.length > 0) stream.write(descriptorsFrame(there.length));
+      return Promise.resolve(new Connection(stream, options.patience));
+    };
     try {
       this.sender = await Sender.open(this.machine, connect, options, this.ended.signal);
       await this.sender.run();

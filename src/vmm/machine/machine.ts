@@ -20,8 +20,7 @@ import { causeMessages, MachineError, MemoryLost, RequestError } from './machine
 import type { Hotplug, Running } from './hotplug.js';
 import type { Incarnation, MachineLife, Origin } from './incarnation.js';
 import { sizeOptions } from '../memory/hotplug.js';
-import type { Connection } from '../migration/frames.js';
-import type { SendingOptions } from '../migration/source.js';
+import type { Connect, SendingOptions } from '../migration/source.js';
 import { Progress } from './progress.js';
 import type { MachineParts } from './machine-parts.js';
 import type { VcpuEnd } from '../cpus/vcpu-loop.js';
@@ -281,7 +280,7 @@ export class Machine {
    * @throws UnknownOutcome, or what it failed with; the machine is as it was then
    */
   async migrate(
-    connect: (signal: AbortSignal) => Promise<Connection>,
+    connect: Connect,
     options: SendingOptions,
     accepted: (cancel: (reason: Error) => boolean) => void,
   ): Promise<void> {
@@ -289,6 +288,10 @@ export class Machine {
     this.#refuseUnsaved();
     const file = zonesOf(config.memory).find((zone) => zone.file !== undefined);
     if (file !== undefined) throw new RequestError(`${sizeOptions(file)}: accepted is memory in no file`, 'failed');
+    const unshared = zonesOf(config.memory).find(({ shared }) => !shared);
+    if (options.local && unshared !== undefined) {
+      throw new RequestError(`local: ${sizeOptions(unshared)}: accepted is shared memory`, 'failed');
+    }
     const { Sender } = await import('../migration/source.js');
     const { encodeMadeOf, encodeMachine } = await import('../snapshot/state-schema.js');
     await this.#alone(async (life) => {

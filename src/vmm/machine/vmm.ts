@@ -230,10 +230,13 @@ export class Vmm {
       await machine.filled();
       const owned = this.#owned!;
       const { migrationAddress } = await import('../../config/migration-config.js');
-      const { connect } = await import('../migration/address.js');
+      const { connect, connectWith } = await import('../migration/address.js');
       const { Connection } = await import('../migration/frames.js');
       const address = migrationAddress(url)!;
-      const connection = async (ended: AbortSignal) => {
+      const connection = async (ended: AbortSignal, descriptors: readonly number[]) => {
+        if (descriptors.length > 0 && 'path' in address) {
+          return new Connection(connectWith(this.parts.kernel, address, descriptors), PATIENCE);
+        }
         const signal = AbortSignal.any([ended, AbortSignal.timeout(PATIENCE)]);
         return new Connection(await connect(address, tls, signal), PATIENCE);
       };
@@ -321,7 +324,7 @@ export class Vmm {
       const listener = await listen(this.parts.kernel, migrationAddress(url)!, tls);
       const arrived = await (async () => {
         try {
-          listener.onConnection((stream) => receiver.connected(stream));
+          listener.onConnection((stream, given) => receiver.connected(stream, given));
           tell('vm', 'migration-receive-ready');
           return await receiver.receive();
         } finally {

@@ -26,8 +26,8 @@ interface Backing extends Pick<MemoryFile, 'fd' | 'pageSize'> {
 
 /** What memory holds at first. */
 export interface MemoryContents {
-  /** Goes on from what the files hold, or that is put in by somebody else, as it is touched (`missing`). */
-  readonly mode: 'map' | 'ondemand';
+  /** Goes on from what the files hold, or that is put in by somebody else, as it is touched (`missing`), or is what somebody else has. */
+  readonly mode: 'map' | 'ondemand' | 'share';
   /** Descriptors of files with stretches of it, by guest physical address: each is as long as the stretch. */
   readonly files: ReadonlyMap<number, number>;
 }
@@ -39,6 +39,8 @@ interface AllocateOptions {
   readonly later?: boolean;
   /** What it is in, and from where on. */
   readonly file?: Backing;
+  /** Descriptor of what another process has as its shared memory. */
+  readonly memfd?: number;
 }
 
 /** Memory with what it takes of the host. */
@@ -49,7 +51,7 @@ interface Stretch {
   /** To be closed with it. */
   readonly fd: number | undefined;
   /** What tells where something is. */
-  readonly held: Pick<HeldMemory, 'touched' | 'nextData'>;
+  readonly held: Pick<HeldMemory, 'touched' | 'nextData' | 'file'>;
   /** The guest has it from the start. */
   readonly present: boolean;
   readonly later: boolean;
@@ -111,6 +113,8 @@ export class MemoryManager {
   #allocateHeld(zone: MemoryZone, range: MemoryRange, options: AllocateOptions): Stretch {
     const { address, size } = range;
     const file = this.contents?.files.get(address);
+    if (this.contents?.mode === 'share')
+      return this.#allocate(zone, range, { ...options, memfd: this.#sharable(zone, range, file) });
     const mapped = this.contents?.mode === 'map';
     // What is not plugged reads as zeros when it is: such memory is no copy of a file.
     if (file === undefined || (mapped && options.present === false)) return this.#allocate(zone, range, options);
@@ -133,6 +137,14 @@ export class MemoryManager {
     const fd = this.kernel.duplicate(file);
     const holes = (from: number) => nextData(this.kernel, fd, from);
     return this.#allocate(zone, range, { ...options, file: { fd, pageSize: PAGE_SIZE, offset: 0, holes } });
+  }
+
+  /** @returns the file @throws MachineError where it is not what another process would have as this memory */
+  #sharable(zone: MemoryZone, range: MemoryRange, file: number | undefined): number {
+    if (!zone.shared) throw new MachineError(`${sizeOptions(zone)}: accepted is shared memory`);
+    // A touch behind the end of a file that is made shorter would end the process (SIGBUS).
+    if (file !== undefined && fs.fstatSync(file).size === range.size && this.kernel.keepsItsSize(file)) return file;
+    throw new MachineError(`${nameOf(range)}: accepted is a sealed file of ${range.size} bytes`);
   }
 
   /** The same at once, before the machine runs; it may have come before. @throws MachineError */
@@ -174,15 +186,21 @@ export class MemoryManager {
     this.#release(this.#stretches.splice(index, 1)[0]);
   }
 
-  #allocate(zone: MemoryZone, range: MemoryRange, { present = true, later = false, file }: AllocateOptions): Stretch {
+  #allocate(
+    zone: MemoryZone,
+    range: MemoryRange,
+    { present = true, later = false, file, memfd: given }: AllocateOptions,
+  ): Stretch {
     const { address, size } = range;
     const { shared, hugepages } = zone;
     const hugepageSize = file === undefined ? sizeOfHugepages(zone) : undefined;
     // An empty pool of huge pages is an error now, or a fault while the guest runs, which ends the process. What is plugged later is
     // had from the pool then, or not plugged.
     const reserve = present && (zone.reserve ?? hugepages);
-    const memfd = () => (shared ? this.kernel.memfd('guest-ram', { size, hugepageSize }) : undefined);
-    const own = file === undefined ? memfd() : file.holes && file.fd;
+    const memfd = () =>
+      given === undefined ? this.kernel.memfd('guest-ram', { size, hugepageSize }) : this.kernel.duplicate(given);
+    const shareable = () => (shared ? memfd() : undefined);
+    const own = file === undefined ? shareable() : file.holes && file.fd;
     const page = Math.max(hugepageSize ?? PAGE_SIZE, file?.pageSize ?? 0);
     // Behind a zone of smaller pages the guest may have it where none of these begins.
     const misplaced = address % page > 0;
@@ -201,8 +219,8 @@ export class MemoryManager {
       file !== undefined
         ? { touched: file.holes !== undefined, nextData: file.holes ?? ((from: number) => rest(range, from)) }
         : shared && !hugepages
-          ? { touched: false, nextData: (from: number) => nextData(this.kernel, own!, from) }
-          : { touched: true };
+          ? { touched: false, nextData: (from: number) => nextData(this.kernel, own!, from), file: own }
+          : { touched: true, file: own };
     const stretch: Stretch = {
       part: { range, mapping: mapping.handle, kind },
       mapping,

@@ -23,6 +23,8 @@ export interface HeldMemory {
   readonly touched: boolean;
   /** What a file behind it holds: the next bytes that are there. */
   readonly nextData?: ((from: number) => MemoryRange | undefined) | undefined;
+  /** Descriptor of the file that it is, where it is shared memory: whoever maps that has the same. */
+  readonly file?: number | undefined;
 }
 
 /** All of its bytes. */

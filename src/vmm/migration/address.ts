@@ -5,8 +5,10 @@ import path from 'node:path';
 import type { Duplex } from 'node:stream';
 import type tls from 'node:tls';
 import { type MigrationAddress } from '../../config/migration-config.js';
-import type { HostKernel } from '../../sys/host-kernel.js';
+import { type HostKernel, SystemError } from '../../sys/host-kernel.js';
+import { whenReadable } from '../../sys/readable.js';
 import { bindSocket } from '../host/unix-socket.js';
+import { descriptorsFrame } from './frames.js';
 import { MigrationError } from './migration-error.js';
 
 /** Milliseconds. */
@@ -59,6 +61,26 @@ export async function connect(
   return await established(socket, 'secureConnect', address, signal);
 }
 
+/** A connection that begins with descriptors of this process, and a frame that says how many. @throws MigrationError */
+export function connectWith(
+  kernel: HostKernel,
+  address: { readonly path: string },
+  descriptors: readonly number[],
+): Duplex {
+  let fd: number | undefined;
+  try {
+    fd = kernel.connectUnix(address.path);
+    // Any socket takes so few bytes at once.
+    kernel.sendUnix(fd, descriptorsFrame(descriptors.length), descriptors);
+    const socket = new net.Socket({ fd });
+    // It stays, as on other connections.
+    return socket.on('error', () => undefined);
+  } catch (error) {
+    if (fd !== undefined) kernel.close(fd);
+    throw new MigrationError(`${addressText(address)}: ${error instanceof SystemError ? error.code : String(error)}`);
+  }
+}
+
 async function established<T extends net.Socket>(
   socket: T,
   event: string,
@@ -87,8 +109,8 @@ export function addressText(address: MigrationAddress): string {
 }
 
 export interface Listener {
-  /** @param take called with each connection */
-  onConnection(take: (connection: Duplex) => void): void;
+  /** @param take called with each connection, and the descriptors that came with what it began with, which are closed by whoever is called */
+  onConnection(take: (connection: Duplex, descriptors: readonly number[]) => void): void;
   close(): void;
 }
 
@@ -98,7 +120,8 @@ export async function listen(
   address: MigrationAddress,
   tlsFolder: string | undefined,
 ): Promise<Listener> {
-  const { server, event } = await makeServer(tlsFolder);
+  const { server, event } = await makeServer(address, tlsFolder);
+  const beginning = new Set<net.Socket>();
   let remove = () => undefined as unknown;
   await new Promise<void>((resolve, reject) => {
     // It stays: a connection that cannot be accepted is one of those that do not come.
@@ -115,16 +138,61 @@ export async function listen(
   // A connection that breaks before it is one.
   server.on('tlsClientError', () => undefined);
   return {
-    onConnection: (take) => server.on(event, take),
+    onConnection: (take) => {
+      server.on(event, (socket: net.Socket) => {
+        if ('path' in address) begins(kernel, socket, beginning, take);
+        else take(socket, []);
+      });
+    },
     close: () => {
       remove();
       server.close();
+      for (const socket of beginning) socket.destroy();
     },
   };
 }
 
-async function makeServer(tlsFolder: string | undefined): Promise<{ server: net.Server | tls.Server; event: string }> {
-  if (tlsFolder === undefined) return { server: net.createServer({ noDelay: true }), event: 'connection' };
+/**
+ * Streams of Node.js drop the descriptors that come with bytes: the first piece is read without it, and put back.
+ *
+ * @param beginning has the socket until then
+ */
+function begins(
+  kernel: HostKernel,
+  socket: net.Socket,
+  beginning: Set<net.Socket>,
+  take: (connection: Duplex, descriptors: readonly number[]) => void,
+): void {
+  // A socket of Node.js has no other way to tell its descriptor.
+  const { fd } = (socket as unknown as { readonly _handle: { readonly fd: number } })._handle;
+  const stop = whenReadable(kernel, fd, () => {
+    stop();
+    if (!beginning.delete(socket)) return;
+    const { bytes, descriptors = [] } = { descriptors: undefined, ...kernel.receiveUnix(fd) };
+    if (bytes === undefined || bytes.length === 0) {
+      socket.destroy();
+      return;
+    }
+    socket.setTimeout(0);
+    socket.unshift(bytes);
+    take(socket, descriptors);
+  });
+  beginning.add(socket);
+  socket.setTimeout(HANDSHAKE, () => socket.destroy());
+  socket.on('error', () => undefined);
+  socket.once('close', () => {
+    if (beginning.delete(socket)) stop();
+  });
+}
+
+async function makeServer(
+  address: MigrationAddress,
+  tlsFolder: string | undefined,
+): Promise<{ server: net.Server | tls.Server; event: string }> {
+  if (tlsFolder === undefined) {
+    const options = 'path' in address ? { pauseOnConnect: true } : { noDelay: true };
+    return { server: net.createServer(options), event: 'connection' };
+  }
   const secure = await import('node:tls');
   const options = { ...(await certificates(tlsFolder, 'server')), requestCert: true, handshakeTimeout: HANDSHAKE };
   return { server: secure.createServer(options), event: 'secureConnection' };

@@ -4,6 +4,8 @@ import type { Duplex } from 'node:stream';
 import { isDeepStrictEqual } from 'node:util';
 import { crc32 } from 'node:zlib';
 import type { VmConfig } from '../../config/vm-config.js';
+import type { MemoryRange } from '../../memory/guest-memory.js';
+import type { HostKernel } from '../../sys/host-kernel.js';
 import type { Origin } from '../machine/incarnation.js';
 import { causeMessages } from '../machine/machine-error.js';
 import type { MachineParts } from '../machine/machine-parts.js';
@@ -48,37 +50,83 @@ class Gate {
   /** All that are open. */
   readonly #present = new Set<Connection>();
   #first: { readonly connection: Connection; readonly wanted: number } | undefined;
+  /** Descriptors of the files that memory is in, where they came. */
+  #files: number[] = [];
   readonly #more: Connection[] = [];
   #told: () => void = () => undefined;
   /** Those that have not said what they are belong to nothing any more. */
   #over = false;
 
-  constructor(private readonly patience: number) {}
+  constructor(
+    private readonly kernel: HostKernel,
+    private readonly patience: number,
+  ) {}
 
-  /** Whoever says nothing that makes sense is dropped, and waited for no longer. */
-  async enter(stream: Duplex): Promise<void> {
+  /**
+   * Whoever says nothing that makes sense is dropped, and waited for no longer.
+   *
+   * @param descriptors that came with its first bytes; they are this object's
+   */
+  async enter(stream: Duplex, descriptors: number[]): Promise<void> {
     const connection = new Connection(stream, this.patience);
     this.#present.add(connection);
     try {
-      await this.#know(connection);
+      await this.#know(connection, descriptors);
       this.#told();
     } catch (error) {
       await connection.refuse(causeMessages(error).join(': '));
       this.#present.delete(connection);
+    } finally {
+      this.#close(descriptors);
     }
   }
 
-  async #know(connection: Connection): Promise<void> {
-    const { token, connections } = readHello(await connection.expect(Frame.hello));
+  async #know(connection: Connection, descriptors: number[]): Promise<void> {
+    let header = await connection.header();
+    if (header.kind === Frame.descriptors) {
+      const count = (await connection.body(header)).readUInt32LE();
+      if (count !== descriptors.length) {
+        throw new MigrationError(`The other side sent ${count} descriptors, of which ${descriptors.length} came`);
+      }
+      header = await connection.header();
+    } else if (descriptors.length > 0)
+      throw new MigrationError('The other side sent descriptors that it says nothing of');
+    const { token, connections } = readHello(await connection.bodyOf(Frame.hello, header));
     if (token === undefined) {
       if (this.#first !== undefined || this.#over) throw new MigrationError('Another machine is on its way here');
       this.#first = { connection, wanted: connections - 1 };
+      this.#files = descriptors.splice(0);
       await sayHello(connection, connections, this.#token);
     } else {
       if (token !== this.#token || this.#more.length >= (this.#first?.wanted ?? 0) || this.#over) {
         throw new MigrationError('Accepted are connections of the machine that is on its way here');
       }
       this.#more.push(connection);
+    }
+  }
+
+  #close(descriptors: number[]): void {
+    for (const fd of descriptors.splice(0)) this.kernel.close(fd);
+  }
+
+  /**
+   * After `first`.
+   *
+   * @param use given the files that memory is in, which are closed then; undefined: it is sent
+   * @throws MigrationError when there are not as many @returns what it returns
+   */
+  withFiles<T>(ranges: readonly MemoryRange[], use: (files: ReadonlyMap<number, number> | undefined) => T): T {
+    const files = this.#files;
+    if (files.length === 0) return use(undefined);
+    try {
+      if (files.length !== ranges.length) {
+        throw new MigrationError(
+          `The other side sent ${files.length} descriptors of ${ranges.length} stretches of memory`,
+        );
+      }
+      return use(new Map(ranges.map(({ address }, index) => [address, files[index]])));
+    } finally {
+      this.#close(files);
     }
   }
 
@@ -105,6 +153,7 @@ class Gate {
   async refuse(reason: string): Promise<void> {
     if (this.#over) return;
     this.#over = true;
+    this.#close(this.#files);
     this.#told();
     await Promise.all([...this.#present].map((connection) => connection.refuse(reason)));
   }
@@ -141,13 +190,14 @@ export class Receiver {
     private readonly parts: Parts,
     private readonly options: ReceivingOptions,
   ) {
-    this.#gate = new Gate(options.patience);
+    this.#gate = new Gate(parts.kernel, options.patience);
     this.#abandoned = new Promise((_, reject) => (this.#abandon = reject));
     this.#abandoned.catch(() => undefined);
   }
 
-  connected(stream: Duplex): void {
-    void this.#gate.enter(stream);
+  /** @param descriptors that came with its first bytes; they are closed when they are not needed any more */
+  connected(stream: Duplex, descriptors: readonly number[] = []): void {
+    void this.#gate.enter(stream, [...descriptors]);
   }
 
   /** It is not wanted any more: `receive` and `prepared` reject. */
@@ -169,7 +219,11 @@ export class Receiver {
     this.options.started();
     const made = decodeMadeOf(text.toString('utf8'));
     const config = this.#check(made);
-    const memory = new ReceivedMemory(this.parts.kernel, made.architecture, made.built.memory, made.memory);
+    const { architecture, built, memory: ranges } = made;
+    const memory = this.#gate.withFiles(
+      ranges,
+      (files) => new ReceivedMemory(this.parts.kernel, architecture, built.memory, ranges, files),
+    );
     this.#memory = memory;
     await first.send(Frame.accepted);
     const state = await this.#memoryAndState(first, await more, memory);

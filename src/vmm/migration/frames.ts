@@ -38,6 +38,11 @@ export const Frame = {
   taken: 10,
   /** JSON: why not. The last frame of either side. */
   refused: 11,
+  /**
+   * Before the hello of a machine that stays on its host: how many descriptors come with it (4 bytes), of the files that its memory is in,
+   * in the order of its stretches.
+   */
+  descriptors: 12,
 } as const;
 export type Frame = (typeof Frame)[keyof typeof Frame];
 
@@ -65,12 +70,29 @@ const LARGEST: ReadonlyMap<number, number> = new Map([
   [Frame.go, SMALL],
   [Frame.taken, 0],
   [Frame.refused, SMALL],
+  [Frame.descriptors, 4],
 ]);
 
 export interface Header {
   readonly kind: number;
   /** Bytes. */
   readonly length: number;
+}
+
+/** @returns the header of a frame with this body */
+function frameHeader(kind: Frame, body: Uint8Array): Buffer {
+  const header = Buffer.alloc(HEADER);
+  header.writeUInt16LE(kind, 0);
+  header.writeUInt32LE(body.length, 4);
+  header.writeUInt32LE(crc32(body, crc32(header.subarray(0, SUMMED))), SUMMED);
+  return header;
+}
+
+/** What goes with descriptors. @param count of them */
+export function descriptorsFrame(count: number): Buffer {
+  const body = Buffer.alloc(4);
+  body.writeUInt32LE(count);
+  return Buffer.concat([frameHeader(Frame.descriptors, body), body]);
 }
 
 /** One connection, as one side of it uses it: one reader and one writer at a time. */
@@ -95,10 +117,7 @@ export class Connection {
 
   /** @param body what follows the header @throws ConnectionLost */
   async send(kind: Frame, body: Uint8Array = new Uint8Array(0)): Promise<void> {
-    const header = Buffer.alloc(HEADER);
-    header.writeUInt16LE(kind, 0);
-    header.writeUInt32LE(body.length, 4);
-    header.writeUInt32LE(crc32(body, crc32(header.subarray(0, SUMMED))), SUMMED);
+    const header = frameHeader(kind, body);
     this.sent += HEADER + body.length;
     this.stream.cork();
     let room = this.stream.write(header);
@@ -170,7 +189,11 @@ export class Connection {
 
   /** A frame of one kind. @returns its body @throws MigrationError also when the other side refuses */
   async expect(kind: Frame): Promise<Buffer> {
-    const header = await this.header();
+    return await this.bodyOf(kind, await this.header());
+  }
+
+  /** As `expect`, where the header has been read. */
+  async bodyOf(kind: Frame, header: Header): Promise<Buffer> {
     if (header.kind === Frame.refused) throw await this.refusal(header);
     if (header.kind !== kind) throw new MigrationError(`The other side sent a frame ${header.kind} instead of ${kind}`);
     return await this.body(header);

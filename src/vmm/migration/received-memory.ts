@@ -21,6 +21,7 @@ export class ReceivedMemory {
 
   /**
    * @param ranges the stretches that the machine had
+   * @param files with them, by guest physical address, which stay the caller's: a machine on this host has its memory in them
    * @throws MachineError when the host cannot map it, MigrationError when the configuration makes others
    */
   constructor(
@@ -28,9 +29,16 @@ export class ReceivedMemory {
     architecture: Hypervisor['architecture'],
     memory: MemoryConfig,
     ranges: readonly MemoryRange[],
+    files?: ReadonlyMap<number, number>,
   ) {
     const layout = memoryOf(architecture, memory);
-    const manager = new MemoryManager(kernel, memory, mappedZones(layout, memory));
+    const manager = new MemoryManager(
+      kernel,
+      memory,
+      mappedZones(layout, memory),
+      undefined,
+      files && { mode: 'share', files },
+    );
     try {
       const present = () => manager.held().map(({ range: { address, size } }) => ({ address, size }));
       const [{ zone, hotplug: room }] = layout.zones;

@@ -40,6 +40,9 @@ export interface Sent {
   retake(): void;
 }
 
+/** @param signal gives up @param descriptors that go with its first bytes */
+export type Connect = (signal: AbortSignal, descriptors: readonly number[]) => Promise<Connection>;
+
 /** How it goes. */
 export interface SendingProgress {
   /** Memory is being sent for the so manieth time, from 0 on. */
@@ -156,24 +159,20 @@ export class Sender {
   /**
    * Finds out whether the destination would take the machine.
    *
-   * @param connect makes one more connection to it
+   * @param connect makes one more connection to it, which begins with these descriptors
    * @param ended aborted, with the reason, when the machine ends; it goes on nowhere then
    * @throws MigrationError, or that reason; nothing is left open then
    */
-  static async open(
-    machine: Sent,
-    connect: (signal: AbortSignal) => Promise<Connection>,
-    options: SendingOptions,
-    ended: AbortSignal,
-  ): Promise<Sender> {
+  static async open(machine: Sent, connect: Connect, options: SendingOptions, ended: AbortSignal): Promise<Sender> {
     const connections: Connection[] = [];
     const destroy = () => {
       for (const connection of connections) connection.destroy();
     };
     ended.addEventListener('abort', destroy);
     try {
+      const files = options.local ? machine.memory.map(({ file }) => file!) : [];
       const add = async () => {
-        const connection = await connect(ended);
+        const connection = await connect(ended, connections.length === 0 ? files : []);
         connections.push(connection);
         ended.throwIfAborted();
         return connection;
@@ -234,8 +233,8 @@ export class Sender {
     const timer = then === 'Cancel' ? setTimeout(late, most * 1000) : undefined;
     try {
       this.#check();
-      await machine.trackWrites();
-      const left = await this.#preCopy();
+      const { local } = this.options;
+      const left = local ? [] : await this.#preCopy();
       await machine.throttle(0);
       const stood = performance.now();
       const wallClock = Date.now();
@@ -244,7 +243,7 @@ export class Sender {
       this.#check();
       const state = await machine.save();
       // What the hypervisor saves in guest memory is there now.
-      await this.#sendRound(this.#written(left));
+      if (!local) await this.#sendRound(this.#written(left));
       if (this.options.verify) await this.#sendChecksums();
       released = true;
       machine.release();
@@ -293,6 +292,7 @@ export class Sender {
   async #preCopy(): Promise<readonly PageSet[]> {
     const { machine, options } = this;
     const begun = performance.now();
+    await machine.trackWrites();
     let left: readonly PageSet[] = await this.#held();
     for (let before = Infinity; ;) {
       const start = performance.now();

@@ -273,7 +273,7 @@ test('a machine is sent, and one is received', async () => {
   expect(await put('vm.send-migration', { destination_url: 'unix:/m', tls_dir: null, color: 'red' })).toEqual(none);
   const sent = {
     ...{ destination_url: 'unix:/m', downtime_ms: 300, timeout_s: 3600, timeout_strategy: 'Cancel', connections: 1 },
-    ...{ verify: false, auto_converge: true },
+    ...{ local: false, verify: false, auto_converge: true },
   };
   expect(asked.pop()).toEqual({ send: sent });
   expect(await put('vm.cancel-migration')).toEqual(none);

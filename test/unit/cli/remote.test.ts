@@ -129,18 +129,25 @@ test('a machine is sent and received', async () => {
   expect(await call('send-migration', 'destination_url=unix:/m')).toBe('');
   const all = 'downtime_ms=5,timeout_s=6,timeout_strategy=ignore,connections=7,tls_dir=/t,verify=on,auto_converge=off';
   expect(await call('send-migration', `destination_url=tcp:host:5,${all}`)).toBe('');
+  expect(await call('send-migration', 'destination_url=unix:/m,local=on')).toBe('');
   expect(await call('cancel-migration')).toBe('');
   expect(await call('receive-migration', 'receiver_url=unix:/m')).toBe('');
   const sent = {
     ...{ destination_url: 'unix:/m', downtime_ms: 300, timeout_s: 3600, timeout_strategy: 'Cancel', connections: 1 },
-    ...{ verify: false, auto_converge: true },
+    ...{ local: false, verify: false, auto_converge: true },
   };
   const other = {
     ...{ destination_url: 'tcp:host:5', downtime_ms: 5, timeout_s: 6, timeout_strategy: 'Ignore', connections: 7 },
-    ...{ tls_dir: '/t', verify: true, auto_converge: false },
+    ...{ tls_dir: '/t', local: false, verify: true, auto_converge: false },
   };
   const received = { receive: { receiver_url: 'unix:/m' }, descriptors: [] };
-  expect(vmm.asked).toEqual([{ send: sent }, { send: other }, 'cancel-migration', received]);
+  expect(vmm.asked).toEqual([
+    { send: sent },
+    { send: other },
+    { send: { ...sent, local: true } },
+    'cancel-migration',
+    received,
+  ]);
 });
 
 test('sizes, and a core file', async () => {

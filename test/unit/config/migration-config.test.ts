@@ -37,7 +37,7 @@ const issue = (schema: typeof sendMigrationSchema | typeof receiveMigrationSchem
 test('what is left out', () => {
   expect(sendMigrationSchema.parse({ destination_url: URL })).toEqual({
     ...{ destination_url: URL, downtime_ms: 300, timeout_s: 3600, timeout_strategy: 'Cancel', connections: 1 },
-    ...{ verify: false, auto_converge: true },
+    ...{ local: false, verify: false, auto_converge: true },
   });
   expect(receiveMigrationSchema.parse({ receiver_url: URL })).toEqual({ receiver_url: URL });
 });
@@ -52,6 +52,9 @@ test.each([
   [{ connections: 0 }, /^connections: /],
   [{ connections: 129 }, /^connections: /],
   [{ verify: 1 }, /^verify: /],
+  [{ destination_url: 'unix:/a', local: true }, undefined],
+  [{ local: true }, /^destination_url: unix:PATH with local$/],
+  [{ destination_url: 'unix:/a', local: true, connections: 2 }, /^connections: 1 with local$/],
   [{ destination_url: 'unix:/a', tls_dir: '/tls' }, /^tls_dir: it with tcp:HOST:PORT$/],
   [{ destination_url: 'a' }, /^destination_url: unix:PATH or tcp:HOST:PORT$/],
   [{ more: 1 }, /more|destination_url/],

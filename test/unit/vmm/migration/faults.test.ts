@@ -2,6 +2,7 @@
 import { afterEach, beforeEach, describe, expect, jest, test } from '@jest/globals';
 import { GuestMemory } from '../../../../src/memory/guest-memory.js';
 import type { SendingOptions } from '../../../../src/vmm/migration/source.js';
+import { newDescriptors, openDescriptors } from '../../../support/descriptors.js';
 import { type Fault, Migration, type Passed, type Side } from '../../../support/migration.js';
 
 /** Where nothing but silence tells that something has happened; else there is time enough. Milliseconds. */
@@ -13,9 +14,11 @@ const SILENT: readonly Fault['what'][] = ['it ends', 'all stalls'];
 let migration: Migration;
 let rejections: unknown[];
 let beforeTest: readonly unknown[];
+let descriptors: ReadonlySet<string>;
 const onRejection = (reason: unknown) => void rejections.push(reason);
 
 beforeEach(() => {
+  descriptors = openDescriptors();
   rejections = [];
   beforeTest = process.listeners('unhandledRejection');
   process.on('unhandledRejection', onRejection);
@@ -24,6 +27,7 @@ beforeEach(() => {
 afterEach(() => {
   process.off('unhandledRejection', onRejection);
   expect(process.listeners('unhandledRejection')).toEqual(beforeTest);
+  expect(newDescriptors(descriptors)).toEqual([]);
 });
 
 const message = (outcome: { readonly error: unknown } | undefined) =>
@@ -96,17 +100,21 @@ async function phases(options: Partial<SendingOptions>): Promise<readonly Passed
   return passed;
 }
 
-const NAMES = ['hello', 'machine', 'accepted', 'memory', 'round', 'checksums', 'state', 'prepared', 'go', 'taken'];
+const NAMES = ['hello', 'machine', 'accepted', 'checksums', 'state', 'prepared', 'go', 'taken'];
 const WHATS: readonly Fault['what'][] = [
   ...['the source is killed', 'the destination is killed', 'all breaks', 'it breaks', 'it ends', 'all stalls'],
 ] as never;
 
-describe.each([1, 3])('with %d connections', (connections) => {
+describe.each<[string, Partial<SendingOptions>, readonly string[]]>([
+  ['one connection', { connections: 1 }, ['memory', 'round']],
+  ['three connections', { connections: 3 }, ['memory', 'round']],
+  ['memory that is handed over', { local: true }, ['descriptors']],
+])('with %s', (_name, how, names) => {
   test.each(WHATS)('before and after each frame: %s', async (what) => {
     const silent = SILENT.includes(what);
-    const options = { connections, patience: silent ? PATIENCE : ENOUGH };
+    const options = { ...how, patience: silent ? PATIENCE : ENOUGH };
     const passed = await phases({ ...options, patience: 60_000 });
-    expect([...new Set(passed.map(({ frame }) => frame))].sort()).toEqual([...NAMES].sort());
+    expect([...new Set(passed.map(({ frame }) => frame))].sort()).toEqual([...NAMES, ...names].sort());
     // Of many frames of memory in a round the first and the second are enough.
     const places = passed.filter(({ frame, nth }) => frame !== 'memory' || nth < 2);
     const seen = new Set<string>();

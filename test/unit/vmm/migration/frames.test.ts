@@ -31,7 +31,7 @@ function saying(...pieces: readonly Uint8Array[]): Connection {
 const LARGEST: readonly (readonly [keyof typeof Frame, number])[] = [
   ...[['hello', 4096] as const, ['machine', 64 * MIB] as const, ['accepted', 0] as const, ['memory', 8 + MIB] as const],
   ...[['round', 4] as const, ['checksums', 8 + MIB] as const, ['state', 64 * MIB] as const, ['prepared', 0] as const],
-  ...[['go', 4096] as const, ['taken', 0] as const, ['refused', 4096] as const],
+  ...[['go', 4096] as const, ['taken', 0] as const, ['refused', 4096] as const, ['descriptors', 4] as const],
 ];
 
 test('every kind has a largest length', () => {
@@ -52,7 +52,7 @@ test.each(LARGEST)('%s has up to %d bytes', async (name, largest) => {
   await expect(saying(frame(kind, 2 ** 32 - 1)).header()).rejects.toThrow(MigrationError);
 });
 
-test.each([0, 12, 255, 256, 0xffff])('the kind %d is none', async (kind) => {
+test.each([0, 13, 255, 256, 0xffff])('the kind %d is none', async (kind) => {
   await expect(saying(frame(kind, 0)).header()).rejects.toThrow('The other side sent what is no frame of a migration');
 });
 
