@@ -17,6 +17,7 @@ import { Guest, type GuestOptions, runInGuest, testFolder } from '../support/gue
 import { guestProgram, writeInitramfs } from '../support/guest-image.js';
 import { TestHost } from '../support/host.js';
 import { moduleExample } from '../support/module-example.js';
+import { goldenMachine } from './golden-machine.js';
 import { numaScenario } from './numa-scenario.js';
 import { snapshotScenario } from './snapshot-scenario.js';
 import { guestTools } from '../support/rootfs.js';
@@ -713,6 +714,11 @@ export function scenarios(backend: Backend, boots: readonly Boot[] = [PLAIN]): (
   };
   const limit = longer(times('VMM_ROUNDS', 1), 1);
   test('snapshot, migration, fork: all that a guest does goes on where it was', snapshots, limit);
+
+  test('a machine that an earlier version has saved goes on, also in another process that gets its memory', async () => {
+    await host.loadModules(kernels.generic, ['tun']);
+    await goldenMachine(host, backend);
+  });
 
   test('pmem: keeps what was written', async () => {
     await host.check(`cd ${scratch} && truncate -s 8M pmem && printf before | dd of=pmem conv=notrunc 2>/dev/null`);
