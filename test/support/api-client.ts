@@ -33,18 +33,25 @@ export async function askApi(
   return answer;
 }
 
-/** Waits until somebody listens at a path. */
-export async function untilListens(host: TestHost, socket: string): Promise<void> {
-  const script = `
-    const fs = require('node:fs'), net = require('node:net'), path = require('node:path');
-    const [socket] = process.argv.slice(1);
-    const watcher = fs.watch(path.dirname(socket), () => attempt());
+/** It has its name before it listens. Without one, the folder's next change tells. */
+const UNTIL_LISTENS = `
+  const untilListens = (socket) => new Promise((resolve) => {
+    const net = require('node:net');
     const attempt = () => {
-      const client = net.connect(socket, () => process.exit());
-      // It has its name before it listens. Without one, the folder's next change tells.
+      const client = net.connect(socket, () => {
+        watcher.close();
+        client.destroy();
+        resolve();
+      });
       client.on('error', ({ code }) => code === 'ECONNREFUSED' && setImmediate(attempt));
     };
-    attempt();`;
+    const watcher = require('node:fs').watch(require('node:path').dirname(socket), attempt);
+    attempt();
+  });`;
+
+/** Waits until somebody listens at a path. */
+export async function untilListens(host: TestHost, socket: string): Promise<void> {
+  const script = `${UNTIL_LISTENS} untilListens(process.argv[1]).then(() => process.exit());`;
   const { status, stderr } = await host.run([process.execPath, '-e', script, socket]);
   if (status !== 0) throw new Error(stderr);
 }
@@ -57,7 +64,7 @@ export class ApiClient {
 
   /** Each line is a request, and so is each line of the answers: a process for each would take seconds in a lab. */
   constructor(host: TestHost, socketPath: string) {
-    const script = `
+    const script = `${UNTIL_LISTENS}
       const http = require('node:http'), [socketPath] = process.argv.slice(1);
       const lines = require('node:readline').createInterface({ input: process.stdin });
       let last = Promise.resolve();
@@ -69,8 +76,10 @@ export class ApiClient {
         request.on('error', (error) => resolve({ status: 0, text: JSON.stringify(String(error)) }));
         request.end(body);
       });
+      const listens = () => untilListens(socketPath).then(() => ({ status: 204, text: '' }));
       lines.on('line', (line) => {
-        const answer = ask(...JSON.parse(line));
+        const [method, ...wanted] = JSON.parse(line);
+        const answer = method === 'listens' ? listens() : ask(method, ...wanted);
         last = last.then(() => answer).then((found) => console.log(JSON.stringify(found)));
       });`;
     this.#client = host.spawn([process.execPath, '-e', script, socketPath]);
@@ -85,13 +94,20 @@ export class ApiClient {
     });
   }
 
-  async #ask(method: 'GET' | 'PUT', name: string, body?: unknown): Promise<ApiAnswer> {
-    const answer = await new Promise<ApiAnswer>((resolve) => {
+  #tell(...words: readonly (string | undefined)[]): Promise<ApiAnswer> {
+    return new Promise((resolve) => {
       this.#waiting.push(resolve);
-      this.#client.stdin.write(
-        `${JSON.stringify([method, name, body === undefined ? undefined : JSON.stringify(body)])}\n`,
-      );
+      this.#client.stdin.write(`${JSON.stringify(words)}\n`);
     });
+  }
+
+  /** Waits until somebody listens there, as `untilListens` does, without a process for it. */
+  async listens(): Promise<void> {
+    await this.#tell('listens');
+  }
+
+  async #ask(method: 'GET' | 'PUT', name: string, body?: unknown): Promise<ApiAnswer> {
+    const answer = await this.#tell(method, name, body === undefined ? undefined : JSON.stringify(body));
     // 0: there was none.
     if (answer.status !== 0) checkAnswer(method, name, answer);
     return answer;
