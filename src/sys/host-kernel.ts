@@ -248,7 +248,7 @@ export interface HostKernel {
    * @throws SystemError EPERM or EACCES where this process may not
    */
   userfaultfd(): number;
-  /** An anonymous file for shared guest memory. */
+  /** An anonymous file for shared guest memory, which nobody can make smaller or larger. */
   memfd(name: string, options: MemfdOptions): number;
   /** Whether nobody can make a file smaller or larger. Never throws. */
   keepsItsSize(fd: number): boolean;

@@ -2,6 +2,7 @@
  * Every device at work while guest memory is copied: around each of its writes, by views or by system calls, whoever copies looks, and
  * has all of it when the device stands still.
  */
+import { randomUUID } from 'node:crypto';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
@@ -43,7 +44,7 @@ afterAll(() => fs.rmSync(folder, { recursive: true }));
 /** A tap's descriptor is an event, and what arrives there is a list. */
 class TestKernel extends LinuxKernel {
   readonly tap = this.eventfd();
-  readonly #file = this.memfd('packet', { size: 0 });
+  readonly #file = this.open(path.join(folder, `packet-${randomUUID()}`), { create: 0o600 });
   readonly arriving: Buffer[] = [];
 
   override readvRaw(fd: number, iovecs: number, count: number): number {
