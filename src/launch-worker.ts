@@ -3,7 +3,7 @@ import fs from 'node:fs';
 import { createRequire } from 'node:module';
 import path from 'node:path';
 import { compile } from './code-cache.js';
-import { restoreInterruptBudget } from './interrupt-budget.js';
+import { restoreInterruptBudget } from './sys/interrupt-budget.js';
 
 /** The bundle's file and hash, which the build puts here (tools/build.mjs). */
 declare const BUNDLE_NAME: string;

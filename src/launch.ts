@@ -3,7 +3,7 @@ import fs from 'node:fs';
 import { createRequire } from 'node:module';
 import path from 'node:path';
 import { compile } from './code-cache.js';
-import { lowerInterruptBudget } from './interrupt-budget.js';
+import { lowerInterruptBudget } from './sys/interrupt-budget.js';
 
 /** By then a machine has run all the code that a start needs, and V8 has not yet dropped any of it for being old. */
 const STARTED_MILLISECONDS = 3000;

@@ -2,6 +2,7 @@
 import { Worker } from 'node:worker_threads';
 import type { WrittenPagesHandle } from '../../memory/written-pages.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
+import { restoreInterruptBudget } from '../../sys/interrupt-budget.js';
 import type { LeftOut } from '../log/guest-log.js';
 import type { MemoryPart } from '../memory/memory-part.js';
 import { QUIET } from '../thread-streams.js';
@@ -98,6 +99,8 @@ export class IoManager {
     const { data } = thread;
     const mail = new Int32Array(new SharedArrayBuffer(Mail.words * 4));
     const workerData: IoWorkerStart = { ...data, mail: mail.buffer, written: this.#written };
+    // It may come long after the others, and would compile Node.js's own modules under the lower one.
+    restoreInterruptBudget();
     const worker = new Worker(this.script, { name: data.name, workerData, resourceLimits: WORKER_HEAP, ...QUIET });
     thread.worker = worker;
     worker.on('message', (message: IoMessage) => {

@@ -1,7 +1,7 @@
 import { EventEmitter } from 'node:events';
 import v8 from 'node:v8';
 import { afterEach, beforeEach, expect, jest, test } from '@jest/globals';
-import { lowerInterruptBudget, restoreInterruptBudget } from '../../../src/interrupt-budget.js';
+import { lowerInterruptBudget, restoreInterruptBudget } from '../../../src/sys/interrupt-budget.js';
 
 beforeEach(() => {
   jest.useFakeTimers();

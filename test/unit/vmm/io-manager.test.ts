@@ -1,4 +1,5 @@
 /** The I/O workers as main sees them, with threads that do what the test tells them. */
+import v8 from 'node:v8';
 import { afterEach, describe, expect, jest, test } from '@jest/globals';
 import { LinuxKernel } from '../../../src/sys/linux-kernel.js';
 import type { WrittenPagesHandle } from '../../../src/memory/written-pages.js';
@@ -466,5 +467,17 @@ test('a worker that ends leaves the others, and its name', async () => {
   start('io1');
   expect(await manager.serve('io1', device('b'))).toBeUndefined();
   expect(of('io1')).toEqual([['ended'], ['serve', 'b']]);
+  await stop();
+});
+
+test('a thread starts under the flags under which code caches are made, however late', async () => {
+  const flags: string[] = [];
+  const set = jest.spyOn(v8, 'setFlagsFromString').mockImplementation((flag) => flags.push(flag));
+  const { manager, lay, stop } = workers();
+  lay('io0', 'a');
+  expect(flags).toEqual([]);
+  manager.driverCame('a');
+  expect(flags).toEqual(process.versions.v8.startsWith('11.') ? ['--interrupt-budget=67584'] : []);
+  set.mockRestore();
   await stop();
 });
