@@ -55,7 +55,8 @@ const { folder, remove } = testFolder();
 /** On the machine where vmm runs. */
 const scratch = `/tmp/migration-faults-${process.pid}`;
 const image = path.join(folder, 'kernel');
-const [gatePort, there] = [24_445, 24_446];
+const gatePort = 20_000 + 2 * (process.pid % 5000);
+const there = gatePort + 1;
 const source_url = `file://${scratch}/small/snapshot`;
 let host: TestHost;
 let gate: FrameGate;
