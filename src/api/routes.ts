@@ -18,7 +18,7 @@ import { readDevice, readVmConfig, writeVmConfig } from './vm-config.js';
 import type { WireName } from './wire.js';
 
 /** What the API uses of the process's object. */
-export type ApiVmm = Pick<Vmm, keyof Vmm>;
+export type ApiVmm = Pick<Vmm, Exclude<keyof Vmm, 'prepare'>>;
 
 type Refusals = Route['refuses'];
 

@@ -12,6 +12,9 @@ import { MSHV_DEVICE, openMshv } from '../hypervisor/mshv/mshv.js';
 import type { HostKernel } from '../sys/host-kernel.js';
 import type { Logger } from '../vmm/log/logger.js';
 import { openTaps } from '../vmm/host/taps.js';
+import { VCPU_HEAP } from '../vmm/cpus/cpu-manager.js';
+import { IO_HEAP } from '../vmm/devices/io-manager.js';
+import { ThreadScript } from '../vmm/thread-script.js';
 import type { EventSink } from '../vmm/log/event-sink.js';
 import { Incarnation } from '../vmm/machine/incarnation.js';
 import { Vmm } from '../vmm/machine/vmm.js';
@@ -48,8 +51,8 @@ export function vmmContainer(
           hypervisor: context.get(HYPERVISOR),
           logger: context.get(LOGGER),
           tell,
-          vcpuWorker: scripts.vcpu,
-          ioWorker: scripts.io,
+          vcpuWorker: new ThreadScript(scripts.vcpu, VCPU_HEAP[context.get(HYPERVISOR).name]),
+          ioWorker: new ThreadScript(scripts.io, IO_HEAP),
           fillWorker: scripts.fill,
           abort,
           openTaps: (net) => openTaps(context.get(HOST_KERNEL), net),

@@ -13,6 +13,9 @@ import { type Command, parseCommandLine } from './parse.js';
 /** For which a process that is to end at once waits until its last lines are read. */
 const ABORT_MILLISECONDS = 1000;
 
+/** A process that has been asked for no machine so far is kept for one. */
+const IDLE_MILLISECONDS = 1000;
+
 type RunCommand = Extract<Command, { kind: 'run' }>;
 
 async function runVmmProcess(kernel: HostKernel, scripts: WorkerScripts, command: RunCommand): Promise<void> {
@@ -56,7 +59,7 @@ async function runVmmProcess(kernel: HostKernel, scripts: WorkerScripts, command
       } else if (command.restore !== undefined) {
         const { net_fds: networks = [] } = command.restore;
         await vmm.restore(command.restore, new Map(networks.map(({ id, fds = [] }) => [id, fds])));
-      }
+      } else setTimeout(() => void vmm.prepare(), IDLE_MILLISECONDS).unref();
       await vmm.ended;
     } finally {
       unwatch?.();

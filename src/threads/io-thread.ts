@@ -1,7 +1,7 @@
 /** The composition root of an I/O worker: it builds its devices and serves their queues until main ends it. */
 import fs from 'node:fs';
 import os from 'node:os';
-import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
+import { parentPort, receiveMessageOnPort } from 'node:worker_threads';
 import { BlockDevice } from '../block/block-device.js';
 import { openEngine } from '../block/engines/engine.js';
 import { openImage } from '../block/formats/open-image.js';
@@ -43,6 +43,7 @@ import { attachMemory, attachPart } from '../vmm/memory/memory-part.js';
 import { attachSignals } from './backends.js';
 import { describeModule, type Import, loadModule, makeDevice } from './device-module.js';
 import { Outbox } from './outbox.js';
+import { startData } from './start-data.js';
 
 /** Transfers under way for each disk. */
 const ENGINE_DEPTH = 128;
@@ -56,7 +57,7 @@ const MAX_NICENESS = 19;
 
 /** Does what main started the thread for. */
 export function startIoThread(kernel: HostKernel, importModule: Import): void {
-  const data = workerData as IoWorkerStart | { readonly question: ModuleQuestion };
+  const data = startData() as IoWorkerStart | { readonly question: ModuleQuestion };
   if ('question' in data) {
     void describeModule(data.question, importModule).then((answer) => parentPort!.postMessage(answer));
   } else if (data.modules.length === 0) runIoThread(kernel, data, new Map());

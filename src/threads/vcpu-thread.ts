@@ -1,6 +1,6 @@
 /** The composition root of a vCPU thread: it attaches to its vCPU, builds its own view of the devices, and runs. */
 import fs from 'node:fs';
-import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
+import { parentPort, receiveMessageOnPort } from 'node:worker_threads';
 import type { GuestMemory } from '../memory/guest-memory.js';
 import { WrittenPages, type WrittenPagesHandle } from '../memory/written-pages.js';
 import { StateBlock } from '../state/state-block.js';
@@ -10,10 +10,11 @@ import { attachMemory, attachPart } from '../vmm/memory/memory-part.js';
 import { attachPlatform } from '../vmm/boards/platform.js';
 import { command, runVcpu, VcpuCommand, vcpuControlLayout } from '../vmm/cpus/vcpu-loop.js';
 import { attachSignals, attachVcpu } from './backends.js';
+import { startData } from './start-data.js';
 
 /** Spends the thread's life in the guest. */
 export function runVcpuThread(kernel: HostKernel): void {
-  const data = workerData as VcpuWorkerData;
+  const data = startData() as VcpuWorkerData;
   const post = (message: VcpuMessage) => parentPort!.postMessage(message);
 
   const control = new StateBlock(vcpuControlLayout, data.control);

@@ -8,6 +8,7 @@ import type { MachineLife } from '../../src/vmm/machine/incarnation.js';
 import type { LifeMaker } from '../../src/vmm/machine/machine.js';
 import type { SavedLife } from '../../src/vmm/snapshot/saved-machine.js';
 import type { VmmParts } from '../../src/vmm/machine/vmm.js';
+import { ThreadScript } from '../../src/vmm/thread-script.js';
 
 type Parts = Parameters<LifeMaker>[0];
 type Resources = Parameters<LifeMaker>[1];
@@ -119,8 +120,8 @@ export class FakeLives {
     tell: (source, event, properties) => {
       this.events.push([source, event, properties?.['id']].filter(Boolean).join(' '));
     },
-    vcpuWorker: new URL('file:///none'),
-    ioWorker: new URL('file:///none'),
+    vcpuWorker: new ThreadScript(new URL('file:///none')),
+    ioWorker: new ThreadScript(new URL('file:///none')),
     fillWorker: new URL('file:///none'),
     abort: ({ message }) => this.events.push(`abort ${message}`),
     openTaps: () => ({ taps: [], mac: new Uint8Array(6) }),

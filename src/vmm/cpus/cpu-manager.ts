@@ -1,7 +1,7 @@
 /**
  * The vCPU threads: one Worker per vCPU, started, kicked and ended from main.
  */
-import { type ResourceLimits, Worker } from 'node:worker_threads';
+import type { ResourceLimits, Worker } from 'node:worker_threads';
 import { EXIT_KINDS, type HypervisorName, type Vcpu, type VcpuHandle } from '../../hypervisor/hypervisor.js';
 import type { WrittenPagesHandle } from '../../memory/written-pages.js';
 import { closeAll } from '../../sys/close-all.js';
@@ -9,7 +9,7 @@ import { StateBlock } from '../../state/state-block.js';
 import type { MemoryHandle } from '../memory/memory-part.js';
 import type { PlatformHandle } from '../boards/platform.js';
 import type { PlatformChange, PlatformEvent } from '../boards/platform-parts.js';
-import { QUIET } from '../thread-streams.js';
+import type { ThreadScript } from '../thread-script.js';
 import { command, hold, letGo, VcpuCommand, type VcpuControl, vcpuControlLayout, type VcpuEnd } from './vcpu-loop.js';
 
 /** What a vCPU worker is started with. */
@@ -50,7 +50,7 @@ const KICK_INTERVAL_MILLISECONDS = 10;
  * A worker's heap in MiB. The run loop allocates nothing, so a small one costs nothing; the defaults would let each vCPU
  * take a megabyte more. A hypervisor that leaves instructions to be emulated needs room for a decoder.
  */
-const WORKER_HEAP: Readonly<Record<HypervisorName, ResourceLimits>> = {
+export const VCPU_HEAP: Readonly<Record<HypervisorName, ResourceLimits>> = {
   kvm: { maxYoungGenerationSizeMb: 1, maxOldGenerationSizeMb: 16 },
   mshv: { maxYoungGenerationSizeMb: 4, maxOldGenerationSizeMb: 64 },
 };
@@ -99,7 +99,7 @@ export class CpuManager {
     private readonly hypervisor: HypervisorName,
     vcpus: readonly Vcpu[],
     private readonly affinity: ReadonlyMap<number, readonly number[]>,
-    private readonly workerScript: URL,
+    private readonly script: ThreadScript,
     private readonly events: CpuManagerEvents,
   ) {
     this.#threads = vcpus.map(newThread);
@@ -133,12 +133,7 @@ export class CpuManager {
       platform,
       affinity: this.affinity.get(id),
     };
-    const worker = new Worker(this.workerScript, {
-      workerData: data,
-      name,
-      resourceLimits: WORKER_HEAP[this.hypervisor],
-      ...QUIET,
-    });
+    const worker = this.script.start(name, data);
     thread.worker = worker;
     worker.on('message', (message: VcpuMessage) => this.#onMessage(id, thread, message));
     worker.on('error', (error: Error) => this.events.onCrash(id, error));

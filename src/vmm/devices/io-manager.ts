@@ -1,11 +1,10 @@
 /** The I/O workers: which thread serves which queues; started, told things, and ended from main. */
-import { Worker } from 'node:worker_threads';
+import type { Worker } from 'node:worker_threads';
 import type { WrittenPagesHandle } from '../../memory/written-pages.js';
 import type { HostKernel } from '../../sys/host-kernel.js';
-import { restoreInterruptBudget } from '../../sys/interrupt-budget.js';
 import type { LeftOut } from '../log/guest-log.js';
 import type { MemoryPart } from '../memory/memory-part.js';
-import { QUIET } from '../thread-streams.js';
+import type { ThreadScript } from '../thread-script.js';
 import {
   IN_FLIGHT_LIMIT,
   type IoCommand,
@@ -28,7 +27,7 @@ export interface IoEvents {
 }
 
 /** A worker's heap in MiB: its data path allocates nothing, image tables and connections some. */
-const WORKER_HEAP = { maxYoungGenerationSizeMb: 2, maxOldGenerationSizeMb: 64 };
+export const IO_HEAP = { maxYoungGenerationSizeMb: 2, maxOldGenerationSizeMb: 64 };
 
 interface Thread {
   readonly data: IoWorkerData;
@@ -61,7 +60,7 @@ export class IoManager {
 
   constructor(
     private readonly kernel: HostKernel,
-    private readonly script: URL,
+    private readonly script: ThreadScript,
     private readonly events: IoEvents,
   ) {}
 
@@ -99,9 +98,7 @@ export class IoManager {
     const { data } = thread;
     const mail = new Int32Array(new SharedArrayBuffer(Mail.words * 4));
     const workerData: IoWorkerStart = { ...data, mail: mail.buffer, written: this.#written };
-    // It may come long after the others, and would compile Node.js's own modules under the lower one.
-    restoreInterruptBudget();
-    const worker = new Worker(this.script, { name: data.name, workerData, resourceLimits: WORKER_HEAP, ...QUIET });
+    const worker = this.script.start(data.name, workerData);
     thread.worker = worker;
     worker.on('message', (message: IoMessage) => {
       this.#onMessage(thread, message);

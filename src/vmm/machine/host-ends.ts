@@ -23,7 +23,7 @@ export async function openHostEnds(
   guestLog: GuestLog,
   quit: () => void,
 ): Promise<HostEnds> {
-  const resources = new HostResources(kernel, config, openTaps, ioWorker);
+  const resources = new HostResources(kernel, config, openTaps, ioWorker.url);
   const opened: SerialBackend[] = [];
   const close = async () => {
     for (const backend of opened) await backend.close();

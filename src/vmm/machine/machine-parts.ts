@@ -4,6 +4,7 @@ import type { HostKernel } from '../../sys/host-kernel.js';
 import type { TapOpener } from '../host/host-resources.js';
 import type { EventSink } from '../log/event-sink.js';
 import type { Logger } from '../log/logger.js';
+import type { ThreadScript } from '../thread-script.js';
 
 /** What a machine is made with; the composition root puts it together, but for the configuration. */
 export interface MachineParts {
@@ -13,9 +14,9 @@ export interface MachineParts {
   readonly logger: Logger;
   readonly tell: EventSink;
   /** The script that a vCPU thread runs. */
-  readonly vcpuWorker: URL;
+  readonly vcpuWorker: ThreadScript;
   /** The script that an I/O worker runs. */
-  readonly ioWorker: URL;
+  readonly ioWorker: ThreadScript;
   /** The script that the thread runs that reads memory as it is touched. */
   readonly fillWorker: URL;
   /** Ends the process at once and tells why: threads of its machine wait for what never comes. */

@@ -71,6 +71,8 @@ interface Receiving {
   readonly over: Promise<void>;
 }
 
+/** Of a machine that is not known yet. */
+const READY_VCPUS = 1;
 /** For which the other side of a migration may be silent. Milliseconds. */
 const PATIENCE = 30_000;
 
@@ -85,6 +87,8 @@ export class Vmm {
   #ending: Promise<void> | undefined;
   /** Present while a machine is received. */
   #receiving: Receiving | undefined;
+  /** What saves and restores has run once. */
+  #rehearsed = false;
   /** What ends the process; undefined: somebody who wanted it. */
   #failure: unknown;
 
@@ -99,6 +103,31 @@ export class Vmm {
     // A process that ends for another reason does not look at it.
     this.ended.catch(() => undefined);
     parts.tell('vmm', 'starting');
+  }
+
+  /** Has ready what a machine that goes on here needs, before anybody asks: threads that wait, and the code. Nothing where there is a machine. */
+  async prepare(): Promise<void> {
+    const { vcpuWorker, ioWorker } = this.parts;
+    if (this.#owned !== undefined || this.#receiving !== undefined || this.#ending !== undefined) return;
+    vcpuWorker.prepare(READY_VCPUS);
+    ioWorker.prepare(1);
+    await import('../snapshot/origin.js');
+    await import('../migration/address.js');
+    await import('../migration/destination.js');
+    await this.#rehearse();
+  }
+
+  /** Goes through saving and restoring before that counts, once. */
+  async #rehearse(): Promise<void> {
+    if (this.#rehearsed) return;
+    this.#rehearsed = true;
+    const { rehearse } = await import('../snapshot/rehearsal.js');
+    try {
+      rehearse(this.parts.hypervisor);
+    } catch (error) {
+      // It counts when a machine is there.
+      this.parts.logger.debug(`The rehearsal failed: ${causeMessages(error).join(': ')}`);
+    }
   }
 
   /** Takes a checked configuration, and boots nothing yet. @throws RequestError when there is a machine */
@@ -149,7 +178,13 @@ export class Vmm {
   async #start(owned: Owned, origin?: Origin): Promise<void> {
     const quit = () => void this.shutdownVmm('the escape key');
     const { config, hotplug } = owned;
-    owned.machine = await Machine.boot({ ...this.parts, config }, this.parts.makeLife, hotplug, quit, origin);
+    try {
+      owned.machine = await Machine.boot({ ...this.parts, config }, this.parts.makeLife, hotplug, quit, origin);
+    } finally {
+      // None is needed any more.
+      this.parts.vcpuWorker.end();
+      this.parts.ioWorker.end();
+    }
     void owned.machine.ended.then((end) => this.#onEnd(owned, end));
   }
 
@@ -228,6 +263,7 @@ export class Vmm {
       const machine = this.#running();
       this.#stays();
       await machine.filled();
+      await this.#rehearse();
       const owned = this.#owned!;
       const { migrationAddress } = await import('../../config/migration-config.js');
       const { connect, connectWith } = await import('../migration/address.js');
@@ -311,7 +347,13 @@ export class Vmm {
     const receiver = new destination.Receiver(this.parts, {
       anew: { ...anew, descriptors },
       patience: PATIENCE,
-      started: () => tell('vm', 'migration-receive-started'),
+      started: ({ built, config }) => {
+        tell('vm', 'migration-receive-started');
+        // They start while memory comes, not while the machine stands still.
+        this.parts.vcpuWorker.prepare(built.cpus.boot_vcpus);
+        this.parts.ioWorker.prepare(1 + config.disks.length + config.net.length);
+        void this.#rehearse();
+      },
     });
     let done: () => void = () => undefined;
     // Whatever makes a machine of its own comes before it, or is refused.

@@ -10,7 +10,7 @@ import type { Origin } from '../machine/incarnation.js';
 import { causeMessages } from '../machine/machine-error.js';
 import type { MachineParts } from '../machine/machine-parts.js';
 import { configAnew, type GivenAnew } from '../snapshot/given-anew.js';
-import { decodeMadeOf, decodeMachine, type MadeOf } from '../snapshot/state-schema.js';
+import { decodeMadeOf, decodeState, type MadeOf } from '../snapshot/state-schema.js';
 import { ADDRESS_BYTES, Connection, Frame, type Header, PAGE_SIZE } from './frames.js';
 import { type Go, readGo, readHello, sayHello } from './messages.js';
 import { MigrationError } from './migration-error.js';
@@ -20,8 +20,8 @@ export interface ReceivingOptions {
   readonly anew: GivenAnew;
   /** Milliseconds for which the other side may be silent. */
   readonly patience: number;
-  /** Called when a machine is on its way. */
-  readonly started: () => void;
+  /** Called when a machine is on its way, as soon as it is known what it is made of. */
+  readonly started: (made: MadeOf) => void;
 }
 
 type Parts = Pick<MachineParts, 'kernel' | 'hypervisor'>;
@@ -216,8 +216,8 @@ export class Receiver {
     const more = within(this.#gate.more(), this.options.patience, 'Not all connections of the machine came');
     const [text] = await Promise.all([first.expect(Frame.machine), more]);
     if (this.#over) throw new MigrationError('Nobody waits for it');
-    this.options.started();
     const made = decodeMadeOf(text.toString('utf8'));
+    this.options.started(made);
     const config = this.#check(made);
     const { architecture, built, memory: ranges } = made;
     const memory = this.#gate.withFiles(
@@ -227,7 +227,7 @@ export class Receiver {
     this.#memory = memory;
     await first.send(Frame.accepted);
     const state = await this.#memoryAndState(first, await more, memory);
-    const { life } = decodeMachine({ config: JSON.stringify(made.config), state: state.toString('utf8') });
+    const { life } = decodeState(state.toString('utf8'), () => made.config);
     if (!isDeepStrictEqual([life.built, life.memory], [made.built, made.memory])) {
       throw new MigrationError('state: accepted is that of the machine whose memory was sent');
     }

@@ -197,13 +197,18 @@ export function encodeMachine({ config, ...rest }: SavedMachine): { readonly con
 
 /** @param texts from `encodeMachine`, or from whoever wants to have them taken for that @throws SnapshotError in one line */
 export function decodeMachine(texts: { readonly config: string; readonly state: string }): SavedMachine {
-  const raw = parse(texts.state, 'state');
+  return decodeState(texts.state, () => checkConfig(parse(texts.config, 'config')));
+}
+
+/** @param checkedConfig asked when the state is of a form that is known @throws SnapshotError in one line */
+export function decodeState(text: string, checkedConfig: () => SavedMachine['config']): SavedMachine {
+  const raw = parse(text, 'state');
   const { version, oldest } = check(headSchema, raw, 'state');
   if (oldest > MACHINE_STATE_VERSION) {
     throw new SnapshotError(`state: form ${version}; accepted are those up to ${MACHINE_STATE_VERSION}`);
   }
   const { hypervisor, life: found } = check(stateSchema, raw, 'state');
-  const config = checkConfig(parse(texts.config, 'config'));
+  const config = checkedConfig();
   const { cpus, memory } = checkConfig({ ...config, ...found.built });
   if (!present(found.present, found.board.vcpus.length)) {
     throw new SnapshotError('state: life.present: accepted are vCPUs whose state is there');

@@ -6,6 +6,7 @@ import { CpuManager, type CpuStart } from '../../../src/vmm/cpus/cpu-manager.js'
 import type { PlatformHandle } from '../../../src/vmm/boards/platform.js';
 import type { PlatformEvent } from '../../../src/vmm/boards/platform-parts.js';
 import { VcpuCommand, vcpuControlLayout } from '../../../src/vmm/cpus/vcpu-loop.js';
+import { ThreadScript } from '../../../src/vmm/thread-script.js';
 
 const { command } = vcpuControlLayout.at;
 
@@ -62,7 +63,7 @@ function threads() {
   const script = new URL(
     `data:text/javascript,${encodeURIComponent(`import { createRequire } from 'node:module'; const require = createRequire('/'); ${THREAD}`)}`,
   );
-  const manager = new CpuManager('kvm', [vcpu, vcpu, vcpu], new Map(), script, events);
+  const manager = new CpuManager('kvm', [vcpu, vcpu, vcpu], new Map(), new ThreadScript(script), events);
   const machine: CpuStart = { platform: { shared: shared.buffer } as unknown as PlatformHandle, memory: [] };
   const start = (held: boolean, present = [0, 1, 2]) => manager.start(machine, held, new Set(present));
   const startPaused = (present: number[]) => manager.startPaused(machine, new Set(present));

@@ -6,6 +6,7 @@ import type { WrittenPagesHandle } from '../../../src/memory/written-pages.js';
 import { IoOrder, type IoWorkerData, type ServedDevice } from '../../../src/vmm/devices/device-specs.js';
 import { IoManager } from '../../../src/vmm/devices/io-manager.js';
 import type { MemoryPart } from '../../../src/vmm/memory/memory-part.js';
+import { ThreadScript } from '../../../src/vmm/thread-script.js';
 
 const kernel = new LinuxKernel();
 
@@ -46,7 +47,7 @@ function workers(script = WORKER, modules: readonly string[] = []) {
   const said: unknown[][] = [];
   const crashes: string[] = [];
   const wakes: number[] = [];
-  const manager = new IoManager(kernel, script, {
+  const manager = new IoManager(kernel, new ThreadScript(script), {
     onLog: (_level, line) => said.push(line.startsWith('--') ? [line] : (JSON.parse(line) as unknown[])),
     onDevice: (id, message) => said.push([id, message]),
     onCloseFailed: (id, reason) => said.push([id, reason]),
