@@ -11,6 +11,8 @@ import { benchNet, benchNetQueues, prepareNet } from './net.js';
 import { benchEmulator } from './emulator.js';
 import { benchExits } from './exits.js';
 import { type Row, table } from './report.js';
+import { benchMigrate } from './migrate.js';
+import { benchRestore } from './restore.js';
 import { benchStart } from './start.js';
 
 interface Benchmark {
@@ -21,6 +23,8 @@ interface Benchmark {
   run(note: (line: string) => void): Row[] | Promise<Row[]>;
   /** What two queues give on two processors, relative to one. */
   queues?(note: (line: string) => void): Promise<Row[]>;
+  /** RAM of its lab; by default there is some for three machines and the images of their disks. */
+  readonly labMib?: number;
 }
 
 const BENCHMARKS: Readonly<Partial<Record<string, Benchmark>>> = {
@@ -30,6 +34,9 @@ const BENCHMARKS: Readonly<Partial<Record<string, Benchmark>>> = {
   start: { stock: true, run: benchStart },
   block: { stock: true, prepare: prepareBlock, run: benchBlock, queues: benchBlockQueues },
   net: { stock: true, prepare: prepareNet, run: benchNet, queues: benchNetQueues },
+  // What is saved is in the lab's RAM as well: of 2 GiB twice, beside a machine of as much.
+  restore: { stock: true, run: benchRestore, labMib: 10_240 },
+  migrate: { stock: true, run: benchMigrate },
   freestanding: { stock: false, run: benchFreestanding },
 };
 
@@ -50,16 +57,15 @@ function here(benchmark: Benchmark): boolean {
   return false;
 }
 
-/** RAM for three machines and the images of their disks. */
 const LAB_MIB = 6144;
 
 /** One part of a benchmark in a lab of its own. */
-function inLab(part: string, cpus: number): Row[] {
+function inLab(part: string, cpus: number, memoryMib = LAB_MIB): Row[] {
   const settings = Object.entries(process.env).flatMap(([name, value]) =>
     name.startsWith('VMM_BENCH_') ? [`${name}=${value}`] : [],
   );
   const command = [
-    ...['dist/tools/lab.js', '--cpus', String(cpus), '--memory', String(LAB_MIB)],
+    ...['dist/tools/lab.js', '--cpus', String(cpus), '--memory', String(memoryMib)],
     ...['env', ...settings, process.execPath, 'dist/tools/bench.js', part, '--json'],
   ];
   const { status, stdout } = spawnSync(process.execPath, command, { stdio: ['ignore', 'pipe', 'inherit'] });
@@ -86,7 +92,7 @@ if (here(benchmark)) {
   if (part === 'queues' || (part === '' && process.env['VMM_IN_LAB'] === undefined))
     rows.push(...((await benchmark.queues?.(note)) ?? []));
 } else {
-  rows.push(...inLab(name, 1));
+  rows.push(...inLab(name, 1, benchmark.labMib));
   if (benchmark.queues !== undefined) rows.push(...inLab(`${name}/queues`, 2));
 }
 process.stdout.write(`${values.json ? JSON.stringify(rows) : table(rows)}\n`);
