@@ -63,15 +63,21 @@ export class SerialPump {
     return true;
   }
 
-  /** The device goes away: its last bytes are written, the host end stays. */
-  close(): void {
+  /** Takes all that the device holds: what is left with it when it is saved is said once more by who goes on. */
+  flush(): void {
     clearTimeout(this.#timer);
-    if (this.backend === undefined) return;
+    this.#timer = undefined;
     // A host end that holds output back has room for what a device holds.
     for (let count = this.device.drainTransmit(this.#chunk); count > 0;) {
-      this.backend.write(this.#chunk.subarray(0, count));
+      this.backend?.write(this.#chunk.subarray(0, count));
       count = this.device.drainTransmit(this.#chunk);
     }
+  }
+
+  /** The device goes away: its last bytes are written, the host end stays. */
+  close(): void {
+    this.flush();
+    if (this.backend === undefined) return;
     this.backend.onDrain = () => undefined;
     this.backend.onInput = () => false;
   }

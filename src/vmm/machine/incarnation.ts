@@ -455,6 +455,8 @@ export class Incarnation {
     await this.#io.pause();
     // It may have ended meanwhile, and what it had is given back.
     if (this.#closing) return;
+    this.serial?.flush();
+    this.console?.flush();
     this.#board.vm.stopTime();
     this.#paused = monotonicClock();
     this.#platform.paused(this.#paused);

@@ -16,8 +16,6 @@ const MEMORY = 64 * 2 ** 20;
 /** Under KVM on x86_64 alone, where it has been measured. @throws HypervisorError or SystemError; nothing is left behind */
 export function rehearse(hypervisor: Hypervisor): void {
   if (hypervisor.name !== 'kvm' || hypervisor.architecture !== 'x86_64') return;
-  // A clone's generation ID is made by it.
-  process.getBuiltinModule('node:crypto').randomBytes(1);
   const config = vmConfigSchema.parse({ payload: { kernel: '/' }, memory: { size: MEMORY } });
   const { cpus, memory } = config;
   const saved = standingStill(hypervisor, config);
