@@ -217,10 +217,10 @@ end:
 
 function writeKernel(architecture: Backend['architecture'], folder: string): string {
   if (architecture === 'aarch64') return assembleForArm(folder, ARM_GUEST);
-  const [assembly, object, code, image] = ['s', 'o', 'code', 'bin'].map((name) => path.join(folder, `guest.${name}`));
+  const [assembly, elf, code, image] = ['s', 'elf', 'code', 'bin'].map((name) => path.join(folder, `guest.${name}`));
   fs.writeFileSync(assembly, X86_GUEST);
-  execFileSync('as', ['-o', object, assembly]);
-  execFileSync('ld', ['-Ttext=0', '-e0', '--oformat=binary', '-o', code, object]);
+  execFileSync('gcc', ['-nostdlib', '-static', '-Wl,-Ttext=0,-e0,--build-id=none', '-o', elf, assembly]);
+  execFileSync('objcopy', ['-O', 'binary', '-j', '.text', elf, code]);
   fs.writeFileSync(image, runnable(...fs.readFileSync(code)));
   return image;
 }
