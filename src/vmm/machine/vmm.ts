@@ -117,6 +117,12 @@ export class Vmm {
     await this.#rehearse();
   }
 
+  /** Threads that are ready for a machine: there is one, or none comes. */
+  #endWaiting(): void {
+    this.parts.vcpuWorker.end();
+    this.parts.ioWorker.end();
+  }
+
   /** Goes through saving and restoring before that counts, once. */
   async #rehearse(): Promise<void> {
     if (this.#rehearsed) return;
@@ -181,9 +187,7 @@ export class Vmm {
     try {
       owned.machine = await Machine.boot({ ...this.parts, config }, this.parts.makeLife, hotplug, quit, origin);
     } finally {
-      // None is needed any more.
-      this.parts.vcpuWorker.end();
-      this.parts.ioWorker.end();
+      this.#endWaiting();
     }
     void owned.machine.ended.then((end) => this.#onEnd(owned, end));
   }
@@ -376,6 +380,7 @@ export class Vmm {
       await this.#next(() => this.#takeOver(arrived, descriptors));
       tell('vm', 'migration-receive-finished');
     } catch (error) {
+      this.#endWaiting();
       await receiver.failed(error);
       tell('vm', 'migration-receive-failed', { reason: causeMessages(error).join(': ') });
       throw error;

@@ -10,6 +10,7 @@ import { Connection, Frame } from '../../../../src/vmm/migration/frames.js';
 import type { MemoryManager } from '../../../../src/vmm/memory/memory-manager.js';
 import { LinuxKernel } from '../../../../src/sys/linux-kernel.js';
 import { Vmm } from '../../../../src/vmm/machine/vmm.js';
+import { ThreadScript } from '../../../../src/vmm/thread-script.js';
 import { newDescriptors, openDescriptors } from '../../../support/descriptors.js';
 import { FakeLives } from '../../../support/fake-life.js';
 import { memoryManager } from '../../../support/migration.js';
@@ -237,6 +238,32 @@ test('one that is to be received: what is refused meanwhile, and how that is giv
     lives.events.length = 0;
   }
   await expect(receive()).rejects.toThrow('The process is ending');
+});
+
+test('threads that were made ready for a machine that does not come after all are ended', async () => {
+  class Told extends ThreadScript {
+    readonly told: (number | 'end')[] = [];
+    override prepare(count: number): void {
+      this.told.push(count);
+    }
+    override end(): void {
+      this.told.push('end');
+    }
+  }
+  const { lives } = sides.there;
+  const [vcpuWorker, ioWorker] = [new Told(new URL('file:///none')), new Told(new URL('file:///none'))];
+  const ready = told(lives, 'vm migration-receive-ready');
+  const receiving = receive(new Vmm({ ...lives.parts, vcpuWorker, ioWorker }, {}));
+  receiving.catch(() => undefined);
+  await ready;
+  // The one here has less than it says.
+  const refusal = 'memory: accepted are the stretches that the configuration makes';
+  await expect(send()).rejects.toThrow(refusal);
+  await expect(receiving).rejects.toThrow(refusal);
+  expect([vcpuWorker.told, ioWorker.told]).toEqual([
+    [1, 'end'],
+    [2, 'end'],
+  ]);
 });
 
 test('where a socket cannot be made', async () => {
