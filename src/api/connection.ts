@@ -9,7 +9,7 @@ import type net from 'node:net';
 import os from 'node:os';
 import { Duplex } from 'node:stream';
 import { errnoText, type HostKernel } from '../sys/host-kernel.js';
-import { whenReadable } from '../sys/readable.js';
+import { descriptorOf, whenReadable } from '../sys/readable.js';
 import { Descriptors } from './descriptors.js';
 
 const { EAGAIN, EINTR } = os.constants.errno;
@@ -44,8 +44,7 @@ export class Connection extends Duplex {
   ) {
     super();
     this.#next = new Descriptors(kernel);
-    // A socket of Node.js has no other way to tell its descriptor.
-    this.#fd = (socket as unknown as { readonly _handle: { readonly fd: number } })._handle.fd;
+    this.#fd = descriptorOf(socket);
     socket.on('error', (error) => this.destroy(error));
     socket.on('timeout', () => this.emit('timeout'));
     socket.on('close', () => this.destroy());

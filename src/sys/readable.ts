@@ -6,6 +6,11 @@
 import net from 'node:net';
 import type { HostKernel } from './host-kernel.js';
 
+/** A socket of Node.js has no other way to tell its descriptor. */
+export function descriptorOf(socket: net.Socket): number {
+  return (socket as unknown as { readonly _handle: { readonly fd: number } })._handle.fd;
+}
+
 /**
  * @param then called once when there are bytes, the sender's end, or an error
  * @returns ends the wait

@@ -6,7 +6,7 @@ import type { Duplex } from 'node:stream';
 import type tls from 'node:tls';
 import { type MigrationAddress } from '../../config/migration-config.js';
 import { type HostKernel, SystemError } from '../../sys/host-kernel.js';
-import { whenReadable } from '../../sys/readable.js';
+import { descriptorOf, whenReadable } from '../../sys/readable.js';
 import { bindSocket } from '../host/unix-socket.js';
 import { descriptorsFrame } from './frames.js';
 import { MigrationError } from './migration-error.js';
@@ -163,19 +163,18 @@ function begins(
   beginning: Set<net.Socket>,
   take: (connection: Duplex, descriptors: readonly number[]) => void,
 ): void {
-  // A socket of Node.js has no other way to tell its descriptor.
-  const { fd } = (socket as unknown as { readonly _handle: { readonly fd: number } })._handle;
+  const fd = descriptorOf(socket);
   const stop = whenReadable(kernel, fd, () => {
     stop();
     if (!beginning.delete(socket)) return;
-    const { bytes, descriptors = [] } = { descriptors: undefined, ...kernel.receiveUnix(fd) };
-    if (bytes === undefined || bytes.length === 0) {
+    const received = kernel.receiveUnix(fd);
+    if (received.bytes === undefined || received.bytes.length === 0) {
       socket.destroy();
       return;
     }
     socket.setTimeout(0);
-    socket.unshift(bytes);
-    take(socket, descriptors);
+    socket.unshift(received.bytes);
+    take(socket, received.descriptors);
   });
   beginning.add(socket);
   socket.setTimeout(HANDSHAKE, () => socket.destroy());
