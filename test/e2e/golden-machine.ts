@@ -9,10 +9,12 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { brotliCompressSync, brotliDecompressSync } from 'node:zlib';
 import { expect } from '@jest/globals';
-import { ApiClient, DONE, untilListens } from '../support/api-client.js';
+import { type ApiClient, DONE, untilListens } from '../support/api-client.js';
 import type { Backend } from '../support/backend.js';
-import { Guest, testFolder } from '../support/guest.js';
+import { type Guest, testFolder } from '../support/guest.js';
 import type { TestHost } from '../support/host.js';
+import { machineCode } from '../support/machine-code.js';
+import { MachineProcess } from '../support/machine-process.js';
 import { runnable } from '../support/synthetic-kernel.js';
 import { assemble as assembleForArm } from './arm-bare-guest.js';
 
@@ -217,11 +219,8 @@ end:
 
 function writeKernel(architecture: Backend['architecture'], folder: string): string {
   if (architecture === 'aarch64') return assembleForArm(folder, ARM_GUEST);
-  const [assembly, elf, code, image] = ['s', 'elf', 'code', 'bin'].map((name) => path.join(folder, `guest.${name}`));
-  fs.writeFileSync(assembly, X86_GUEST);
-  execFileSync('gcc', ['-nostdlib', '-static', '-Wl,-Ttext=0,-e0,--build-id=none', '-o', elf, assembly]);
-  execFileSync('objcopy', ['-O', 'binary', '-j', '.text', elf, code]);
-  fs.writeFileSync(image, runnable(...fs.readFileSync(code)));
+  const image = path.join(folder, 'kernel');
+  fs.writeFileSync(image, runnable(...machineCode(X86_GUEST)));
   return image;
 }
 
@@ -277,13 +276,6 @@ async function answers(guest: Guest, bytes: string): Promise<string> {
   return guest.console.slice(from);
 }
 
-/** A process without a machine, and its API. */
-async function waiting(host: TestHost, backend: Backend, socket: string): Promise<{ guest: Guest; api: ApiClient }> {
-  const guest = Guest.restore(host, backend, `--api-socket ${socket}`);
-  await untilListens(host, socket);
-  return { guest, api: new ApiClient(host, socket) };
-}
-
 /** @param there where the other process is asked */
 async function handOver(host: TestHost, api: ApiClient, there: ApiClient, socket: string, anew: object): Promise<void> {
   const url = `unix:${socket}`;
@@ -291,7 +283,6 @@ async function handOver(host: TestHost, api: ApiClient, there: ApiClient, socket
   await untilListens(host, socket);
   expect(await api.put('vm.send-migration', { destination_url: url, local: true })).toEqual(DONE);
   expect(await arrival).toEqual(DONE);
-  await api.close();
 }
 
 /** It is made anew as well, as its frequency is needed, and then goes over to another process. */
@@ -309,7 +300,8 @@ export async function goldenMachine(host: TestHost, backend: Backend): Promise<v
   try {
     await host.check(`truncate -s 1M ${disk}`);
     for (const tap of taps) await host.check(`ip tuntap add dev ${tap} mode tap vnet_hdr`);
-    const { guest, api } = await waiting(host, backend, `${scratch}/api`);
+    const first = await MachineProcess.open(host, `${scratch}/api`, backend);
+    const { guest, api } = first;
     const config = {
       payload: { kernel: writeKernel(backend.architecture, folder) },
       cpus: { boot_vcpus: 2, max_vcpus: 3 },
@@ -343,13 +335,12 @@ export async function goldenMachine(host: TestHost, backend: Backend): Promise<v
     const source_url = `file://${folder}/golden`;
     expect(await api.put('vm.restore', { source_url, resume: true, ...anew(0) })).toEqual(DONE);
     expect(await answers(guest, 'xyz')).toBe('345');
-    const next = await waiting(host, backend, `${scratch}/next-api`);
+    const next = await MachineProcess.open(host, `${scratch}/next-api`, backend);
     await handOver(host, api, next.api, `${scratch}/handover`, anew(1));
-    expect(await guest.end()).toMatchObject({ status: 0 });
+    await first.ended({ status: 0 });
     expect(await answers(next.guest, 'mn')).toBe('67');
     next.guest.type('q');
-    await next.api.close();
-    expect(await next.guest.end()).toMatchObject({ status: 0 });
+    await next.ended({ status: 0 });
   } finally {
     await host.check(`${taps.map((tap) => `ip link del ${tap}`).join('; ')}; rm -rf ${scratch}`);
     remove();

@@ -1,5 +1,4 @@
 /** Whatever happens to either side of a migration, by real signals in each of its phases: one of the two runs the guest, never both. */
-import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
@@ -8,6 +7,7 @@ import { KVM } from '../support/backend.js';
 import { FrameGate, type GateFault } from '../support/frame-gate.js';
 import { testFolder } from '../support/guest.js';
 import { TestHost } from '../support/host.js';
+import { machineCode } from '../support/machine-code.js';
 import { MachineProcess } from '../support/machine-process.js';
 import { runnable } from '../support/synthetic-kernel.js';
 
@@ -78,11 +78,7 @@ async function open(options?: string): Promise<MachineProcess> {
 }
 
 beforeAll(async () => {
-  const [source, object, code] = ['guest.s', 'guest.o', 'guest'].map((name) => path.join(folder, name));
-  fs.writeFileSync(source, GUEST);
-  execFileSync('as', ['-o', object, source]);
-  execFileSync('objcopy', ['-O', 'binary', '-j', '.text', object, code]);
-  fs.writeFileSync(image, runnable(...fs.readFileSync(code)));
+  fs.writeFileSync(image, runnable(...machineCode(GUEST)));
   host = await TestHost.simple();
   await host.check(
     `mkdir -p ${scratch}/small; cd ${scratch}; truncate -s 8M disk; mount -t tmpfs -o size=1M small small`,

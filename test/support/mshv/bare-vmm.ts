@@ -1,10 +1,7 @@
 /** The least VMM for the simulated device: one partition with some memory, and guests of a few instructions. */
-import { execFileSync } from 'node:child_process';
-import fs from 'node:fs';
-import os from 'node:os';
-import path from 'node:path';
 import * as abi from '../../../src/hypervisor/mshv/abi.js';
 import type { HostMapping } from '../../../src/sys/host-kernel.js';
+import { machineCode } from '../machine-code.js';
 import { SimulatedMshvKernel } from './simulated-kernel.js';
 
 const PAGE = abi.MSHV_HV_PAGE_SIZE;
@@ -18,18 +15,9 @@ export function assemble(bits: 16 | 32 | 64, text: string): Uint8Array {
   const key = `${bits} ${text}`;
   const known = assembled.get(key);
   if (known !== undefined) return known;
-  const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'vmm-code-'));
-  try {
-    const source = path.join(folder, 'code.s');
-    fs.writeFileSync(source, `.intel_syntax noprefix\n.code${bits}\n.text\n${text}\n`);
-    execFileSync('as', ['-o', path.join(folder, 'code.o'), source]);
-    execFileSync('objcopy', ['-O', 'binary', '-j', '.text', path.join(folder, 'code.o'), path.join(folder, 'code')]);
-    const code = fs.readFileSync(path.join(folder, 'code'));
-    assembled.set(key, code);
-    return code;
-  } finally {
-    fs.rmSync(folder, { recursive: true });
-  }
+  const code = machineCode(`.intel_syntax noprefix\n.code${bits}\n.text\n${text}\n`);
+  assembled.set(key, code);
+  return code;
 }
 
 /** As {@link assemble}, of lines that do not refer to each other: each is assembled once, in whatever it stands. */
