@@ -1,8 +1,9 @@
 /** A machine whose memory is full of data, and QEMU's with the same guest: what is kept, copied and sent by benchmarks. */
 import path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { kernel } from '../lab/kernels.js';
 import { guestProgram, writeInitramfs } from '../support/guest-image.js';
-import { Qemu, Vmm } from './controlled.js';
+import { type Controlled, Qemu, Vmm } from './controlled.js';
 
 export const PEER = 'QEMU q35';
 const CMDLINE = 'console=ttyS0 quiet loglevel=1 panic=-1 reboot=t';
@@ -60,6 +61,19 @@ export async function bootQemu(machine: MemoryMachine): Promise<Qemu> {
   await qemu.prints('@@READY');
   return qemu;
 }
+
+/** By then a process that waits for a machine has done what it does while nothing is asked of it. */
+const WARM_MILLISECONDS = 6000;
+
+async function waits<Process extends Controlled>(process: Process): Promise<Process> {
+  await process.answers();
+  await sleep(WARM_MILLISECONDS);
+  return process;
+}
+
+/** @returns a process of ours that waits for a machine */
+export const waitingOurs = () => waits(new Vmm());
+export const waitingQemu = (machine: MemoryMachine) => waits(new Qemu([...qemuOptions(machine), '-incoming', 'defer']));
 
 /** No limit to what it sends, as we have none; and it tells how it goes. */
 export async function prepareMigration(qemu: Qemu): Promise<void> {

@@ -5,7 +5,7 @@
  */
 import fs from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { type Controlled, newFolder, Qemu, Vmm } from './controlled.js';
+import { type Controlled, newFolder, type Qemu, type Vmm } from './controlled.js';
 import {
   bootOurs,
   bootQemu,
@@ -13,7 +13,8 @@ import {
   type MemoryMachine,
   PEER,
   prepareMigration,
-  qemuOptions,
+  waitingOurs,
+  waitingQemu,
 } from './memory-machine.js';
 import { median, row, type Row } from './report.js';
 
@@ -24,8 +25,6 @@ const TICK_MILLISECONDS = 10;
 const LOADS = [0, 16];
 /** In which it works as it will while it is sent. */
 const SETTLE_MILLISECONDS = 3000;
-/** In which a process that waits for a machine has done what it does while nothing is asked of it. */
-const WARM_MILLISECONDS = 6000;
 const PORT = 4444;
 
 /** A kind of process that machines move between. */
@@ -41,12 +40,7 @@ interface Side<Process extends Controlled> {
 }
 
 const OURS: Side<Vmm> = {
-  async destination() {
-    const ours = new Vmm();
-    await ours.answers();
-    await sleep(WARM_MILLISECONDS);
-    return ours;
-  },
+  destination: waitingOurs,
   async send(from, to) {
     await to.tells('migration-receive-ready', () => {
       to.call('PUT', 'vm.receive-migration', { receiver_url: `tcp:127.0.0.1:${PORT}` }).catch(fail);
@@ -61,12 +55,7 @@ const OURS: Side<Vmm> = {
 
 function qemuSide(machine: MemoryMachine): Side<Qemu> {
   return {
-    async destination() {
-      const qemu = new Qemu([...qemuOptions(machine), '-incoming', 'defer']);
-      await qemu.answers();
-      await sleep(WARM_MILLISECONDS);
-      return qemu;
-    },
+    destination: () => waitingQemu(machine),
     async send(from, to) {
       await to.call('migrate-incoming', { uri: `tcp:127.0.0.1:${PORT}` });
       await prepareMigration(from);

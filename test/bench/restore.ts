@@ -18,6 +18,8 @@ import {
   PEER,
   prepareMigration,
   qemuOptions,
+  waitingOurs,
+  waitingQemu,
 } from './memory-machine.js';
 import { isWanted } from './guest.js';
 import { median, row, type Row } from './report.js';
@@ -27,8 +29,6 @@ const SIZES_MIB = [512, 2048];
 const MODES = ['copy', 'map', 'ondemand'] as const;
 type Mode = (typeof MODES)[number];
 const API_MODES: Readonly<Record<Mode, string>> = { copy: 'Copy', map: 'Map', ondemand: 'OnDemand' };
-/** By then a process that waits has done what it does while nothing is asked of it. */
-const WARM_MILLISECONDS = 6000;
 const CLONE_MIB = 512;
 const CLONE_CPUS = [1, 4];
 const TICK_MILLISECONDS = 10;
@@ -89,7 +89,7 @@ async function coldOurs({ folder }: Saved, mode: Mode): Promise<number> {
 }
 
 async function warmOurs({ folder }: Saved, mode: Mode): Promise<number> {
-  const ours = await warm();
+  const ours = await waitingOurs();
   const source = { source_url: pathToFileURL(folder).href, memory_restore_mode: API_MODES[mode], resume: true };
   return answered(ours, () => ours.call('PUT', 'vm.restore', source));
 }
@@ -100,9 +100,7 @@ async function coldQemu({ file, machine }: Saved): Promise<number> {
 }
 
 async function warmQemu({ file, machine }: Saved): Promise<number> {
-  const qemu = new Qemu([...qemuOptions(machine), '-incoming', 'defer']);
-  await qemu.answers();
-  await sleep(WARM_MILLISECONDS);
+  const qemu = await waitingQemu(machine);
   return answered(qemu, async () => {
     await qemu.call('migrate-incoming', { uri: `exec:cat ${file}` });
   });
@@ -125,13 +123,6 @@ class ForkPeer extends Controlled {
 function privateMemory(pid: number): number {
   const text = fs.readFileSync(`/proc/${pid}/smaps_rollup`, 'utf8');
   return [...text.matchAll(/^Private_\w+: +(\d+) kB$/gm)].reduce((sum, [, kib]) => sum + Number(kib) * 1024, 0);
-}
-
-async function warm(): Promise<Vmm> {
-  const ours = new Vmm();
-  await ours.answers();
-  await sleep(WARM_MILLISECONDS);
-  return ours;
 }
 
 /** How long it is silent from a request on. The guest says something by itself. @returns milliseconds */
@@ -159,7 +150,7 @@ async function benchClones(folder: string, note: (line: string) => void): Promis
     const [clones, peers, forks]: [number[], number[], number[]] = [[], [], []];
     const [added, peerAdded]: [number[], number[]] = [[], []];
     for (let round = 0; round < ROUNDS; round++) {
-      const clone = await warm();
+      const clone = await waitingOurs();
       const restore = { source_url: pathToFileURL(snapshot).href, memory_restore_mode: 'Map', resume: true };
       clones.push(await speaks(clone, () => clone.call('PUT', 'vm.restore', restore)));
       await clone.end();
@@ -174,12 +165,12 @@ async function benchClones(folder: string, note: (line: string) => void): Promis
       );
       peerAdded.push(privateMemory(peer.pid) - before);
       await peer.end();
-      const forked = await warm();
+      const forked = await waitingOurs();
       const own = privateMemory(forked.pid);
       await source.call('PUT', 'vm.fork', { clones: [{ api_socket: forked.socket, resume: false }] });
       added.push(privateMemory(forked.pid) - own);
       await forked.end();
-      const whole = await warm();
+      const whole = await waitingOurs();
       forks.push(await speaks(whole, () => source.call('PUT', 'vm.fork', { clones: [{ api_socket: whole.socket }] })));
       await whole.end();
     }
